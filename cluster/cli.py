@@ -1,0 +1,56 @@
+"""Command-line conventions shared by every `python -m BOX …`: exit codes, one-line errors, `--json` last lines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cluster.errors import RunFailure, UsageError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with our exit code for bad usage (2) and examples kept as typed."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> Any:
+        print(f"{self.prog}: {message}  (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def run(prog: str, main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> None:
+    """Calls `main(argv)` and exits: 0, or the code of the error it raised, with one line on stderr and no traceback.
+
+    `GEOLOOM_TRACEBACK=1` prints the traceback too, for whoever debugs the code rather than the input.
+    """
+    try:
+        code = main(sys.argv[1:] if argv is None else argv) or 0
+    except (UsageError, RunFailure) as error:
+        _explain(prog, error)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+def print_json(figures: Mapping[str, Any]) -> None:
+    """Prints the machine-readable last line (`--json`): one compact JSON object, keys as given."""
+    print(json.dumps(figures, allow_nan=False, default=str), flush=True)
+
+
+def _explain(prog: str, error: Exception) -> None:
+    if os.environ.get("GEOLOOM_TRACEBACK") == "1":
+        traceback.print_exc()
+    print(f"{prog}: error: {error}", file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""Imagery to shards: sources, harmonisation, shard format, build, checks. Imports no torch."""

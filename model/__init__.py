@@ -1,0 +1,1 @@
+"""Tensors to loss: the backbone, mixture of experts, fusion, objectives. Of data_prep it sees only the sample schema."""

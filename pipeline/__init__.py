@@ -1,0 +1,1 @@
+"""The run: reader, engine, checkpoints, tracking, probes, comparison."""

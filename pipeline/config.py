@@ -1,0 +1,148 @@
+"""The configuration of a pretraining run: one frozen tree, no torch. See `cluster.config.load`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from model.config import ModelConfig, ObjectiveConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """dir: any fsspec URL; name: what MLflow shows (None: last component of dir)."""
+
+    dir: str = "runs_out/run"
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """Crops and dates per view. Canvas sides in pixels; the ground side follows from the 10 m canvas: `pixels * 10 m`.
+
+    hr_px / series_px: canvas side of hr and of s2/s1; s2_dates / s1_dates: sampled dates.
+    """
+
+    hr_px: int = 512
+    series_px: int = 16
+    s2_dates: int = 20
+    s1_dates: int = 10
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read and how. url: one shard set or several, with `weights` for mixing."""
+
+    url: str | tuple[str, ...] = ""
+    weights: tuple[float, ...] = ()
+    split: str = "train"
+    views_global: ViewConfig = field(default_factory=ViewConfig)
+    views_local: ViewConfig = field(default_factory=lambda: ViewConfig(256, 8, 10, 5))
+    local_views: int = 1
+    scale: tuple[float, float] = (1.0, 1.0)
+    require: tuple[str, ...] = ()
+    max_cloud: float | None = None
+    date_range: tuple[str, str] | None = None
+    bbox: tuple[float, float, float, float] | None = None
+    threads: int = 2
+    block_samples: int = 64
+    interleave: int = 8
+    prefetch_batches: int = 2
+    read_ahead_mb: int = 64
+    range_mb: int = 8
+    cache_dir: str | None = None
+    cache_gb: float = 100.0
+    verify_checksums: bool = True
+    error_budget: float = 0.001
+    retries: int = 5
+    photometric: bool = True
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch, precision. All schedules are functions of samples seen, not of steps."""
+
+    steps: int = 1000
+    batch: int = 1024
+    micro_batch: int | None = None
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    log_every: int = 10
+    stall_timeout_s: float = 600.0
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with cosine schedules. lr_scale: factor per module-name prefix, e.g. {"backbone.tokenizers": 0.2}."""
+
+    lr: float = 2e-4
+    lr_end: float = 1e-6
+    warmup_samples: int = 10_240_000
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: tuple[float, float] = (0.04, 0.2)
+    clip: float = 3.0
+    lr_scale: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """zero_stage 0-3; ep: expert-parallel degree, divides the ranks; offload: optimizer state in CPU memory."""
+
+    zero_stage: int = 2
+    ep: int = 1
+    offload: bool = False
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """every: steps; keep_last newest plus each `keep_every`-th step; asynchronous: written beside training."""
+
+    every: int = 500
+    keep_last: int = 2
+    keep_every: int = 10_000
+    asynchronous: bool = True
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """uri: MLflow server or store (`http://…`, `sqlite:///…`, `postgresql://…`); "none" logs to the run directory only."""
+
+    uri: str = "none"
+    experiment: str = "geoloom"
+    system_metrics: bool = True
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """In-loop probes on labels that ride in the shards. every: steps, 0 = off. samples: at most, per split."""
+
+    every: int = 0
+    tasks: tuple[str, ...] = ("knn",)
+    samples: int = 512
+    label: str = "scene"
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """extra: free DeepSpeed settings merged last; a key we set ourselves is refused."""
+
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything `pipeline train` needs."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
