@@ -1,0 +1,83 @@
+# Two commands: `make demo` (the main job, end to end, on this machine) and `make test` (everything that tests run here).
+# Both set up what they need themselves. `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+DEMO   ?= demo_out
+SITES  ?= 240
+STEPS  ?= 200
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-13s %s\n", $$1, $$2}'
+
+.PHONY: setup
+setup: $(VENV)/.complete ## virtual environment .venv with everything of requirements.txt (idempotent)
+
+$(VENV)/.complete: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed, $(PYTHON) is older; pass PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip check
+	touch $@
+
+.PHONY: system-deps
+system-deps: ## apt packages of the real servers that integration tests start: SLURM, PostgreSQL, Chromium
+	@run() { if [ "$$(id -u)" = 0 ]; then "$$@"; else sudo "$$@"; fi; }; \
+	missing=(); \
+	command -v slurmctld >/dev/null || missing+=(slurmctld slurmd slurm-client); \
+	command -v munged >/dev/null || missing+=(munge); \
+	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing+=(postgresql); \
+	command -v chromium >/dev/null || missing+=(chromium); \
+	if [ $${#missing[@]} -gt 0 ]; then export DEBIAN_FRONTEND=noninteractive; run apt-get update -qq; run apt-get install -y -qq --no-install-recommends "$${missing[@]}"; fi; \
+	echo "system-deps: complete"
+
+.PHONY: demo
+demo: setup ## scenes -> shards -> 2-process ZeRO-2 + expert-parallel pretraining -> MLflow -> comparison (under 10 minutes, 2 cores)
+	rm -rf $(DEMO)
+	$(PY) -m data_prep simulate $(DEMO)/scenes --sites $(SITES) --seed 0
+	$(PY) -m data_prep build data_prep/runs/demo.yaml source.catalog=[$(DEMO)/scenes/catalog.parquet] output.url=$(DEMO)/shards
+	$(PY) -m data_prep verify $(DEMO)/shards
+	$(PY) -m data_prep show $(DEMO)/shards --out $(DEMO)/sheet.png
+	$(PY) -m pipeline train pipeline/runs/demo.yaml --processes 2 data.url=$(DEMO)/shards run.dir=$(DEMO)/moe train.steps=$(STEPS) tracking.uri=sqlite:///$(abspath $(DEMO))/mlflow.db
+	$(PY) -m pipeline train pipeline/runs/demo_dense.yaml --processes 2 data.url=$(DEMO)/shards run.dir=$(DEMO)/dense train.steps=$(STEPS) tracking.uri=sqlite:///$(abspath $(DEMO))/mlflow.db
+	$(PY) -m pipeline compare $(DEMO)/moe $(DEMO)/dense --out $(DEMO)/compare.html
+	@echo
+	@echo "Look at it:   contact sheet  $(DEMO)/sheet.png     comparison  $(DEMO)/compare.html"
+	@echo "MLflow:       $(VENV)/bin/mlflow server --backend-store-uri sqlite:///$(abspath $(DEMO))/mlflow.db --port 5000   then open http://127.0.0.1:5000"
+
+.PHONY: check
+check: setup ## format, lint, types, imports, unit tests
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	$(PY) -m pytest tests/unit -n 2
+
+.PHONY: test
+test: check ## all tests that run on this machine: check, then the integration tier
+	$(PY) -m pytest tests/integration
+
+.PHONY: bench
+bench: setup ## benchmarks, ratios side by side, written to bench_out/
+	$(PY) -m data_prep bench codec --out bench_out/codec.json
+	$(PY) -m data_prep bench build --out bench_out/build.json
+	$(PY) -m pipeline bench loader --out bench_out/loader.json
+	$(PY) -m pipeline bench moe --out bench_out/moe.json
+	$(PY) -m pipeline bench step --out bench_out/step.json
+	$(PY) -m pipeline bench checkpoint --out bench_out/checkpoint.json
+
+.PHONY: format
+format: setup ## rewrite formatting
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+.PHONY: clean
+clean: ## remove what demo and bench wrote
+	rm -rf $(DEMO) bench_out
