@@ -69,7 +69,9 @@ def _read_yaml(path: str) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
-        raise UsageError(f"config file {path} does not exist; shipped ones lie under data_prep/runs and pipeline/runs") from None
+        raise UsageError(
+            f"config file {path} does not exist; shipped ones lie under data_prep/runs and pipeline/runs"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"config file {path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -121,7 +123,9 @@ def _build(cls: Any, tree: Any, path: str, where: str) -> Any:
         if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]  # fmt: skip
     if missing:
-        raise UsageError(f"{where}: key {path}{missing[0]} is required and missing; add it or pass {path}{missing[0]}=…")
+        raise UsageError(
+            f"{where}: key {path}{missing[0]} is required and missing; add it or pass {path}{missing[0]}=…"
+        )
     try:
         return cls(**values)
     except ValueError as error:  # a dataclass checks its own values in __post_init__
@@ -137,7 +141,9 @@ def _convert(hint: Any, value: Any, path: str, where: str) -> Any:
     if origin is Literal:
         if value not in args:
             near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1, cutoff=0.0)
-            raise UsageError(f"{where}: {path}={value!r} is not one of {', '.join(map(str, args))}; nearest is {near[0]}")
+            raise UsageError(
+                f"{where}: {path}={value!r} is not one of {', '.join(map(str, args))}; nearest is {near[0]}"
+            )
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):

@@ -28,7 +28,9 @@ class Progress:
         elapsed = now - self.start
         left = elapsed / self.done * (self.total - self.done) if self.done else 0.0
         share = self.done / self.total if self.total else 1.0
-        text = f"{self.label} {self.done}/{self.total} {share:4.0%}  {clock(elapsed)} elapsed, {clock(left)} left  {note}"
+        text = (
+            f"{self.label} {self.done}/{self.total} {share:4.0%}  {clock(elapsed)} elapsed, {clock(left)} left  {note}"
+        )
         if not self._live:
             return text
         bar = "█" * int(24 * share)

@@ -61,7 +61,9 @@ def test_overrides_win_over_the_file(tmp_path) -> None:
     assert (tree.train.steps, tree.train.batch) == (5, 8)
 
 
-@pytest.mark.parametrize(("text", "why"), [("train: [", "not valid YAML"), ("- 1", "mapping"), (None, "does not exist")])
+@pytest.mark.parametrize(
+    ("text", "why"), [("train: [", "not valid YAML"), ("- 1", "mapping"), (None, "does not exist")]
+)
 def test_bad_files_are_one_line_errors(tmp_path, text: str | None, why: str) -> None:
     path = tmp_path / "run.yaml"
     if text is not None:
