@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -43,6 +44,29 @@ def run(prog: str, main: Callable[[Sequence[str]], int | None], argv: Sequence[s
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code)
+
+
+def dispatch(box: str, description: str, commands: Mapping[str, tuple[str, str]]) -> None:
+    """`python -m BOX COMMAND …`: imports the module of the chosen command only, and runs it.
+
+    commands: name → (module with `add_arguments(parser)` and `main(args)`, one-line help).
+    """
+    overview = "\n".join(f"  {name:<10} {line}" for name, (_, line) in commands.items())
+    parser = Parser(f"python -m {box}", description=description, epilog=f"commands:\n{overview}")
+    parser.add_argument("command", choices=list(commands), metavar="COMMAND")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see python -m BOX COMMAND --help")
+    known = parser.parse_args(sys.argv[1:])
+    prog = f"python -m {box} {known.command}"
+
+    def main(argv: Sequence[str]) -> int | None:
+        module = importlib.import_module(commands[known.command][0])
+        sub = Parser(prog, description=module.__doc__)
+        module.add_arguments(sub)
+        # intermixed: overrides may stand before and after options (argparse cannot do that with subcommands)
+        parse = sub.parse_args if sub._subparsers else sub.parse_intermixed_args
+        return module.main(parse(argv))
+
+    run(prog, main, known.arguments)
 
 
 def print_json(figures: Mapping[str, Any]) -> None:
