@@ -1,0 +1,23 @@
+"""Imagery to shards: `python -m data_prep COMMAND …`. The chosen command's module is imported, and no other."""
+
+from __future__ import annotations
+
+from cluster.cli import dispatch
+
+COMMANDS = {
+    "simulate": (
+        "data_prep.commands.simulate",
+        "physically plausible, labelled, multi-modal scenes with a STAC catalog",
+    ),
+    "catalog": ("data_prep.commands.catalog", "a STAC catalog of a layout people already have"),
+    "build": ("data_prep.commands.build", "catalog to tars + index.parquet + manifest.json"),
+    "merge": ("data_prep.commands.merge", "index.parquet and manifest.json from finished shards (array builds)"),
+    "verify": ("data_prep.commands.verify", "every checksum, count and offset of a shard set"),
+    "audit": ("data_prep.commands.audit", "radiometry: offset, scale, nodata, alignment, per asset"),
+    "show": ("data_prep.commands.show", "contact sheet of a shard set"),
+    "stats": ("data_prep.commands.stats", "per-band statistics over valid pixels"),
+    "bench": ("data_prep.commands.bench", "codec and build throughput"),
+}
+
+if __name__ == "__main__":
+    dispatch("data_prep", "Imagery to shards.", COMMANDS)

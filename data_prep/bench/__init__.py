@@ -1,0 +1,1 @@
+"""Benchmarks of the prep stage: codecs on real pixels, build throughput by stage."""
