@@ -31,7 +31,28 @@ class ViewConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read and how. url: one shard set or several, with `weights` for mixing."""
+    """What is read and how.
+
+    What:
+        url: one shard set or several. Without `weights` several are read as one set; with them, draws are mixed by weight.
+        split: of the index; "" takes all.
+        require: modalities a site must have. max_cloud: greatest mean cloud share. date_range: ISO dates, a site's series
+            must overlap it. bbox: west, south, east, north in degrees.
+
+    Views:
+        scale: range of the crop side as a share of the canvas side, in steps of 10 m; at most 1.
+        min_clear: dates with a smaller share of clear pixels are used only when too few others exist.
+        date_jitter_days: greatest shift of a date's day of year. photometric: draw hr colour augmentation.
+
+    How:
+        threads: decoding threads, 0 = decode in the caller. prefetch_batches: batches made ahead.
+        block_samples, interleave: see `pipeline.reader.order`; block_samples * interleave samples are mixed at a time.
+        read_ahead_mb: memory for bytes fetched ahead from object storage; range_mb: size of one request.
+        cache_dir, cache_gb: local disk cache of what was fetched, bounded.
+        verify_checksums: each member on its first read in a run, and on every read from object storage.
+        error_budget: share of the samples that may be unreadable; past it the run stops with their list.
+        retries: attempts after the first for one request.
+    """
 
     url: str | tuple[str, ...] = ""
     weights: tuple[float, ...] = ()
@@ -40,12 +61,15 @@ class DataConfig:
     views_local: ViewConfig = field(default_factory=lambda: ViewConfig(256, 8, 10, 5))
     local_views: int = 1
     scale: tuple[float, float] = (1.0, 1.0)
+    min_clear: float = 0.2
+    date_jitter_days: int = 0
+    photometric: bool = True
     require: tuple[str, ...] = ()
     max_cloud: float | None = None
     date_range: tuple[str, str] | None = None
     bbox: tuple[float, float, float, float] | None = None
     threads: int = 2
-    block_samples: int = 64
+    block_samples: int = 16
     interleave: int = 8
     prefetch_batches: int = 2
     read_ahead_mb: int = 64
@@ -55,7 +79,23 @@ class DataConfig:
     verify_checksums: bool = True
     error_budget: float = 0.001
     retries: int = 5
-    photometric: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale must be 0 < low <= high <= 1, found {self.scale}; larger crops need a larger series_px")
+        for name in ("block_samples", "interleave", "prefetch_batches", "read_ahead_mb", "range_mb"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, found {getattr(self, name)}")
+        for name in ("threads", "local_views", "retries", "date_jitter_days"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, found {getattr(self, name)}")
+        if self.weights and len(self.weights) != len(self.urls):
+            raise ValueError(f"weights holds {len(self.weights)} numbers for {len(self.urls)} shard sets")
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The shard sets, one or several."""
+        return (self.url,) if isinstance(self.url, str) else self.url
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,103 @@
+"""Crops of the ground: which square, how it is turned, and where each canvas pixel lies.
+
+Site metres: x east of the site's west edge, y south of its north edge. Every crop is a ground square whose edges lie on the
+10 m grid, so that s2, s1 and labels are cut without resampling. A crop may reach outside the site; there it is invalid.
+
+The eight turns (group D4) are numbered by bits: 4 = transpose, then 2 = flip rows, 1 = flip columns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+GRID_M = 10.0
+MIN_OVERLAP = 0.5  # least overlap of u and v along each axis, as a share of the side
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Crop:
+    """A ground square: west and north edge in site metres, side in metres, and the turn applied to its pixels."""
+
+    x0_m: float
+    y0_m: float
+    side_m: float
+    turn: int = 0
+
+
+def turned(x: np.ndarray, turn: int) -> np.ndarray:
+    """A view of `x` [..., n, n] with the last two axes turned; no copy."""
+    if turn & 4:
+        x = x.swapaxes(-1, -2)
+    if turn & 2:
+        x = x[..., ::-1, :]
+    if turn & 1:
+        x = x[..., ::-1]
+    return x
+
+
+def affine(crop: Crop, canvas_px: int, gsd_m: float) -> np.ndarray:
+    """float64 [2, 3]: (column, row) on the turned canvas → site metres.
+
+    Args:
+        canvas_px: side n of the square canvas. Its unturned (column, row) is (x0 + gsd·column, y0 + gsd·row).
+        gsd_m: metres per canvas pixel.
+    """
+    # canvas → unturned canvas: undo the column flip, the row flip, then the transpose
+    column, row = np.array([1.0, 0.0, 0.0]), np.array([0.0, 1.0, 0.0])
+    if crop.turn & 1:
+        column = np.array([-1.0, 0.0, canvas_px])
+    if crop.turn & 2:
+        row = np.array([0.0, -1.0, canvas_px])
+    if crop.turn & 4:
+        column, row = row, column
+    return np.stack([gsd_m * column + [0, 0, crop.x0_m], gsd_m * row + [0, 0, crop.y0_m]])
+
+
+def origin(low_m: float, high_m: float, side_m: float, u: float) -> float:
+    """Start of a `side_m` interval inside [low, high] on the 10 m grid, drawn by u in [0, 1).
+
+    An interval longer than the room holds all of it instead: the start is then drawn from [high - side, low].
+    """
+    first, last = sorted((low_m, high_m - side_m))
+    steps = int((last - first) / GRID_M + 1e-6)  # whole grid steps that fit
+    if low_m > high_m - side_m:  # measured from `low`, so that the site's own pixel grid is kept
+        return low_m - GRID_M * int(u * (steps + 1))
+    return first + GRID_M * int(u * (steps + 1))
+
+
+def overlapping_origin(room_m: float, side_m: float, other_m: float, u: float) -> float:
+    """Like `origin` within [0, room], but overlapping [other, other + side] by at least MIN_OVERLAP of the side."""
+    if room_m <= side_m:
+        return origin(0.0, room_m, side_m, u)
+    reach = np.floor(side_m * (1 - MIN_OVERLAP) / GRID_M) * GRID_M
+    low, high = max(0.0, other_m - reach), min(room_m, other_m + reach + side_m)
+    return origin(low, high, side_m, u)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Window:
+    """Where a crop meets one raster axis pair: source pixels [y0:y1, x0:x1] land on canvas pixels from (row, column)."""
+
+    y0: int
+    y1: int
+    x0: int
+    x1: int
+    row: int
+    column: int
+
+    @property
+    def empty(self) -> bool:
+        return self.y1 <= self.y0 or self.x1 <= self.x0
+
+
+def aligned_window(crop: Crop, height: int, width: int, gsd_m: float, canvas_px: int) -> Window | None:
+    """The crop's window when source pixels fall exactly on (unturned) canvas pixels; None when it must be resampled."""
+    x, y, n = crop.x0_m / gsd_m, crop.y0_m / gsd_m, crop.side_m / gsd_m
+    left, top, side = round(x), round(y), round(n)
+    tolerance = 0.02  # a fiftieth of a pixel: stored resolutions are rounded
+    if max(abs(x - left), abs(y - top), abs(n - side)) > tolerance or side > canvas_px:
+        return None
+    x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + side, width), min(top + side, height)
+    return Window(y0, max(y1, y0), x0, max(x1, x0), y0 - top, x0 - left)

@@ -1,0 +1,140 @@
+"""What each view of a site shows: crop, turn, dates and colour parameters, drawn as a pure function of a key.
+
+Every view draws from its own key (seed, epoch, sample key, view number), so that pixels do not depend on the layout of the
+run, and more local views change nothing for u and v.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from pipeline.config import DataConfig, ViewConfig
+from pipeline.reader.geometry import GRID_M, Crop, origin, overlapping_origin
+from pipeline.reader.keyed import uniforms
+
+# Columns of View.photometric_BP; must be model.augment.PHOTOMETRIC (a test holds it). The values here change nothing.
+PHOTOMETRIC = ("brightness", "contrast", "saturation", "hue", "blur_sigma", "solarize_threshold", "grayscale")
+NEUTRAL = (1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0)
+
+JITTER_SHARE, GRAY_SHARE, BLUR_SHARE, SOLARIZE_SHARE = 0.8, 0.2, 0.5, 0.1  # of the views
+STRENGTH = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}  # DINO's (arXiv 2104.14294, appendix)
+BLUR_SIGMA = (0.1, 2.0)  # hr pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteFacts:
+    """What is known of a site before its pixels are read.
+
+    Attributes:
+        width_m, height_m: extent of the footprint on the ground.
+        clear: per present modality, the share of clear pixels of each date (its length is the number of dates).
+    """
+
+    width_m: float
+    height_m: float
+    clear: Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewPlan:
+    """One view of one site. dates: per modality the chosen date indices, ascending; jitter_days moves their day of year."""
+
+    crop: Crop
+    dates: Mapping[str, np.ndarray]
+    jitter_days: Mapping[str, np.ndarray]
+    photometric_P: np.ndarray
+
+
+def dates_wanted(view: ViewConfig, modality: str) -> int:
+    """Canvas dates of a modality: `<modality>_dates` of the view's config, 1 where it has none (hr)."""
+    return int(getattr(view, f"{modality}_dates", 1))
+
+
+def plan(site: SiteFacts, data: DataConfig, seed: int, epoch: int, key: str) -> list[ViewPlan]:
+    """Plans of u, v and the local views of one site."""
+    u = _plan_view(site, data, data.views_global, (seed, epoch, key, 0), None)
+    v = _plan_view(site, data, data.views_global, (seed, epoch, key, 1), [u.crop])
+    crops = [u.crop, v.crop]
+    return [u, v, *(
+        _plan_view(site, data, data.views_local, (seed, epoch, key, 2 + i), crops) for i in range(data.local_views)
+    )]  # fmt: skip
+
+
+def plan_whole(site: SiteFacts, view: ViewConfig, min_clear: float = 0.0) -> ViewPlan:
+    """The plan of a view without chance: the centred crop, unturned, dates spread evenly, colours as they are."""
+    side = view.series_px * GRID_M
+    x0, y0 = (np.floor((room - side) / 2 / GRID_M) * GRID_M for room in (site.width_m, site.height_m))
+    dates = {}
+    for modality, clear in site.clear.items():
+        usable = np.flatnonzero(clear >= min_clear) if (clear >= min_clear).any() else np.arange(len(clear))
+        count = min(dates_wanted(view, modality), len(usable))
+        dates[modality] = usable[np.linspace(0, len(usable) - 1, count).round().astype(int)]
+    none = {modality: np.zeros(len(chosen), np.int16) for modality, chosen in dates.items()}
+    return ViewPlan(Crop(float(x0), float(y0), side), dates, none, np.array(NEUTRAL, np.float32))
+
+
+def _plan_view(
+    site: SiteFacts, data: DataConfig, view: ViewConfig, key: tuple[int | str, ...], others: list[Crop] | None
+) -> ViewPlan:
+    """others: none for u, [u] for v, [u, v] for a local view."""
+    number_of_dates = sum(len(clear) for clear in site.clear.values())
+    draws = uniforms(16 + 2 * number_of_dates, *key)
+    side = _side(view, data.scale, draws[0])
+    crop = Crop(*_place(site, side, others, draws[1], draws[2]), side, int(draws[3] * 8))
+    dates, jitter, at = {}, {}, 16
+    for modality, clear in site.clear.items():
+        chosen = choose_dates(clear, dates_wanted(view, modality), data.min_clear, draws[at : at + len(clear)])
+        spread = draws[at + len(clear) : at + 2 * len(clear)][chosen]
+        dates[modality] = chosen
+        jitter[modality] = np.floor(spread * (2 * data.date_jitter_days + 1)).astype(np.int16) - data.date_jitter_days
+        at += 2 * len(clear)
+    photometric = draw_photometric(draws[4:16]) if data.photometric else np.array(NEUTRAL, np.float32)
+    return ViewPlan(crop, dates, jitter, photometric)
+
+
+def _side(view: ViewConfig, scale: tuple[float, float], u: float) -> float:
+    """Ground side in metres, a multiple of 10 m: the canvas side times a factor drawn from `scale`."""
+    factor = scale[0] + (scale[1] - scale[0]) * u
+    return max(1, round(view.series_px * factor)) * GRID_M
+
+
+def _place(site: SiteFacts, side: float, others: list[Crop] | None, ux: float, uy: float) -> tuple[float, float]:
+    if not others:
+        return origin(0.0, site.width_m, side, ux), origin(0.0, site.height_m, side, uy)
+    if len(others) == 1:
+        return (
+            overlapping_origin(site.width_m, side, others[0].x0_m, ux),
+            overlapping_origin(site.height_m, side, others[0].y0_m, uy),
+        )
+    # a local view lies in the box around u and v: it shares ground with at least one of them
+    west, north = (max(0.0, min(getattr(c, axis) for c in others)) for axis in ("x0_m", "y0_m"))
+    east = min(site.width_m, max(c.x0_m + c.side_m for c in others))
+    south = min(site.height_m, max(c.y0_m + c.side_m for c in others))
+    return origin(west, east, side, ux), origin(north, south, side, uy)
+
+
+def choose_dates(clear: np.ndarray, wanted: int, min_clear: float, u: np.ndarray) -> np.ndarray:
+    """Indices of at most `wanted` dates, ascending: drawn among the dates with enough clear pixels; if those are too few,
+    the clearest of the rest; a date without a clear pixel never."""
+    priority = np.where(clear >= min_clear, u, 2.0 - clear)
+    usable = np.flatnonzero(clear > 0)
+    chosen = usable[np.argsort(priority[usable], kind="stable")[:wanted]]
+    return np.sort(chosen)
+
+
+def draw_photometric(u: Sequence[float] | np.ndarray) -> np.ndarray:
+    """float32 [P] from 9 uniforms: colour jitter, blur, solarize and grayscale, each on its share of the views."""
+    values = list(NEUTRAL)
+    if u[0] < JITTER_SHARE:
+        for index, name in enumerate(("brightness", "contrast", "saturation", "hue")):
+            values[index] += STRENGTH[name] * (2 * u[1 + index] - 1)
+    if u[5] < BLUR_SHARE:
+        values[4] = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * u[6]
+    if u[7] < SOLARIZE_SHARE:
+        values[5] = 0.5
+    if u[8] < GRAY_SHARE:
+        values[6] = 1.0
+    return np.array(values, np.float32)
