@@ -1,0 +1,61 @@
+"""The teacher: an exponential moving average of the student, sharded with it.
+
+Each rank averages what it holds of the fp32 master weights (a ZeRO partition, its own experts) and nothing else; the averages
+are then gathered into the teacher's compute weights, in the compute precision. The average itself is always fp32: at momentum
+0.9995 a bfloat16 average would stand still (its spacing near 1 is 2^-8, a step of 5e-4 rounds away).
+
+Sharding changes nothing in the result: averaging is elementwise, so the sharded teacher equals the unsharded one bit by bit
+whenever the students do.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline.parallel.zero import Master, Piece, ShardedState
+
+
+
+class Teacher:
+    """Averages of the student's masters, and the module that computes with them.
+
+    module: same parameter names as the student; holds compute weights (all dense ones, the local experts).
+    """
+
+    def __init__(self, module: nn.Module, state: ShardedState) -> None:
+        self.module, self.state = module.requires_grad_(False).eval(), state
+        self._parameters = dict(module.named_parameters())
+        # Starts as the student is, bit by bit: the student's masters are what the teacher is an average of.
+        self.averages = {id(master): master.tensor.detach().clone() for master in state.masters}
+        self.publish()
+
+    @torch.no_grad()
+    def update(self, momentum: float) -> None:
+        """average ← momentum · average + (1 − momentum) · student, then new compute weights."""
+        averages = [self.averages[id(master)] for master in self.state.masters]
+        students = [master.tensor.detach() for master in self.state.masters]
+        torch._foreach_lerp_(averages, students, 1.0 - momentum)
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Compute weights from the averages; a collective over each master's group."""
+        for master in self.state.masters:
+            master.scatter(self._parameters, self._gather(master))
+
+    def of(self, piece: Piece) -> Tensor:
+        """This rank's part of the average, fp32."""
+        return piece.of(self.averages[id(piece.master)])
+
+    def _gather(self, master: Master) -> Tensor:
+        average = self.averages[id(master)]
+        example = next(iter(self._parameters.values()))
+        part = average.to(example.device, example.dtype)  # gathered in compute precision: half the traffic in bf16
+        if master.group is None or dist.get_world_size(master.group) == 1:
+            return part.reshape(1, -1)
+        world = dist.get_world_size(master.group)
+        gathered = torch.empty(world, part.numel(), dtype=part.dtype, device=part.device)
+        dist.all_gather_into_tensor(gathered.view(-1), part.contiguous(), group=master.group)
+        return gathered

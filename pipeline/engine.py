@@ -1,0 +1,158 @@
+"""One optimizer step over all ranks: teacher, centring, student, update, average. The only user of DeepSpeed's engine.
+
+Order inside a step (`model.losses.reduce` says why it makes any split of the batch exact): the teacher sees all micro-batches
+first; the whole step's targets are centred together, over all ranks; then the student runs micro-batch by micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cluster.errors import UsageError
+from pipeline.config import PretrainConfig
+from pipeline.ema import Teacher
+from pipeline.optimizer import adamw, set_rates
+from pipeline.parallel.expert_parallel import apply_expert_parallel
+from pipeline.parallel.layout import Layout
+from pipeline.parallel.zero import ShardedState
+from pipeline.schedules import ema_momentum, learning_rate, weight_decay
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Figures of one step, equal on all ranks. `applied` is false where DeepSpeed skipped the update."""
+
+    loss: float
+    metrics: dict[str, float]
+    grad_norm: float
+    lr: float
+    applied: bool
+
+
+def deepspeed_config(config: PretrainConfig, layout: Layout) -> dict[str, Any]:
+    """DeepSpeed's settings for a run; `engine.extra` is merged last and may set nothing that is set here.
+
+    ZeRO-0 clips in `Engine`, because DeepSpeed's norm there averages over ranks what it must sum over experts.
+    """
+    cuda = torch.cuda.is_available()
+    zero: dict[str, Any] = {
+        "stage": layout.zero_stage, "overlap_comm": cuda, "contiguous_gradients": True, "reduce_scatter": True,
+        "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 200_000_000,
+    }  # fmt: skip
+    if layout.zero_stage == 3:
+        zero.update(stage3_prefetch_bucket_size=50_000_000, stage3_param_persistence_threshold=100_000)
+    if layout.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
+    settings: dict[str, Any] = {
+        "train_batch_size": layout.batch, "train_micro_batch_size_per_gpu": layout.micro_batch,
+        "gradient_accumulation_steps": layout.accumulation,
+        "gradient_clipping": config.optimizer.clip if layout.zero_stage else 0.0,
+        "zero_optimization": zero, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1_000_000_000,
+    }  # fmt: skip
+    if layout.precision == "bf16":
+        settings["bf16"] = {"enabled": True}
+        if layout.zero_stage != 1:  # ZeRO-1 with this setting becomes another optimizer class, without our masters' layout
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _merge(settings, config.engine.extra, "engine.extra")
+
+
+def _merge(ours: dict[str, Any], extra: dict[str, Any], path: str) -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in extra.items():
+        if key in ours and isinstance(ours[key], dict) and isinstance(value, dict):
+            merged[key] = _merge(ours[key], value, f"{path}.{key}")
+        elif key in ours:
+            raise UsageError(f"{path}.{key} collides with what geoloom sets ({ours[key]!r}); use geoloom's own key for it")
+        else:
+            merged[key] = value
+    return merged
+
+
+class Engine:
+    """Student under DeepSpeed, teacher beside it, both sharded alike.
+
+    Args:
+        student: `model.pretrain.Student`, fp32, equal on all ranks.
+        teacher: its twin (`make_teacher`).
+    """
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, config: PretrainConfig, layout: Layout, device: torch.device, reduce: Any
+    ) -> None:
+        import deepspeed
+
+        self.config, self.layout, self.device, self.reduce = config, layout, device, reduce
+        apply_expert_parallel(student, layout)
+        apply_expert_parallel(teacher, layout)
+        self.student = student
+        settings = deepspeed_config(config, layout)
+        self.deepspeed, *_ = deepspeed.initialize(model=student, optimizer=adamw(student, config.optimizer), config=settings)
+        self.state = ShardedState(self.deepspeed, student)
+        dtype = torch.bfloat16 if layout.precision == "bf16" else torch.float32
+        for parameter in teacher.parameters():  # parameters only: buffers stay fp32, as in DeepSpeed's student
+            parameter.data = parameter.data.to(device, dtype)
+        self.teacher = Teacher(teacher.to(device), self.state)
+        self.total_samples = config.train.steps * layout.batch
+
+    def step(self, micro_batches: list[Any], samples: int) -> StepResult:
+        """One update. samples: seen before this step; schedules are evaluated at the step's end."""
+        after = samples + self.layout.batch
+        lr = self._set_rates(after)
+        student, teacher = self.student, self.teacher.module
+        with torch.no_grad():
+            targets = [teacher.teacher_forward(batch, samples) for batch in micro_batches]
+            targets = student.center(targets, self.reduce)
+        self.deepspeed.train()
+        sums: dict[str, Tensor] = {}
+        for batch, target in zip(micro_batches, targets):
+            loss, metrics = self.deepspeed(batch, target, samples)
+            self.deepspeed.backward(loss)
+            for name, value in {"loss": loss, **metrics}.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().float()
+            if batch is not micro_batches[-1]:
+                self.deepspeed.step()
+        norm = self._clip() if self.layout.zero_stage == 0 else None
+        self.deepspeed.step()
+        applied = not bool(getattr(self.deepspeed.optimizer, "overflow", False))
+        grad_norm = norm if norm is not None else float(self.deepspeed.get_global_grad_norm() or 0.0)
+        if applied:
+            low, high = self.config.objective.ema_momentum
+            self.teacher.update(ema_momentum(after, self.total_samples, low, high))
+        metrics_f = self._average(sums, len(micro_batches))
+        return StepResult(metrics_f.pop("loss"), metrics_f, grad_norm, lr, applied)
+
+    def _set_rates(self, samples: int) -> float:
+        config, total = self.config.optimizer, self.total_samples
+        lr = learning_rate(samples, total, config.warmup_samples, config.lr, config.lr_end)
+        set_rates(self.state.optimizer.param_groups, lr, weight_decay(samples, total, *config.weight_decay))
+        return lr
+
+    def _average(self, sums: dict[str, Tensor], parts: int) -> dict[str, float]:
+        """Mean over micro-batches and ranks, in one collective; names must be the same on all ranks."""
+        names = sorted(sums)
+        packed = torch.stack([sums[name].reshape(()) for name in names]).to(torch.float64) / parts
+        if self.layout.world > 1:
+            dist.all_reduce(packed)
+            packed /= self.layout.world
+        return dict(zip(names, packed.tolist()))
+
+    def _clip(self) -> float:
+        """ZeRO-0: global norm with every expert counted once, then scaling in place. Returns the norm before clipping."""
+        dense = [p.grad for p in self.student.parameters() if p.grad is not None and getattr(p, "allreduce", True)]
+        expert = [p.grad for p in self.student.parameters() if p.grad is not None and not getattr(p, "allreduce", True)]
+        square = torch.stack(torch._foreach_norm(dense)).square().sum()
+        if self.layout.ep > 1:
+            mine = torch.stack(torch._foreach_norm(expert)).square().sum() if expert else square.new_zeros(())
+            dist.all_reduce(mine)  # over all ranks: each expert is counted once per replica
+            square = square + mine / (self.layout.world / self.layout.ep)
+        norm = float(square.sqrt())
+        limit = self.config.optimizer.clip
+        if limit > 0 and norm > limit:
+            torch._foreach_mul_(dense + expert, limit / (norm + 1e-6))
+        return norm

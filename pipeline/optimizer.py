@@ -1,0 +1,75 @@
+"""AdamW and its parameter groups: decay · no decay · router · experts, each with its learning-rate scale."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cluster.errors import UsageError
+from pipeline.config import OptimizerConfig
+
+# Last name components that are never decayed whatever their shape: learned tokens and scales (method.md section 4).
+NO_DECAY_NAMES = ("prompt", "queries", "query", "logit_scale", "position", "doy", "extra_token", "temperature")
+
+
+def kind_of(name: str, parameter: Tensor) -> str:
+    """Which group a parameter belongs to: "experts", "no_decay_experts", "router", "no_decay" or "decay"."""
+    parts = name.split(".")
+    vector = parameter.ndim - ("experts" in parts) < 2
+    undecayed = vector or any(word in part for part in parts[-2:] for word in NO_DECAY_NAMES)
+    if "experts" in parts:
+        return "no_decay_experts" if undecayed else "experts"
+    if "router" in parts:
+        return "router"
+    return "no_decay" if undecayed else "decay"
+
+
+def parameter_groups(named: Iterable[tuple[str, Tensor]], config: OptimizerConfig) -> list[dict[str, Any]]:
+    """AdamW groups holding every trainable parameter exactly once, in a deterministic order.
+
+    Expert-parallel parameters (those DeepSpeed must not average over all ranks) get `moe`/`name` keys: its own marks. A group
+    holds parameters of one kind, one learning-rate scale and one sharding.
+
+    Raises:
+        UsageError: a prefix in `optimizer.lr_scale` that matches no parameter.
+    """
+    groups: dict[tuple[str, float, str], dict[str, Any]] = {}
+    unused = set(config.lr_scale)
+    for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
+        prefix = max((p for p in config.lr_scale if _matches(name, p)), key=len, default=None)
+        scale = config.lr_scale[prefix] if prefix else 1.0
+        unused.discard(prefix or "")
+        kind = kind_of(name, parameter)
+        sharding = getattr(parameter, "group_name", "") if not getattr(parameter, "allreduce", True) else ""
+        group = groups.setdefault((kind, scale, sharding), {"params": [], "kind": kind, "lr_scale": scale})
+        if sharding:
+            group.update(moe=True, name=sharding)
+        group["params"].append(parameter)
+    if unused:
+        raise UsageError(f"optimizer.lr_scale.{min(unused)} matches no parameter; prefixes look like skysense.backbone")
+    return [groups[key] for key in sorted(groups)]
+
+
+def _matches(name: str, prefix: str) -> bool:
+    """Prefixes are given by component, from the top or from below it (`backbone` matches `skysense.backbone.…`)."""
+    return f".{name}".find(f".{prefix}.") >= 0 or f".{name}".endswith(f".{prefix}")
+
+
+def adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over `module`. Rates start at 0: `set_rates` decides them before every step."""
+    groups = parameter_groups(module.named_parameters(), config)
+    for group in groups:
+        group.update(lr=0.0, weight_decay=0.0)
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=0.0, foreach=True)
+
+
+def set_rates(groups: list[dict[str, Any]], lr: float, weight_decay: float) -> None:
+    """Puts this step's learning rate and weight decay into optimizer groups. The router is decayed like any matrix."""
+    for group in groups:
+        group["lr"] = lr * group["lr_scale"]
+        group["weight_decay"] = 0.0 if group["kind"].startswith("no_decay") else weight_decay

@@ -1,0 +1,1 @@
+"""Parallelism applied from outside: layout, process groups, expert parallelism, and the one door to DeepSpeed's internals."""

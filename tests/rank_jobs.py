@@ -1,0 +1,54 @@
+"""Runs a function in N gloo processes: `run_ranks("tests.module:function", 4, arguments)`; each returns JSON-able results."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.data_folder import REPOSITORY
+
+
+def run_ranks(target: str, processes: int, argument: Any, folder: Path, timeout_s: float = 240) -> list[Any]:
+    """What `target(argument)` returned on each rank. A rank that fails fails the test with its output."""
+    from pipeline.launch import _environment, _free_port
+
+    port = _free_port()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "argument.json").write_text(json.dumps(argument))
+    running = []
+    for rank in range(processes):
+        env = {**_environment(rank, processes, port), "OMP_NUM_THREADS": "1", "GEOLOOM_LAUNCHER": str(os.getpid())}
+        with open(folder / f"rank-{rank}.log", "wb") as log:
+            command = [sys.executable, "-m", "tests.rank_jobs", target, str(folder)]
+            running.append(subprocess.Popen(command, env=env, cwd=REPOSITORY, stdout=log, stderr=log))
+    try:
+        codes = [process.wait(timeout_s) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    for rank, code in enumerate(codes):
+        assert code == 0, f"rank {rank} of {processes} ended {code}:\n{(folder / f'rank-{rank}.log').read_text()[-4000:]}"
+    return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(processes)]
+
+
+def main() -> None:
+    from cluster.ranks import Ranks
+    from pipeline.launch import die_with_launcher
+    from pipeline.parallel.processes import finish, start
+
+    die_with_launcher()
+    module, _, name = sys.argv[1].partition(":")
+    folder, ranks = Path(sys.argv[2]), Ranks.from_environment()
+    start(ranks, 60.0)
+    result = getattr(importlib.import_module(module), name)(json.loads((folder / "argument.json").read_text()))
+    (folder / f"result-{ranks.rank}.json").write_text(json.dumps(result))
+    finish()
+
+
+if __name__ == "__main__":
+    main()
