@@ -33,9 +33,10 @@ SIZES: dict[str, SizeSpec] = {
 class MoEConfig:
     """Mixture of experts in place of the FFN of some blocks of stages 3-4.
 
-    experts: 0 = dense. placement: which blocks (counted over stages 3-4 together): the last `blocks` of them, `blocks` of
-    them spread evenly, or the listed `indices`. balance_weight, z_weight: router losses (Switch, arXiv 2101.03961; ST-MoE,
-    arXiv 2202.08906).
+    experts: 0 = dense. placement: which blocks (counted over stages 3-4 together, from 0): the last `blocks` of them,
+    `blocks` of them spread evenly, or the listed `indices`. balance_weight, z_weight: router losses (Switch, arXiv
+    2101.03961; ST-MoE, arXiv 2202.08906). grouped: one grouped matrix product over all experts; false: one product per
+    expert (the reference). None: grouped where it is the faster one (CUDA in bfloat16).
     """
 
     experts: int = 8
@@ -45,20 +46,55 @@ class MoEConfig:
     indices: tuple[int, ...] = ()
     balance_weight: float = 1e-2
     z_weight: float = 1e-3
+    grouped: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.experts < 0 or self.experts == 1:
+            raise ValueError(f"moe.experts must be 0 (dense) or at least 2, found {self.experts}")
+        if self.experts and not 1 <= self.top_k <= self.experts:
+            raise ValueError(f"moe.top_k must lie in 1..{self.experts} (experts), found {self.top_k}")
+        if self.placement == "list" and self.experts and not self.indices:
+            raise ValueError("moe.placement is list, but moe.indices is empty")
+        if self.blocks < 1:
+            raise ValueError(f"moe.blocks must be at least 1, found {self.blocks}; moe.experts=0 switches experts off")
+
+    def placed(self, num_blocks: int) -> frozenset[int]:
+        """The blocks, of `num_blocks` in stages 3-4 together, whose FFN becomes experts."""
+        if not self.experts:
+            return frozenset()
+        if self.placement == "list":
+            return frozenset(self.indices)
+        count = min(self.blocks, num_blocks)
+        if self.placement == "last_n":
+            return frozenset(range(num_blocks - count, num_blocks))
+        return frozenset((i + 1) * num_blocks // count - 1 for i in range(count))
 
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """Multi-modal temporal fusion; None takes the size's default. depth 0 averages the valid frames instead."""
+    """Multi-modal temporal fusion; None takes the size's default. depth 0 averages the valid frames instead.
+
+    upscale: how many cells per side one token of a modality is unfolded into by the learned pixel shuffle; None derives
+    it per modality from the nominal token sizes on the ground (4 for 40 m tokens beside 9.6 m ones).
+    """
 
     depth: int | None = None
     dim: int | None = None
     heads: int | None = None
+    upscale: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The backbone (method.md section 2) and fusion (section 3)."""
+    """The backbone (method.md section 2) and fusion (section 3).
+
+    patch: pixels per token side. window: tokens per window side (stages 1-2; stages 3-4 if `attention` is window).
+    merge: per modality, whether the grid is halved at each of the three transitions. prompts: learnable tokens per
+    modality in each of stages 3 and 4; 0 = off. position: of stages 3-4; `reference_m`: metres per unit of the rotary
+    angle; `rotary_base`: ratio of the longest to the shortest rotary wavelength; `learned_grid` cells of
+    `learned_cell_m` metres: side of the learned table. separate: one backbone per modality. token_min_valid: a token counts as valid if
+    more than this share of its pixels is.
+    """
 
     size: Literal["debug", "tiny", "small", "base", "skysense_v2"] = "tiny"
     modalities: tuple[str, ...] = ("hr", "s2", "s1")
@@ -71,21 +107,97 @@ class ModelConfig:
     prompts: int = 4
     position: Literal["rotary_m", "learned", "none"] = "rotary_m"
     reference_m: float = 10.0
+    rotary_base: float = 100.0
+    learned_grid: int = 16
+    learned_cell_m: float = 40.0
     separate: bool = False
     drop_path: float = 0.2
+    token_min_valid: float = 0.0
     activation_checkpointing: bool = False
     moe: MoEConfig = field(default_factory=MoEConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.modalities if name not in MODALITIES]
-        if unknown:
-            raise ValueError(f"modalities holds {unknown[0]!r}; known ones are {', '.join(MODALITIES)}")
+        if not self.modalities or len(set(self.modalities)) != len(self.modalities):
+            raise ValueError("modalities must name at least one sensor, each once")
+        for name in (*self.modalities, *self.merge, *(self.fusion.upscale or {})):
+            if name not in MODALITIES:
+                raise ValueError(
+                    f"modalities, merge or fusion.upscale holds {name!r}; known are {', '.join(MODALITIES)}"
+                )
+        if self.window < 2 or self.patch < 1:
+            raise ValueError(f"window must be at least 2 and patch at least 1, found {self.window} and {self.patch}")
+        if self.prompts < 0 or not 0.0 <= self.drop_path < 1.0 or not 0.0 <= self.token_min_valid < 1.0:
+            raise ValueError("prompts must be >= 0; drop_path and token_min_valid must lie in [0, 1)")
+        if self.position == "rotary_m" and self.head_dim % 4:
+            raise ValueError(f"rotary positions need a head dim divisible by 4, found {self.head_dim}")
+        if self.fusion_dim % self.fusion_heads:
+            raise ValueError(f"fusion.dim {self.fusion_dim} is no multiple of fusion.heads {self.fusion_heads}")
+        blocks = self.depths[2] + self.depths[3]
+        wrong = [i for i in self.moe.placed(blocks) if not 0 <= i < blocks]
+        if wrong:
+            raise ValueError(
+                f"moe.indices holds {wrong[0]}; stages 3-4 of size {self.size} have blocks 0..{blocks - 1}"
+            )
+
+    @property
+    def depths(self) -> tuple[int, int, int, int]:
+        return SIZES[self.size].depths
+
+    @property
+    def dims(self) -> tuple[int, int, int, int]:
+        dim = SIZES[self.size].dim
+        return (dim, 2 * dim, 4 * dim, 8 * dim)
+
+    @property
+    def head_dim(self) -> int:
+        return SIZES[self.size].head_dim
+
+    @property
+    def fusion_depth(self) -> int:
+        return SIZES[self.size].fusion_depth if self.fusion.depth is None else self.fusion.depth
+
+    @property
+    def fusion_dim(self) -> int:
+        return SIZES[self.size].fusion_dim if self.fusion.dim is None else self.fusion.dim
+
+    @property
+    def fusion_heads(self) -> int:
+        return SIZES[self.size].fusion_heads if self.fusion.heads is None else self.fusion.heads
+
+    def merges(self, modality: str) -> tuple[bool, bool, bool]:
+        """Merge (true) or keep (false) at the three transitions; a modality without an entry keeps its grid."""
+        return self.merge.get(modality, (False, False, False))
+
+    def stride(self, modality: str) -> int:
+        """Pixels per side of a final-stage token."""
+        return self.patch * 2 ** sum(self.merges(modality))
+
+    def upscale(self, modality: str) -> int:
+        """Cells per side that fusion unfolds a token of this modality into (see `FusionConfig.upscale`).
+
+        A learned unfolding of more than 8 x 8 cells would cost more than the backbone's widest FFN: beyond it the grid is
+        brought over by nearest neighbour alone (factor 1).
+        """
+        if self.fusion.upscale is not None:
+            return self.fusion.upscale.get(modality, 1)
+        token_m = {m: self.stride(m) * MODALITIES[m].gsd_m for m in self.modalities}
+        factor = round(token_m[modality] / min(token_m.values()))
+        return factor if factor <= 8 else 1
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Loss terms (method.md section 4); weight 0 switches a term off."""
+    """Loss terms (method.md section 4); weight 0 switches a term off, with its heads.
+
+    prototypes, head_hidden, head_bottleneck: projection heads. heads: one per feature space, or one per granularity too.
+    mgcl_levels: granularities of MGCL. pixel_pairs: at most so many positions per image. object_clusters: per image.
+    centering: teacher targets balanced over the whole step (sinkhorn), or sharpened only (softmax; for ablation).
+    balance_load: expert loads in the balance loss are those of the previous step (exact under any split into ranks and
+    micro-batches) or of the current global micro-batch (Switch's formula to the letter; another accumulation, another loss).
+    ita_embeddings: file made by `python -m pipeline text-embeddings`; None switches ITA off.
+    geo_context: regional prototypes (predecessor), over `geo_regions` cells with `geo_prototypes` each.
+    """
 
     mgcl_weight: float = 1.0
     ita_weight: float = 0.1
@@ -93,13 +205,31 @@ class ObjectiveConfig:
     prototypes: int = 65536
     head_hidden: int = 2048
     head_bottleneck: int = 256
+    heads: Literal["shared", "per_level"] = "shared"
+    mgcl_levels: tuple[str, ...] = ("pixel", "object", "image")
+    pixel_pairs: int = 256
     object_clusters: int = 8
     queries: int = 16
     student_temperature: float = 0.1
     teacher_temperature: tuple[float, float] = (0.04, 0.07)
     teacher_warmup_samples: int = 30_000
+    centering: Literal["sinkhorn", "softmax"] = "sinkhorn"
     sinkhorn_iterations: int = 3
+    balance_load: Literal["previous_step", "micro_batch"] = "previous_step"
     ita_temperature: float = 0.07
     ita_embeddings: str | None = None
     ema_momentum: tuple[float, float] = (0.994, 1.0)
     geo_context: bool = False
+    geo_regions: int = 4096
+    geo_prototypes: int = 100
+    geo_momentum: float = 0.99
+
+    def __post_init__(self) -> None:
+        unknown = [level for level in self.mgcl_levels if level not in ("pixel", "object", "image")]
+        if unknown or not self.mgcl_levels:
+            raise ValueError(f"mgcl_levels={list(self.mgcl_levels)} must be some of pixel, object, image")
+        for name in ("prototypes", "head_hidden", "head_bottleneck", "pixel_pairs", "object_clusters", "queries"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if min(self.student_temperature, *self.teacher_temperature, self.ita_temperature) <= 0:
+            raise ValueError("temperatures must be above 0")

@@ -1,0 +1,125 @@
+"""Router statistics as sums, and the auxiliary losses as functions of the summed statistics.
+
+The balance loss is a product of two averages over *all* tokens of the step, so it cannot be averaged over calls or ranks:
+every call returns sums, sums are added over modalities, views and ranks, and only then the loss is taken.
+
+Dimension legend: T tokens · E experts · K chosen experts per token · M modalities.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from model.moe.router import Routing
+
+
+class CallStats(NamedTuple):
+    """Sums over the valid tokens of one call of one layer.
+
+    Attributes:
+        load_E: float32, assignments per expert (sums to T·K); no gradient.
+        prob_E: Σ_t softmax probability of each expert.
+        z: Σ_t logsumexp(logits_t)². entropy: Σ_t entropy of the gate, nats; no gradient. tokens: T; no gradient.
+    """
+
+    load_E: Tensor
+    prob_E: Tensor
+    z: Tensor
+    entropy: Tensor
+    tokens: Tensor
+
+
+class MoEStats(NamedTuple):
+    """The same sums of one layer per modality (first dimension M, in `ModelConfig.modalities` order)."""
+
+    load_ME: Tensor
+    prob_ME: Tensor
+    z_M: Tensor
+    entropy_M: Tensor
+    tokens_M: Tensor
+
+
+class SumReduce(Protocol):
+    """What the losses need from other ranks: the sum of a tensor over all of them, a constant to autograd."""
+
+    def sum(self, value: Tensor) -> Tensor: ...
+
+
+def call_stats(routing: Routing) -> CallStats:
+    """Sums of one routing decision, in the router's precision."""
+    logits_TE, probs_TE, _, expert_TK = routing
+    num_experts = logits_TE.shape[-1]
+    load_E = torch.zeros(num_experts, dtype=probs_TE.dtype, device=probs_TE.device)
+    chosen = expert_TK.flatten()
+    load_E = load_E.index_add(0, chosen, torch.ones_like(chosen, dtype=load_E.dtype))
+    with torch.no_grad():
+        entropy = torch.special.entr(probs_TE).sum()
+    tokens = torch.full((), float(logits_TE.shape[0]), dtype=probs_TE.dtype, device=probs_TE.device)
+    return CallStats(load_E, probs_TE.sum(0), logits_TE.logsumexp(-1).square().sum(), entropy, tokens)
+
+
+def stack_modalities(per_modality: list[CallStats]) -> MoEStats:
+    """One `CallStats` per modality, in config order, to the per-modality table of the layer."""
+    return MoEStats(*(torch.stack(column) for column in zip(*per_modality)))
+
+
+def add_stats(several: list[list[MoEStats]]) -> list[MoEStats]:
+    """Sums the per-layer statistics of several views (each a list over layers)."""
+    return [MoEStats(*(torch.stack(column).sum(0) for column in zip(*layer))) for layer in zip(*several)]
+
+
+def reduce_stats(stats: list[MoEStats], reduce: SumReduce) -> list[MoEStats]:
+    """The sums over all ranks, constants, all layers in one collective."""
+    if not stats:
+        return []
+    num_experts = stats[0].load_ME.shape[1]
+    flat = [
+        torch.cat([s.load_ME, s.prob_ME, s.z_M[:, None], s.entropy_M[:, None], s.tokens_M[:, None]], 1) for s in stats
+    ]
+    total_LMX = reduce.sum(torch.stack(flat).detach())
+    parts = (layer_MX.split([num_experts, num_experts, 1, 1, 1], dim=1) for layer_MX in total_LMX)
+    return [MoEStats(load, prob, z[:, 0], entropy[:, 0], tokens[:, 0]) for load, prob, z, entropy, tokens in parts]
+
+
+def balance_term(local: MoEStats, total: MoEStats) -> Tensor:
+    """One rank's part of the Switch load-balancing loss, E · Σ_e f_e · P_e (arXiv 2101.03961 eq. 4-6), of one layer.
+
+    f_e: share of *all* assignments that went to expert e; P_e: mean probability of e over all tokens. The parts of all ranks
+    add up to the loss, and their gradients to its gradient (f has none). `total`: `reduce_stats` of `local`, or `local`
+    itself on one rank. 1 when uniform, also for top-k > 1, since f is a share of the T·K assignments; no tokens: 0.
+    Pooled over modalities on purpose: experts may specialise by sensor, only the whole has to be balanced.
+    """
+    load_E, tokens = total.load_ME.detach().sum(0), total.tokens_M.detach().sum()
+    share_E = load_E / load_E.sum().clamp_min(1)
+    return load_E.shape[0] * (share_E * local.prob_ME.sum(0)).sum() / tokens.clamp_min(1)
+
+
+def z_term(local: MoEStats, total: MoEStats) -> Tensor:
+    """One rank's part of the router z-loss, mean over all tokens of logsumexp(logits)² (ST-MoE, arXiv 2202.08906 eq. 5)."""
+    return local.z_M.sum() / total.tokens_M.detach().sum().clamp_min(1)
+
+
+def describe(stats: list[MoEStats], modalities: tuple[str, ...]) -> dict[str, Tensor]:
+    """Metrics of all layers: per modality the share of each expert (mean over layers) and the gate's entropy in nats;
+    over all modalities the largest share over layers and experts (1/E when uniform) and the dead (unused) experts.
+
+    Names: `moe/load/<modality>/<expert>`, `moe/entropy/<modality>`, `moe/max_share`, `moe/dead_experts`.
+    """
+    if not stats:
+        return {}
+    load_LME = torch.stack([layer.load_ME.detach() for layer in stats])
+    entropy_LM = torch.stack([layer.entropy_M / layer.tokens_M.clamp_min(1) for layer in stats])
+    share_LME = load_LME / load_LME.sum(-1, keepdim=True).clamp_min(1)
+    total_LE = load_LME.sum(1)
+    metrics = {
+        "moe/max_share": (total_LE / total_LE.sum(-1, keepdim=True).clamp_min(1)).max(),
+        "moe/dead_experts": (total_LE == 0).sum().to(torch.float32),
+    }
+    for m, name in enumerate(modalities):
+        metrics[f"moe/entropy/{name}"] = entropy_LM[:, m].mean()
+        for e in range(load_LME.shape[-1]):
+            metrics[f"moe/load/{name}/{e}"] = share_LME[:, m, e].mean()
+    return metrics

@@ -1,0 +1,79 @@
+"""The experts of a layer: feed-forward networks of equal shape, their parameters stacked along the expert dimension.
+
+Dimension legend: T tokens · D channels · F hidden channels · E experts (those held here; all of them without expert
+parallelism, a contiguous slice of the global ones with it).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Experts(nn.Module):
+    """E two-layer GELU networks; row ranges of the input belong to consecutive experts.
+
+    Parameters `w1_EDF`, `b1_EF`, `w2_EFD`, `b2_ED` keep the expert first, so that a slice `[first:last]` of each is what
+    one expert-parallel rank holds.
+    """
+
+    def __init__(self, num_experts: int, dim: int, hidden: int, grouped: bool | None = None) -> None:
+        super().__init__()
+        self.num_experts, self.dim, self.hidden, self.grouped = num_experts, dim, hidden, grouped
+        self.w1_EDF = nn.Parameter(torch.empty(num_experts, dim, hidden))
+        self.b1_EF = nn.Parameter(torch.empty(num_experts, hidden))
+        self.w2_EFD = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        self.b2_ED = nn.Parameter(torch.empty(num_experts, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Every expert gets its own draw: equal experts would stay equal until the router tells them apart."""
+        nn.init.trunc_normal_(self.w1_EDF, std=0.02)
+        nn.init.trunc_normal_(self.w2_EFD, std=0.02)
+        nn.init.zeros_(self.b1_EF)
+        nn.init.zeros_(self.b2_ED)
+
+    def forward(self, x_TD: Tensor, counts_E: Tensor) -> Tensor:
+        """Args: x_TD rows sorted by expert; counts_E int64 rows per expert, summing to T. Returns y_TD."""
+        if self.grouped or (self.grouped is None and can_group(x_TD)):
+            return experts_grouped(x_TD, counts_E, self.w1_EDF, self.b1_EF, self.w2_EFD, self.b2_ED)
+        return experts_loop(x_TD, counts_E, self.w1_EDF, self.b1_EF, self.w2_EFD, self.b2_ED)
+
+
+def can_group(x_TD: Tensor) -> bool:
+    """Where torch's grouped matrix product is a fused kernel rather than a loop of its own."""
+    if not hasattr(F, "grouped_mm"):
+        return False
+    bf16 = x_TD.dtype == torch.bfloat16 or torch.is_autocast_enabled(x_TD.device.type)
+    return x_TD.is_cuda and bf16
+
+
+def experts_loop(
+    x_TD: Tensor, counts_E: Tensor, w1_EDF: Tensor, b1_EF: Tensor, w2_EFD: Tensor, b2_ED: Tensor
+) -> Tensor:
+    """One product per expert. `unbind`, not indexing: indexing a stacked parameter makes backward E times as dear.
+
+    An expert without rows still takes part (with zero rows), so that its gradient is zero rather than absent.
+    """
+    parts = x_TD.split(counts_E.tolist())
+    params = zip(w1_EDF.unbind(0), b1_EF.unbind(0), w2_EFD.unbind(0), b2_ED.unbind(0))
+    outs = []
+    for x, (w1, b1, w2, b2) in zip(parts, params):
+        h = F.gelu(F.linear(x, w1.t(), b1))
+        outs.append(F.linear(h, w2.t(), b2))
+    return torch.cat(outs)
+
+
+def experts_grouped(
+    x_TD: Tensor, counts_E: Tensor, w1_EDF: Tensor, b1_EF: Tensor, w2_EFD: Tensor, b2_ED: Tensor
+) -> Tensor:
+    """The same with `grouped_mm`: two kernels whatever the number of experts, no synchronisation with the host."""
+    dtype = torch.get_autocast_dtype(x_TD.device.type) if torch.is_autocast_enabled(x_TD.device.type) else x_TD.dtype
+    ends_E = counts_E.cumsum(0).to(torch.int32)
+    num_rows = x_TD.shape[0]
+    b1_TF = b1_EF.to(dtype).repeat_interleave(counts_E, dim=0, output_size=num_rows)
+    b2_TD = b2_ED.to(dtype).repeat_interleave(counts_E, dim=0, output_size=num_rows)
+    with torch.autocast(x_TD.device.type, enabled=False):
+        h_TF = F.gelu(F.grouped_mm(x_TD.to(dtype), w1_EDF.to(dtype), offs=ends_E) + b1_TF)
+        return F.grouped_mm(h_TF, w2_EFD.to(dtype), offs=ends_E) + b2_TD

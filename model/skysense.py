@@ -1,0 +1,125 @@
+"""SkySense V2: backbone and fusion over one view of a batch of sites.
+
+Dimension legend: B sites · T dates · N = B·T images · h, w tokens · D backbone channels · y, x fusion cells · F fusion channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model.backbone import SeparateBackbones, Tokens, build_backbone
+from model.batch import ModalityView, View
+from model.config import ModelConfig
+from model.droppath import image_seeds
+from model.fusion import Frames, Fusion, at_least_one, fusion_leader
+from model.moe.balance import CallStats, MoEStats, stack_modalities
+
+
+@dataclass
+class Features:
+    """What the model knows of one view.
+
+    Attributes:
+        dense: per modality [B, T, h, w, D]; zero where a whole image is invalid, meaningless at other invalid tokens.
+        dense_valid: bool [B, T, h, w].
+        stride: pixels of the modality's canvas per token side: token (i, j) covers pixels [i·stride, (i+1)·stride).
+        fused: [B, y, x, F]; fused_valid: bool [B, y, x].
+        fused_like: the modality whose token grid (and stride) the fused grid is.
+        moe: per mixture-of-experts layer, router sums by modality.
+    """
+
+    dense: dict[str, Tensor]
+    dense_valid: dict[str, Tensor]
+    stride: dict[str, int]
+    fused: Tensor
+    fused_valid: Tensor
+    fused_like: str
+    moe: list[MoEStats]
+
+
+class SkySense(nn.Module):
+    """Backbone(s) and fusion. Every call runs every configured modality, in config order, also where nothing is valid:
+    ranks must meet in the same collectives, and every parameter must be part of every graph.
+    """
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.backbone = build_backbone(cfg)
+        self.fusion = Fusion(cfg)
+
+    def reset_parameters(self) -> None:
+        """Draws all weights anew, e.g. after `to_empty` of a model built on the meta device."""
+        for module in self.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset) and module is not self:
+                reset()
+
+    def forward(self, view: View, sample_seed_B: Tensor | None = None) -> Features:
+        """Args:
+        view: normalised float pixels; whatever is invalid may be anything, NaN included.
+        sample_seed_B: int64 per site (of sample, epoch, view), decides drop-path in training. None in training: drawn
+            from the default generator.
+        """
+        seed_B = self._seeds(view, sample_seed_B)
+        dense, dense_valid, stride, frames, calls = {}, {}, {}, {}, []
+        for m, name in enumerate(self.cfg.modalities):
+            part = view.modalities[name]
+            num_dates = part.valid_BTHW.shape[1]
+            seeds_BT = None if seed_B is None else image_seeds(seed_B, m, num_dates)
+            tokens = self._images(name, part, seeds_BT)
+            dense[name], dense_valid[name], stride[name] = tokens.feat_NhwD, tokens.valid_Nhw, tokens.stride
+            canvas = (part.x_BTCHW.shape[3], part.x_BTCHW.shape[4])
+            frames[name] = Frames(tokens.feat_NhwD, tokens.valid_Nhw, part.doy_BT, canvas, tokens.stride)
+            calls.append(tokens.moe)
+        fused, fused_valid = self.fusion(frames)
+        return Features(dense, dense_valid, stride, fused, fused_valid, fusion_leader(frames), self._stats(calls))
+
+    def _seeds(self, view: View, sample_seed_B: Tensor | None) -> Tensor | None:
+        if not self.training or self.cfg.drop_path == 0.0:
+            return None
+        if sample_seed_B is None:
+            return torch.randint(0, 2**62, view.side_m_B.shape, device=view.side_m_B.device)
+        return sample_seed_B
+
+    def _images(self, name: str, part: ModalityView, seeds_BT: Tensor | None) -> Tokens:
+        """Runs the images that have any valid pixel (at least one image, see the class) and lays the results out as
+        [B, T, h, w, …]; the others are zero and invalid.
+        """
+        sites, dates = part.valid_BTHW.shape[:2]
+        x_NCHW, valid_NHW = part.x_BTCHW.flatten(0, 1), part.valid_BTHW.flatten(0, 1)
+        gsd_N = part.gsd_B.repeat_interleave(dates)
+        seed_N = None if seeds_BT is None else seeds_BT.flatten()
+        kept = None if valid_NHW.is_meta else at_least_one(valid_NHW.flatten(1).any(1))
+        if kept is not None:
+            x_NCHW, valid_NHW, gsd_N = x_NCHW[kept], valid_NHW[kept], gsd_N[kept]
+            seed_N = None if seed_N is None else seed_N[kept]
+        tokens = self.backbone(name, x_NCHW, valid_NHW, gsd_N, seed_N)
+        feat_NhwD, valid_Nhw = tokens.feat_NhwD, tokens.valid_Nhw
+        if kept is not None:
+            shape = (sites * dates, *feat_NhwD.shape[1:])
+            feat_NhwD = feat_NhwD.new_zeros(shape).index_copy(0, kept, feat_NhwD)
+            valid_Nhw = valid_Nhw.new_zeros(shape[:3]).index_copy(0, kept, valid_Nhw)
+        layout = (sites, dates)
+        return Tokens(feat_NhwD.unflatten(0, layout), valid_Nhw.unflatten(0, layout), tokens.stride, tokens.moe)
+
+    def _stats(self, calls: list[list[CallStats]]) -> list[MoEStats]:
+        """By layer and modality. With separate backbones each layer belongs to one modality; it is padded with zeros
+        so that all layers have the same form."""
+        if not isinstance(self.backbone, SeparateBackbones):
+            return [stack_modalities(list(layer)) for layer in zip(*calls)]
+        layers = []
+        for m, own in enumerate(calls):
+            for stats in own:
+                zeros = CallStats(*(torch.zeros_like(t) for t in stats))
+                layers.append(stack_modalities([stats if i == m else zeros for i in range(len(calls))]))
+        return layers
+
+    def compile_blocks(self, **options: object) -> None:
+        """`torch.compile` of every block of backbone and fusion, in place."""
+        self.backbone.compile_blocks(**options)
+        for block in self.fusion.blocks[:-1]:
+            block.compile(**options)

@@ -1,0 +1,42 @@
+"""Pixels to tokens: one strided convolution per modality, and which tokens are valid.
+
+Dimension legend: N images · C bands · H, W pixels · h, w tokens · D channels · P pixels per token side.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_prep.schema import MODALITIES
+
+
+class Tokenizer(nn.Module):
+    """P x P convolution with stride P over the clear pixels of one modality.
+
+    Invalid pixels (and the padding up to a multiple of P) take no part: after normalisation zero is what a convolution
+    ignores, and `where`, unlike a product, also stops NaN.
+    """
+
+    def __init__(self, modality: str, dim: int, patch: int, min_valid: float) -> None:
+        super().__init__()
+        self.patch, self.min_valid = patch, min_valid
+        self.conv = nn.Conv2d(len(MODALITIES[modality].bands), dim, patch, patch)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.conv.weight, std=0.02)
+        if self.conv.bias is not None:
+            nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x_NCHW: Tensor, valid_NHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns x_NhwD and valid_Nhw: more than `min_valid` of the token's P² pixels are valid."""
+        weight = self.conv.weight
+        x_NCHW = torch.where(valid_NHW[:, None], x_NCHW, 0).to(weight.dtype)
+        pad = (0, -x_NCHW.shape[3] % self.patch, 0, -x_NCHW.shape[2] % self.patch)
+        if any(pad):
+            x_NCHW, valid_NHW = F.pad(x_NCHW, pad), F.pad(valid_NHW, pad)
+        cells = valid_NHW.unflatten(1, (-1, self.patch)).unflatten(3, (-1, self.patch))
+        valid_Nhw = cells.sum((2, 4)) > self.min_valid * self.patch**2
+        return self.conv(x_NCHW).permute(0, 2, 3, 1), valid_Nhw
