@@ -86,7 +86,9 @@ class SlurmCluster:
     def __init__(self, nodes: int = 2, cpus: int = 4, gpus: int = 1) -> None:
         self.names = [f"node{i}" for i in range(1, nodes + 1)]
         self.cpus, self.gpus = cpus, gpus
-        self.root = Path(tempfile.mkdtemp(prefix="gls-", dir="/tmp"))  # short: a socket's path holds at most 108 characters
+        self.root = Path(
+            tempfile.mkdtemp(prefix="gls-", dir="/tmp")
+        )  # short: a socket's path holds at most 108 characters
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {**os.environ, "SLURM_CONF": str(self.root / "slurm.conf")}
 
@@ -214,7 +216,9 @@ class SlurmCluster:
             self.start_node(name)
 
         def idle() -> bool:
-            return self.run("sinfo", "-h", "-o", "%t", "-N", "-p", "train", check=False).split() == ["idle"] * len(self.names)
+            return self.run("sinfo", "-h", "-o", "%t", "-N", "-p", "train", check=False).split() == ["idle"] * len(
+                self.names
+            )
 
         self.wait(idle, f"{len(self.names)} idle nodes (logs under {self.root}/log)", 40)
 
@@ -240,7 +244,9 @@ class SlurmCluster:
         """Processes that carry this cluster's SLURM_CONF (and the node's name), and the step daemons above them."""
         found: set[int] = set()
         for process, environment in _environments():
-            inside = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"] and "SLURMD_NODENAME" in environment
+            inside = (
+                environment.get("SLURM_CONF") == self.environment["SLURM_CONF"] and "SLURMD_NODENAME" in environment
+            )
             if inside and name in (None, environment["SLURMD_NODENAME"]):
                 found.add(process)
                 parent = _parent(process)

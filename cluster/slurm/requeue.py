@@ -1,0 +1,95 @@
+"""After the ranks have ended: is the run done, does it go back into the queue, or is trying again of no use?
+
+`decide` is a pure function over the history of a run's starts; the batch script asks through `python -m cluster requeue`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from cluster import storage
+from cluster.exit_codes import DONE, USAGE
+
+NO_PROGRESS_LIMIT = 10
+"""Starts in a row that were asked to stop before a single new step: a time limit too short for start-up looks like this."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """How one start of a run ended. code: srun's; step: last step logged; error: the first failing rank's, or the code's."""
+
+    job: str
+    restart: int
+    code: int
+    step: int
+    error: str
+    checkpointed: bool
+    asked_to_stop: bool = False
+
+    @property
+    def failed(self) -> bool:
+        return self.code != DONE and not self.checkpointed
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """action: `done`, `requeue` or `stop`; why: one line for the log."""
+
+    action: Literal["done", "requeue", "stop"]
+    why: str
+
+
+def decide(attempt: Attempt, earlier: Sequence[Attempt], job_state: str, max_requeues: int | None = None) -> Decision:
+    """What to do after `attempt`, given the attempts before it (oldest first) and the job's state in the queue."""
+    if job_state.startswith("CANCELLED"):
+        return Decision("stop", "the job was cancelled")
+    if attempt.code == DONE and not attempt.checkpointed:
+        return Decision("done", f"finished at step {attempt.step}")
+    if attempt.code == USAGE:
+        return Decision("stop", f"bad configuration, starting again cannot help: {attempt.error}")
+    if max_requeues is not None and len(earlier) >= max_requeues:
+        return Decision("stop", f"the limit of {max_requeues} requeues is reached")
+    if not attempt.failed:
+        recent = [other.step for other in earlier[-NO_PROGRESS_LIMIT + 1 :]]
+        if len(recent) == NO_PROGRESS_LIMIT - 1 and set(recent) == {attempt.step}:
+            return Decision("stop", f"{NO_PROGRESS_LIMIT} starts in a row came no further than step {attempt.step}; "
+                                    "the time limit may be too short to start up")  # fmt: skip
+        return Decision("requeue", f"checkpointed after a signal at step {attempt.step}")
+    if any(same_failure(attempt, other) for other in earlier):
+        return Decision("stop", f"failed twice at step {attempt.step} with the same error: {attempt.error}")
+    return Decision("requeue", f"failed at step {attempt.step} for the first time like this: {attempt.error}")
+
+
+def same_failure(a: Attempt, b: Attempt) -> bool:
+    """Same step, same error, where addresses, process ids and the like do not count."""
+    return a.failed and b.failed and a.step == b.step and signature(a.error) == signature(b.error)
+
+
+def signature(error: str) -> str:
+    """An error message without what differs from start to start: hex numbers, times, host names' and ids' digits."""
+    return re.sub(r"0x[0-9a-fA-F]+|\d+(?:[.:]\d+)*", "#", error)[:500]
+
+
+def read_attempts(job_dir: str) -> list[Attempt]:
+    """Attempts recorded under a job directory, oldest first."""
+    try:
+        records: list[dict[str, Any]] = json.loads(storage.read_bytes(storage.join(job_dir, "attempts.json")))
+    except FileNotFoundError:
+        return []
+    names = {field.name for field in dataclasses.fields(Attempt)}
+    return [Attempt(**{key: value for key, value in record.items() if key in names}) for record in records]
+
+
+def record_attempt(job_dir: str, attempt: Attempt, decision: Decision) -> None:
+    """Adds to `attempts.json`; `stopped` or `finished` tell later links of a chain that nothing is left to do."""
+    url = storage.join(job_dir, "attempts.json")
+    records = json.loads(storage.read_bytes(url)) if storage.exists(url) else []
+    records.append({**dataclasses.asdict(attempt), **dataclasses.asdict(decision)})
+    storage.write_atomic(url, json.dumps(records, indent=1).encode())
+    final = {"stop": "stopped", "done": "finished"}.get(decision.action)
+    if final:
+        storage.write_atomic(storage.join(job_dir, final), f"{decision.why}\n".encode())

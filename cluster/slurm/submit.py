@@ -1,0 +1,145 @@
+"""From a resolved config to jobs in the queue: freeze, render, sbatch. What fails half-way leaves nothing behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from cluster import storage
+from cluster.errors import RunFailure, UsageError
+from cluster.slurm import freeze, script
+from cluster.slurm.commands import call
+
+
+@dataclasses.dataclass(frozen=True)
+class Submission:
+    """One `cluster submit`. job: how each job looks (its folders are filled in here); run_dir: URL of the run or shards;
+    chain: how many jobs follow one another; tasks: array size of a build; dependency: sbatch's own notation."""
+
+    kind: Literal["train", "build"]
+    job: script.Job
+    run_dir: str
+    resolved: dict[str, Any]
+    fingerprint: str
+    chain: int = 1
+    tasks: int = 1
+    max_requeues: int | None = None
+    dependency: str | None = None
+
+
+def jobs_dir(run_dir: str, kind: str) -> str:
+    """Where submissions are kept: `RUN/jobs`; beside a shard directory (which holds shards only); under `runs_out` in the
+    working directory if the run lies on an object store, because every node must execute the script from a file system."""
+    if storage.is_local(run_dir):
+        path = os.path.abspath(storage.local_path(run_dir))
+        return os.path.join(path, "jobs") if kind == "train" else f"{path}.jobs"
+    return os.path.abspath(os.path.join("runs_out", f"{script.job_name(storage.name(run_dir))}.jobs"))
+
+
+def preview(submission: Submission) -> dict[str, str]:
+    """The scripts that `submit` would send, by file name. Writes nothing."""
+    return _scripts(submission, freeze.next_folder(jobs_dir(submission.run_dir, submission.kind)))
+
+
+def submit(submission: Submission) -> dict[str, Any]:
+    """Writes the job folder, sends it to SLURM and returns {"jobs": [id, …], "job_dir", "run_dir"}.
+
+    Raises:
+        RunFailure: SLURM refuses or cannot be reached; then no job is left in the queue and no folder on disk.
+    """
+    parent = jobs_dir(submission.run_dir, submission.kind)
+    new_parents = _missing_parents(parent)
+    folder = freeze.new_folder(parent)
+    sent: list[str] = []
+    try:
+        scripts = _scripts(submission, str(folder))
+        for name, text in scripts.items():
+            (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+        freeze.write_config(folder, submission.resolved, submission.fingerprint)
+        record = {
+            "kind": submission.kind, "run_dir": submission.run_dir, "logs_dir": _logs_dir(submission, str(folder)),
+            "command": submission.job.command, "fingerprint": submission.fingerprint, "code": freeze.freeze_code(folder),
+            "max_requeues": submission.max_requeues, "submitted": time.time(), "jobs": sent,
+        }  # fmt: skip
+        _write_record(folder, record)
+        _send(submission, folder, list(scripts), sent)
+        _write_record(folder, record)
+    except BaseException:
+        for job in sent:
+            _cancel(job)
+        shutil.rmtree(folder, ignore_errors=True)
+        for path in new_parents:
+            if os.path.isdir(path) and not os.listdir(path):
+                os.rmdir(path)
+        raise
+    return {"jobs": sent, "job_dir": str(folder), "run_dir": submission.run_dir}
+
+
+def _scripts(submission: Submission, folder: str) -> dict[str, str]:
+    job = dataclasses.replace(submission.job, job_dir=folder, logs_dir=_logs_dir(submission, folder))
+    if submission.kind == "train":
+        return {"job.sbatch": script.train_script(dataclasses.replace(job, chained=False))} | (
+            {"link.sbatch": script.train_script(dataclasses.replace(job, chained=True))} if submission.chain > 1 else {}
+        )
+    return {
+        "job.sbatch": script.build_script(job, submission.tasks),
+        "merge.sbatch": script.merge_script(job, submission.tasks),
+    }
+
+
+def _send(submission: Submission, folder: Path, names: list[str], sent: list[str]) -> None:
+    """Sends the jobs in order and appends their ids to `sent`. Links of a chain hand over, the last requeues itself."""
+    first = [f"--dependency={submission.dependency}"] if submission.dependency else []
+    if submission.kind == "build":
+        sent.append(_sbatch(folder / "job.sbatch", first))
+        sent.append(_sbatch(folder / "merge.sbatch", [f"--dependency=afterok:{sent[0]}"]))
+        return
+    for link in range(submission.chain):
+        name = "job.sbatch" if link == submission.chain - 1 else "link.sbatch"
+        sent.append(_sbatch(folder / name, [f"--dependency=afterany:{sent[-1]}"] if sent else first))
+
+
+def _sbatch(path: Path, options: list[str]) -> str:
+    answer = call(["sbatch", "--parsable", *options, str(path)])
+    job = answer.strip().split(";")[0]
+    if not job.isdigit():
+        raise RunFailure(f"sbatch answered {answer.strip()!r} instead of a job number")
+    return job
+
+
+def _cancel(job: str) -> None:
+    try:
+        call(["scancel", job])
+    except RunFailure as failure:
+        print(f"job {job} could not be cancelled: {failure}")
+
+
+def _logs_dir(submission: Submission, folder: str) -> str:
+    if submission.kind == "train" and storage.is_local(submission.run_dir):
+        return os.path.join(os.path.abspath(storage.local_path(submission.run_dir)), "logs")
+    return os.path.join(folder, "logs")
+
+
+def _missing_parents(path: str) -> list[str]:
+    """Folders that making `path` will create, innermost first."""
+    missing = []
+    while path and not os.path.lexists(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    return missing
+
+
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    storage.write_atomic(str(folder / "job.json"), (json.dumps(record, indent=1) + "\n").encode())
+
+
+def absolute_url(run_dir: str) -> str:
+    """The run directory as the job will see it. Raises UsageError for one that no other process can see."""
+    if run_dir.startswith("memory://"):
+        raise UsageError(f"run.dir={run_dir} lives in the memory of one process; a job needs a folder or s3://…")
+    return os.path.abspath(storage.local_path(run_dir)) if storage.is_local(run_dir) else run_dir

@@ -1,0 +1,180 @@
+"""Batch scripts: whatever stands in a path, name or option, the script does the same and hands the value on unchanged.
+
+The scripts are run by the real bash, with small stand-ins for srun, scontrol and python that write down how they were called.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from cluster.errors import UsageError
+from cluster.exit_codes import REQUEUE
+from cluster.slurm.script import Job, build_script, job_name, merge_script, option, quote, train_script
+
+HOSTILE = ["$(touch PWNED)", "`touch PWNED`", "a b", "'; touch PWNED; '", '"; touch PWNED; "', "\n#SBATCH --uid=0\n", "-rf",
+           "\\", "%j", "ü→é", "*", "~", "a\tb", "${HOME}", "!x", "#", "&& touch PWNED"]  # fmt: skip
+text = st.one_of(
+    st.sampled_from(HOSTILE),
+    st.text(st.characters(blacklist_characters="\0/", blacklist_categories=["Cs"]), min_size=1, max_size=12),
+    st.lists(st.sampled_from(HOSTILE), min_size=2, max_size=3).map("".join),
+).filter(lambda name: name not in (".", "..") and len(name.encode()) < 120)
+
+
+def bash(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    (folder / "script").write_text(script)
+    return subprocess.run(
+        ["bash", str(folder / "script")], env={"PATH": f"{folder}/bin:/usr/bin:/bin", **environment}, cwd=folder,
+        capture_output=True, timeout=20, check=False,
+    )  # fmt: skip
+
+
+def stand_in(path: Path, body: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
+
+
+RECORD = 'printf "%s\\0" "$PWD" "$PYTHONPATH" "$@" "--end--" >>"$RECORD"\n'
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_PROCID": "0", "SLURM_ARRAY_TASK_ID": "2",
+         "SLURM_ARRAY_JOB_ID": "7"}  # fmt: skip
+
+
+def stage(folder: Path, python: Path, code: int = 0) -> None:
+    """Stand-ins on PATH: srun runs its command once, scontrol answers with one host, python ends with `code`."""
+    shift = 'while [[ "$1" == --* ]]; do printf "%s\\0" "$1" >>"$RECORD.srun"; shift; done\n'
+    stand_in(folder / "bin" / "srun", shift + '"$@"')
+    stand_in(
+        folder / "bin" / "scontrol", 'if [ "$1" = show ]; then echo node1; else echo "$@" >>"$RECORD.scontrol"; fi'
+    )
+    stand_in(python, RECORD + f'[ "$2" = pipeline ] && exit {code}\nexit 0')
+
+
+def calls(record: Path) -> list[list[str]]:
+    words = record.read_bytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
+    found: list[list[str]] = [[]]
+    for word in words:
+        if word == "--end--":
+            found.append([])
+        else:
+            found[-1].append(word)
+    return found[:-1]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(text, text, text, text, text)
+@example(*HOSTILE[:5])
+@example("\n#SBATCH --uid=0\n", "\n", "a\nb", "$(touch PWNED)\n", "`touch PWNED`")
+def test_no_value_changes_what_the_script_does(run: str, work: str, name: str, typed: str, srun_value: str) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        job_dir, work_dir, python = folder / "r" / run, folder / "w" / work, folder / "p" / name / "python"
+        job_dir.mkdir(parents=True)
+        work_dir.mkdir(parents=True)
+        stage(folder, python)
+        job = Job(job_name(name), typed, str(job_dir), str(job_dir / "logs"), str(work_dir), str(python),
+                  srun_options={"comment": srun_value})  # fmt: skip
+        record = folder / "record"
+        for script, box in (
+            (train_script(job), "pipeline"),
+            (build_script(job, 4), "data_prep"),
+            (merge_script(job, 4), ""),
+        ):
+            record.unlink(missing_ok=True)
+            (folder / "record.srun").unlink(missing_ok=True)
+            done = bash(script, folder, RECORD=str(record), **SLURM)
+            assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+            called = calls(record)
+            assert {call[0] for call in called} == {str(work_dir)}
+            assert {call[1] for call in called} == {f"{job_dir}/code"}
+            config = f"{job_dir}/config.json"
+            if box == "pipeline":
+                assert called[0][2:] == ["-m", "pipeline", "train", config, "--resume", "auto"]
+                assert called[1][2:] == ["-m", "cluster", "requeue", str(job_dir), "--code", "0"]
+            elif box == "data_prep":
+                assert called[0][2:] == ["-m", "data_prep", "build", config, "--task", "2", "--tasks", "4"]
+            else:
+                assert called[0][2:] == ["-m", "data_prep", "build", config, "--merge", "--tasks", "4"]
+            assert f"--comment={srun_value}".encode() in (folder / "record.srun").read_bytes().split(b"\0")
+        assert not list(folder.rglob("PWNED"))
+
+
+@given(text)
+def test_sbatch_sees_only_our_directives(value: str) -> None:
+    """Every line of the head that sbatch would read is one we rendered, whatever the values hold."""
+    job = Job("x", value, f"/r/{value}", f"/l/{value}", f"/w/{value}", f"/p/{value}", options={"account": "eo"})
+    for line in train_script(job).splitlines():
+        assert not line.startswith("#SBATCH") or line.split("=")[0].split()[1].lstrip("-") in (
+            "job-name", "output", "nodes", "ntasks-per-node", "open-mode", "requeue", "signal", "account",
+        )  # fmt: skip
+    body = train_script(job).splitlines()
+    first_shell_line = next(i for i, line in enumerate(body) if line and not line.startswith("#"))
+    assert not any(line.startswith("#SBATCH") for line in body[first_shell_line:])
+
+
+@given(st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), max_size=30))
+@settings(max_examples=60, deadline=None)
+def test_quote_is_one_word_on_one_line(value: str) -> None:
+    word = quote(value)
+    assert len(word.splitlines()) <= 1
+    echoed = subprocess.run(
+        ["bash", "-c", f"printf %s {word}"], capture_output=True, check=True, env={"LC_ALL": "C.UTF-8"}
+    )
+    assert echoed.stdout.decode() == value
+
+
+def test_values_no_option_can_hold_are_refused() -> None:
+    with pytest.raises(UsageError, match="NUL"):
+        quote("a\0b")
+    with pytest.raises(UsageError, match="line break"):
+        option("comment", "a\nb")
+    with pytest.raises(UsageError, match="long option name"):
+        option("wrap=x --uid", "0")
+    with pytest.raises(UsageError, match="collides"):
+        train_script(Job("x", "", "/j", "/l", "/w", "/p", options={"nodes": "9"}))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "marked", "seen"), [(0, False, 0), (REQUEUE, True, 0), (1, False, 1), (2, False, 2)]
+)
+def test_the_trainers_exit_code_reaches_the_decision(trainer: int, marked: bool, seen: int, tmp_path: Path) -> None:
+    """ "Checkpointed, requeue me" becomes a mark and code 0, so that srun ends no rank that still closes its files."""
+    python, record = tmp_path / "python", tmp_path / "record"
+    stage(tmp_path, python, trainer)
+    job = Job("x", "", str(tmp_path), str(tmp_path / "logs"), str(tmp_path), str(python))
+    bash(train_script(job), tmp_path, RECORD=str(record), **SLURM)
+    assert calls(record)[1][2:] == ["-m", "cluster", "requeue", str(tmp_path), "--code", str(seen)]
+    assert (tmp_path / "checkpointed").exists() == marked
+
+
+@pytest.mark.parametrize("name", ["USR1", "TERM"])
+def test_a_signal_to_the_script_reaches_the_ranks_and_is_waited_for(name: str, tmp_path: Path) -> None:
+    python, record = tmp_path / "python", tmp_path / "record"
+    stage(tmp_path, python)
+    stand_in(python, RECORD + f'[ "$2" = cluster ] && exit 0\ntrap "exit {REQUEUE}" USR1\nkill -{name} $BATCH\n'
+                              'while :; do sleep 0.01; done')  # fmt: skip
+    # srun hands signals on to its tasks
+    stand_in(tmp_path / "bin" / "srun", 'trap \'kill -USR1 -- -$t\' USR1\nset -m\n'
+             'while [[ "$1" == --* ]]; do shift; done\nexport BATCH=$PPID\n"$@" & t=$!\n'
+             'while :; do wait $t; c=$?; kill -0 $t 2>/dev/null || break; done\nexit $c')  # fmt: skip
+    job = Job("x", "", str(tmp_path), str(tmp_path / "logs"), str(tmp_path), str(python))
+    bash(train_script(job), tmp_path, RECORD=str(record), **SLURM)
+    assert calls(record)[1][2:] == ["-m", "cluster", "requeue", str(tmp_path), "--code", "0", "--asked-to-stop"]
+    assert (tmp_path / "checkpointed").exists()
+    assert f"{name}: asking the ranks" in (tmp_path / "logs" / "batch.log").read_text()
+
+
+def test_a_stopped_or_finished_run_is_not_started_again(tmp_path: Path) -> None:
+    stage(tmp_path, tmp_path / "python")
+    job = Job("x", "", str(tmp_path), str(tmp_path / "logs"), str(tmp_path), str(tmp_path / "python"))
+    for mark, code in (("finished", 0), ("stopped", 1)):
+        (tmp_path / mark).write_text("why\n")
+        assert bash(train_script(job), tmp_path, RECORD=str(tmp_path / "record"), **SLURM).returncode == code
+    assert not (tmp_path / "record").exists()
+    assert os.listdir(tmp_path / "logs") == ["batch.log"]
