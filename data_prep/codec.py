@@ -9,12 +9,13 @@ format 2, consolidated, for tools that know only Zarr). Nothing here pickles, an
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import blosc2
@@ -105,7 +106,8 @@ def open_member(data: Buffer, extension: str) -> Member:
     Raises:
         MemberError: unknown extension, cut or corrupt bytes, an object dtype.
     """
-    opener = {"npy": NpyMember, "b2nd": B2ndMember, "zarr.zip": ZarrMember}.get(extension)
+    openers: dict[str, Callable[[Buffer], Member]] = {"npy": NpyMember, "b2nd": B2ndMember, "zarr.zip": ZarrMember}
+    opener = openers.get(extension)
     if opener is None:
         raise MemberError(f"no reader for members named *.{extension}; known: npy, b2nd, zarr.zip")
     try:
@@ -125,32 +127,40 @@ def open_member(data: Buffer, extension: str) -> Member:
         raise MemberError(f"not a readable {extension} member: {error}") from None
 
 
+@functools.lru_cache(maxsize=1024)
+def _npy_header(head: bytes) -> tuple[tuple[int, int, int, int], np.dtype, int]:
+    """(shape, dtype, start of the data). Cached: members of a set share few headers, and parsing one takes 20 µs."""
+    stream = io.BytesIO(head)
+    version = np.lib.format.read_magic(stream)
+    if version != (1, 0):
+        raise MemberError(f"npy version {version} is not read")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    if fortran:
+        raise MemberError("npy in Fortran order is not read")
+    return _checked(shape, dtype), dtype, stream.tell()
+
+
 class NpyMember:
-    """Raw `.npy`: a view of the given bytes, no copy until asked to fill `out`."""
+    """Raw `.npy`: a view of the given bytes, no copy until asked to fill `out`. `array_TCHW` is that view."""
 
     def __init__(self, data: Buffer) -> None:
-        stream = io.BytesIO(bytes(memoryview(data)[:256]))
-        version = np.lib.format.read_magic(stream)
-        if version != (1, 0):
-            raise MemberError(f"npy version {version} is not read")
-        shape, fortran, self.dtype = np.lib.format.read_array_header_1_0(stream)
-        self.shape = _checked(shape, self.dtype)
-        if fortran:
-            raise MemberError("npy in Fortran order is not read")
-        start, count = stream.tell(), math.prod(self.shape)
+        view = memoryview(data)
+        header_length = 10 + int.from_bytes(view[8:10], "little")
+        self.shape, self.dtype, start = _npy_header(bytes(view[: min(header_length, 4096)]))
+        count = math.prod(self.shape)
         if len(memoryview(data)) < start + count * self.dtype.itemsize:
             raise MemberError(f"npy cut short: {len(memoryview(data))} bytes for shape {self.shape}")
-        self._array = np.frombuffer(data, self.dtype, count, start).reshape(self.shape)
+        self.array_TCHW = np.frombuffer(data, self.dtype, count, start).reshape(self.shape)
 
     def read_date(self, t: int, out: np.ndarray | None = None) -> np.ndarray:
-        return _fill(self._array[t], out)
+        return _fill(self.array_TCHW[t], out)
 
     def read_window(self, t: int, y0: int, y1: int, x0: int, x1: int, out: np.ndarray | None = None) -> np.ndarray:
         _check_window(self.shape, t, y0, y1, x0, x1)
-        return _fill(self._array[t, :, y0:y1, x0:x1], out)
+        return _fill(self.array_TCHW[t, :, y0:y1, x0:x1], out)
 
     def read_all(self) -> np.ndarray:
-        return self._array.copy()
+        return self.array_TCHW.copy()
 
 
 class _ChunkedMember:
