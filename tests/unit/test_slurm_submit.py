@@ -1,0 +1,178 @@
+"""`cluster submit` without a SLURM: what it freezes, what it refuses, and that a refusal leaves nothing behind."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.commands import submit as command
+from cluster.errors import RunFailure, UsageError
+from cluster.slurm import commands as door
+from cluster.slurm.submit import submit
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`resolve` answers for a run in tmp_path; PATH holds only what a test puts into tmp_path/bin."""
+    (tmp_path / "bin").mkdir()
+    run = tmp_path / "out" / "my run"
+
+    def resolved(kind: str, config: str, overrides: list[str], extra: Any = ()) -> dict[str, Any]:
+        tree = {"run": {"dir": str(run), "name": None}} if kind == "train" else {"output": {"url": str(run)}}
+        return {"resolved": tree, "fingerprint": "f" * 16}
+
+    monkeypatch.setattr(command, "resolve", resolved)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    return run
+
+
+def sbatch(tmp_path: Path, body: str) -> None:
+    path = tmp_path / "bin" / "sbatch"
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_intermixed_args(arguments)
+
+
+COUNTING = 'n=$(cat "$0.n" 2>/dev/null || echo 100); echo $((n + 1)) >"$0.n"; echo "$@" >>"$0.calls"; echo "$n;cluster"'
+
+
+def test_a_submission_keeps_script_config_and_code(run_dir: Path, tmp_path: Path) -> None:
+    sbatch(tmp_path, COUNTING)
+    sent = submit(command.plan_submission(parse("train", "c.yaml", "--nodes", "2", "--gpus-per-node", "4", "a.b=c")))
+    folder = run_dir / "jobs" / "001"
+    assert sent == {"jobs": ["100"], "job_dir": str(folder), "run_dir": str(run_dir)}
+    assert json.loads((folder / "config.json").read_text())["run"]["dir"] == str(run_dir)
+    assert json.loads((folder / "resolved.json").read_text())["fingerprint"] == "f" * 16
+    assert json.loads((folder / "job.json").read_text())["jobs"] == ["100"]
+    frozen = subprocess.run(["python3", "-c", "import cluster; print(cluster.__file__)"], env={"PYTHONPATH": str(folder / "code")},
+                            capture_output=True, text=True, check=True, cwd="/")  # fmt: skip
+    assert frozen.stdout.startswith(str(folder / "code"))
+    script = (folder / "job.sbatch").read_text()
+    assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=4\n" in script
+    assert "#SBATCH --gpus-per-node=4\n" in script
+    assert submit(command.plan_submission(parse("train", "c.yaml")))["job_dir"].endswith("002")
+
+
+def test_a_chain_hands_over_and_its_last_link_requeues(run_dir: Path, tmp_path: Path) -> None:
+    sbatch(tmp_path, COUNTING)
+    sent = submit(command.plan_submission(parse("train", "c.yaml", "--chain", "3", "--dependency", "afterok:7")))
+    assert sent["jobs"] == ["100", "101", "102"]
+    folder = sent["job_dir"]
+    assert (tmp_path / "bin" / "sbatch.calls").read_text().splitlines() == [
+        f"--parsable --dependency=afterok:7 {folder}/link.sbatch",
+        f"--parsable --dependency=afterany:100 {folder}/link.sbatch",
+        f"--parsable --dependency=afterany:101 {folder}/job.sbatch",
+    ]
+
+
+def test_a_build_is_an_array_with_a_dependent_merge(run_dir: Path, tmp_path: Path) -> None:
+    sbatch(tmp_path, COUNTING)
+    sent = submit(command.plan_submission(parse("build", "c.yaml", "--tasks", "4")))
+    assert sent["job_dir"] == f"{run_dir}.jobs/001"  # the shard directory itself holds shards only
+    calls = (tmp_path / "bin" / "sbatch.calls").read_text().splitlines()
+    assert calls[1] == f"--parsable --dependency=afterok:100 {sent['job_dir']}/merge.sbatch"
+    assert "#SBATCH --array=0-3\n" in Path(sent["job_dir"], "job.sbatch").read_text()
+    assert "#SBATCH --kill-on-invalid-dep=yes\n" in Path(sent["job_dir"], "merge.sbatch").read_text()
+
+
+def test_dry_run_writes_nothing(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (
+        "train",
+        "c.yaml",
+        "--nodes",
+        "2",
+        "--partition",
+        "gpu",
+        "--sbatch",
+        "mail-type=END",
+        "--sbatch",
+        "exclusive",
+    )
+    assert command.main(parse(*arguments, "--srun", "mpi=none", "--container", "/images/a b", "--dry-run")) == 0
+    printed = capsys.readouterr().out
+    for line in ("#SBATCH --partition=gpu", "#SBATCH --mail-type=END", "#SBATCH --exclusive"):
+        assert f"\n{line}\n" in printed
+    assert "'--container=/images/a b' --mpi=none bash -c run_rank" in printed
+    assert not run_dir.parent.exists()
+
+
+REFUSALS = {
+    "echo 'sbatch: error: invalid partition specified: nope' >&2\n"
+    "echo 'sbatch: error: Batch job submission failed: Invalid partition name specified' >&2; exit 1": "invalid partition",
+    "echo 'sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)' >&2; exit 1":
+        "controller cannot be reached",
+    "echo what": "instead of a job number",
+    "sleep 5": "no answer within",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("body", REFUSALS)
+def test_a_refusal_is_one_line_and_leaves_nothing(
+    body: str, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door.call, "__defaults__", (0.5,))
+    sbatch(tmp_path, body)
+    with pytest.raises(RunFailure, match=REFUSALS[body]) as caught:
+        submit(command.plan_submission(parse("train", "c.yaml")))
+    assert "\n" not in str(caught.value)
+    assert not run_dir.parent.exists()
+
+
+def test_without_slurm(run_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(RunFailure, match="sbatch is not on PATH"):
+        submit(command.plan_submission(parse("train", "c.yaml")))
+    assert not run_dir.parent.exists()
+
+
+def test_an_existing_run_directory_survives_a_refusal(run_dir: Path, tmp_path: Path) -> None:
+    run_dir.mkdir(parents=True)
+    sbatch(tmp_path, "exit 1")
+    with pytest.raises(RunFailure):
+        submit(command.plan_submission(parse("train", "c.yaml")))
+    assert os.listdir(run_dir) == []
+
+
+def test_a_merge_that_is_refused_takes_its_array_back(run_dir: Path, tmp_path: Path) -> None:
+    sbatch(tmp_path, 'case "$*" in *merge.sbatch) exit 1;; esac; echo 55')
+    scancel = tmp_path / "bin" / "scancel"
+    scancel.write_text('#!/bin/bash\necho "$@" >"$0.calls"\n')
+    scancel.chmod(0o755)
+    with pytest.raises(RunFailure):
+        submit(command.plan_submission(parse("build", "c.yaml", "--tasks", "2")))
+    assert (tmp_path / "bin" / "scancel.calls").read_text() == "55\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--nodes", "0"), "--nodes must be at least 1"),
+        (("--gpus-per-node", "-1"), "negative"),
+        (("--gpus-per-node", "4", "--tasks-per-node", "2"), "one task per GPU"),
+        (("--sbatch", "output=x"), "collides"),
+        (("--sbatch", "a b=x"), "long option name"),
+        (("--sbatch", "comment=a\nb"), "line break"),
+        (("--sbatch", "mail-type=A", "--sbatch", "mail-type=B"), "twice"),
+    ],
+)
+def test_bad_arguments_name_themselves(arguments: tuple[str, ...], message: str, run_dir: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        command.main(parse("train", "c.yaml", "--dry-run", *arguments))
+
+
+def test_a_run_in_memory_cannot_be_submitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = {"resolved": {"run": {"dir": "memory://x"}}, "fingerprint": ""}
+    monkeypatch.setattr(command, "resolve", lambda *_: answer)
+    with pytest.raises(UsageError, match="memory of one process"):
+        command.main(parse("train", "c.yaml", "--dry-run"))
