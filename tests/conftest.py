@@ -10,6 +10,10 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
 
 from hypothesis import HealthCheck, settings
 
+from tests.s3_server import s3_server, s3_url
+
+__all__ = ["s3_server", "s3_url"]
+
 # derandomized: a property that fails in CI fails on a laptop with the same example
 settings.register_profile("geoloom", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("geoloom")
