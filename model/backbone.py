@@ -55,7 +55,7 @@ class Backbone(nn.Module):
         )
         self.embed_norm = nn.LayerNorm(dims[0])
         experts = cfg.moe.placed(depths[2] + depths[3])
-        self.stages = nn.ModuleList()
+        stages: list[nn.ModuleList] = []
         for s in range(4):
             blocks: list[nn.Module] = []
             for i in range(depths[s]):
@@ -67,7 +67,8 @@ class Backbone(nn.Module):
                 place = i if s == 2 else depths[2] + i
                 moe = (cfg.moe.experts, cfg.moe.top_k, cfg.moe.grouped) if place in experts else None
                 blocks.append(build_block(dims[s], heads, moe, cfg.window * (cfg.attention == "window"), shift))
-            self.stages.append(nn.ModuleList(blocks))
+            stages.append(nn.ModuleList(blocks))
+        self.stages = nn.ModuleList(stages)
         self.merges = nn.ModuleList([AdaptivePatchMerging(dims[s]) for s in range(3)])
         self.prompts = nn.ModuleList([Prompts(names, cfg.prompts, dims[s]) for s in (2, 3)])
         self.positions = nn.ModuleList()
@@ -116,7 +117,7 @@ class Backbone(nn.Module):
 
     def _swin_stage(self, s: int, tokens: Tokens, all_valid: bool, seed_N: Tensor | None) -> None:
         valid = None if all_valid else tokens.valid_Nhw
-        for i, block in enumerate(self.stages[s]):
+        for i, block in enumerate(self._blocks(s)):
             tokens.feat_NhwD = self._run(block, tokens.feat_NhwD, valid, self._keep(s, i, seed_N))
 
     def _transformer_stage(
@@ -136,11 +137,14 @@ class Backbone(nn.Module):
         valid_NJ = torch.cat([any_N1.expand(-1, num_prompts), valid_NL], dim=1)
         layout = Layout((height, width), num_prompts, valid_NJ, all_valid, angles)
         x_NJD = self.prompts[s - 2](modality, x_NLD)
-        for i, block in enumerate(self.stages[s]):
+        for i, block in enumerate(self._blocks(s)):
             x_NJD, stats = self._run(block, x_NJD, layout, self._keep(s, i, seed_N))
             if stats is not None:
                 tokens.moe.append(stats)
         tokens.feat_NhwD = x_NJD[:, num_prompts:].unflatten(1, (height, width))
+
+    def _blocks(self, s: int) -> list[nn.Module]:
+        return list(self.stages[s].children())
 
     def _run(self, block: nn.Module, *args: Any) -> Any:
         if not (self.cfg.activation_checkpointing and self.training and torch.is_grad_enabled()):
@@ -160,8 +164,8 @@ class Backbone(nn.Module):
 
     def compile_blocks(self, **options: Any) -> None:
         """Compiles every block in place (`nn.Module.compile`): parameter names and checkpoints stay as they are."""
-        for stage in self.stages:
-            for block in stage:
+        for s in range(4):
+            for block in self._blocks(s):
                 block.compile(**options)
 
 
@@ -177,6 +181,7 @@ class SeparateBackbones(nn.Module):
 
     def compile_blocks(self, **options: Any) -> None:
         for backbone in self.each.values():
+            assert isinstance(backbone, Backbone)
             backbone.compile_blocks(**options)
 
 

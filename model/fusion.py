@@ -10,6 +10,7 @@ channels · S frames of all modalities · X ground locations of all sites · J =
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,21 +19,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.batch import View
 from model.config import ModelConfig
 from model.transformer import Block, FeedForward, Layout, key_bias
+from model.validity import dense_validity
 
 NUM_DAYS = 367  # 1-366, and 0 for a date that is unknown
 
 
+@dataclass(frozen=True)
+class TokenGrid:
+    """Token grid of one modality over a view. hw: rows, columns of tokens; canvas: of pixels; stride: pixels per token side."""
+
+    hw: tuple[int, int]
+    canvas: tuple[int, int]
+    stride: int
+
+
 @dataclass
 class Frames:
-    """Final-stage tokens of one modality of one view. canvas: pixel rows, columns; stride: pixels per token side."""
+    """Final-stage tokens of one modality of one view."""
 
     feat_BThwD: Tensor
     valid_BThw: Tensor
     doy_BT: Tensor
-    canvas: tuple[int, int]
-    stride: int
+    grid: TokenGrid
 
 
 class Fusion(nn.Module):
@@ -59,6 +70,7 @@ class Fusion(nn.Module):
     def reset_parameters(self) -> None:
         """The blocks reset themselves."""
         for linear in (self.project, *self.unfold.values()):
+            assert isinstance(linear, nn.Linear)
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
         if len(self.blocks):
@@ -68,11 +80,10 @@ class Fusion(nn.Module):
 
     def forward(self, frames: dict[str, Frames]) -> tuple[Tensor, Tensor]:
         """Returns fused_ByxF and fused_valid_Byx: a location is valid if any frame is valid there."""
-        leader = frames[fusion_leader(frames)]
-        grid = (leader.feat_BThwD.shape[2], leader.feat_BThwD.shape[3])
-        placed = [self._place(name, item, leader, grid) for name, item in frames.items()]
-        x_BSyxF = torch.cat([x for x, _ in placed], dim=1)
-        valid_BSyx = torch.cat([v for _, v in placed], dim=1)
+        cells = fusion_cells({name: item.grid for name, item in frames.items()}, self.factors)
+        x_BSyxF = torch.cat([self._place(name, item, cells[name]) for name, item in frames.items()], dim=1)
+        valid_BSyx = place_validity({name: item.valid_BThw for name, item in frames.items()}, cells, self.factors)
+        grid = x_BSyxF.shape[2:4]
         num_sites = x_BSyxF.shape[0]
         x_XSF = x_BSyxF.permute(0, 2, 3, 1, 4).flatten(0, 2)
         valid_XS = valid_BSyx.permute(0, 2, 3, 1).flatten(0, 2)
@@ -81,26 +92,20 @@ class Fusion(nn.Module):
         fused_XF = torch.where(any_X[:, None], fused_XF, 0)
         return fused_XF.unflatten(0, (num_sites, *grid)), any_X.unflatten(0, (num_sites, *grid))
 
-    def _place(self, name: str, item: Frames, leader: Frames, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def _place(self, name: str, item: Frames, cells: tuple[list[int], list[int]]) -> Tensor:
         """Frames of one modality on the fusion grid: project, unfold, then the cell under each location's centre.
 
         The unfolding is by the configured factor on any canvas: its weights are part of every graph (ranks must agree), and a
         canvas of another resolution only reads it more or less densely.
         """
-        x, valid, r = self.project(item.feat_BThwD), item.valid_BThw, self.factors[name]
+        x, r = self.project(item.feat_BThwD), self.factors[name]
         if r > 1:
             x = self.unfold[name](x).unflatten(-1, (r, r, self.dim))
             x = x.permute(0, 1, 2, 4, 3, 5, 6).flatten(4, 5).flatten(2, 3)
-            valid = valid.repeat_interleave(r, 2).repeat_interleave(r, 3)
-        if x.shape[2:4] != grid or item.canvas != leader.canvas:
-            for axis in (0, 1):
-                cells = cell_under(grid[axis], leader.stride, leader.canvas[axis], r, item.stride, item.canvas[axis])
-                if cells != list(range(x.shape[2 + axis])):
-                    index = torch.tensor(cells, device=x.device)
-                    x, valid = x.index_select(2 + axis, index), valid.index_select(2 + axis, index)
+        x = read_cells(x, cells)
         if len(self.blocks):
             x = x + self.day(item.doy_BT.long().clamp(0, NUM_DAYS - 1))[:, :, None, None, :].to(x.dtype)
-        return x, valid
+        return x
 
     def _average(self, x_XSF: Tensor, valid_XS: Tensor) -> Tensor:
         total_XF = torch.where(valid_XS[..., None], x_XSF, 0).sum(1)
@@ -143,9 +148,53 @@ def first_token_block(block: Block, x_XJF: Tensor, layout: Layout) -> Tensor:
     return x_XF + block.ffn(block.norm2(x_XF))
 
 
-def fusion_leader(frames: dict[str, Frames]) -> str:
+def fusion_leader(grids: Mapping[str, TokenGrid]) -> str:
     """The modality whose token grid is the fusion grid: the finest; among equals the first configured."""
-    return max(frames, key=lambda name: frames[name].feat_BThwD.shape[2] * frames[name].feat_BThwD.shape[3])
+    return max(grids, key=lambda name: grids[name].hw[0] * grids[name].hw[1])
+
+
+def fusion_cells(grids: Mapping[str, TokenGrid], factors: Mapping[str, int]) -> dict[str, tuple[list[int], list[int]]]:
+    """Per modality, rows and columns of its unfolded grid that lie under the fusion grid's cells."""
+    leader = grids[fusion_leader(grids)]
+    found = {}
+    for name, grid in grids.items():
+        rows, columns = (
+            cell_under(leader.hw[i], leader.stride, leader.canvas[i], factors[name], grid.stride, grid.canvas[i])
+            for i in (0, 1)
+        )
+        found[name] = (rows, columns)
+    return found
+
+
+def read_cells(x_BTyx: Tensor, cells: tuple[list[int], list[int]]) -> Tensor:
+    """Picks rows and columns (dimensions 2 and 3); nothing is copied where they are all of them in order."""
+    for dim, wanted in zip((2, 3), cells):
+        if wanted != list(range(x_BTyx.shape[dim])):
+            x_BTyx = x_BTyx.index_select(dim, torch.tensor(wanted, device=x_BTyx.device))
+    return x_BTyx
+
+
+def place_validity(
+    valid: Mapping[str, Tensor], cells: Mapping[str, tuple[list[int], list[int]]], factors: Mapping[str, int]
+) -> Tensor:
+    """Validity of every frame of every modality on the fusion grid, bool [B, S, y, x]."""
+    placed = []
+    for name, valid_BThw in valid.items():
+        rows, columns = ([cell // factors[name] for cell in axis] for axis in cells[name])
+        placed.append(read_cells(valid_BThw, (rows, columns)))
+    return torch.cat(placed, dim=1)
+
+
+def fused_validity(cfg: ModelConfig, view: View) -> tuple[Tensor, str]:
+    """`Features.fused_valid` and `.fused_like` of a view, from pixel validity alone."""
+    valid = dense_validity(cfg, view)
+    grids = {}
+    for name in cfg.modalities:
+        canvas = view.modalities[name].valid_BTHW.shape[2:]
+        hw = valid[name].shape[2:]
+        grids[name] = TokenGrid((hw[0], hw[1]), (canvas[0], canvas[1]), cfg.stride(name))
+    factors = {name: cfg.upscale(name) for name in cfg.modalities}
+    return place_validity(valid, fusion_cells(grids, factors), factors).any(1), fusion_leader(grids)
 
 
 def cell_under(count: int, lead_stride: int, lead_canvas: int, r: int, stride: int, canvas: int) -> list[int]:

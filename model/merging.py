@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.validity import merge_validity
+
 
 class AdaptivePatchMerging(nn.Module):
     """Transition between stages, SwinV2 style: linear 4C → 2C without bias, then LayerNorm.
@@ -47,8 +49,5 @@ def merge_neighbours(x_NHWC: Tensor, valid_NHW: Tensor) -> tuple[Tensor, Tensor]
     x_NHWC = torch.where(valid_NHW[..., None], x_NHWC, 0)
     if odd_h or odd_w:
         x_NHWC = F.pad(x_NHWC, (0, 0, 0, odd_w, 0, odd_h))
-        valid_NHW = F.pad(valid_NHW, (0, odd_w, 0, odd_h))
-    corners = [(slice(i, None, 2), slice(j, None, 2)) for j in (0, 1) for i in (0, 1)]
-    x_NHWC = torch.cat([x_NHWC[:, rows, cols] for rows, cols in corners], dim=-1)
-    valid_NHW = torch.stack([valid_NHW[:, rows, cols] for rows, cols in corners]).any(0)
-    return x_NHWC, valid_NHW
+    corners = [x_NHWC[:, i::2, j::2] for j in (0, 1) for i in (0, 1)]
+    return torch.cat(corners, dim=-1), merge_validity(valid_NHW)

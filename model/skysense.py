@@ -14,7 +14,7 @@ from model.backbone import SeparateBackbones, Tokens, build_backbone
 from model.batch import ModalityView, View
 from model.config import ModelConfig
 from model.droppath import image_seeds
-from model.fusion import Frames, Fusion, at_least_one, fusion_leader
+from model.fusion import Frames, Fusion, TokenGrid, at_least_one, fusion_leader
 from model.moe.balance import CallStats, MoEStats, stack_modalities
 
 
@@ -65,18 +65,19 @@ class SkySense(nn.Module):
             from the default generator.
         """
         seed_B = self._seeds(view, sample_seed_B)
-        dense, dense_valid, stride, frames, calls = {}, {}, {}, {}, []
+        dense, dense_valid, stride, grids, frames, calls = {}, {}, {}, {}, {}, []
         for m, name in enumerate(self.cfg.modalities):
             part = view.modalities[name]
             num_dates = part.valid_BTHW.shape[1]
             seeds_BT = None if seed_B is None else image_seeds(seed_B, m, num_dates)
             tokens = self._images(name, part, seeds_BT)
             dense[name], dense_valid[name], stride[name] = tokens.feat_NhwD, tokens.valid_Nhw, tokens.stride
-            canvas = (part.x_BTCHW.shape[3], part.x_BTCHW.shape[4])
-            frames[name] = Frames(tokens.feat_NhwD, tokens.valid_Nhw, part.doy_BT, canvas, tokens.stride)
+            hw, canvas = tokens.valid_Nhw.shape[2:], part.valid_BTHW.shape[2:]
+            grids[name] = TokenGrid((hw[0], hw[1]), (canvas[0], canvas[1]), tokens.stride)
+            frames[name] = Frames(tokens.feat_NhwD, tokens.valid_Nhw, part.doy_BT, grids[name])
             calls.append(tokens.moe)
         fused, fused_valid = self.fusion(frames)
-        return Features(dense, dense_valid, stride, fused, fused_valid, fusion_leader(frames), self._stats(calls))
+        return Features(dense, dense_valid, stride, fused, fused_valid, fusion_leader(grids), self._stats(calls))
 
     def _seeds(self, view: View, sample_seed_B: Tensor | None) -> Tensor | None:
         if not self.training or self.cfg.drop_path == 0.0:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_prep.schema import MODALITIES
+from model.validity import patch_validity
 
 
 class Tokenizer(nn.Module):
@@ -36,7 +37,5 @@ class Tokenizer(nn.Module):
         x_NCHW = torch.where(valid_NHW[:, None], x_NCHW, 0).to(weight.dtype)
         pad = (0, -x_NCHW.shape[3] % self.patch, 0, -x_NCHW.shape[2] % self.patch)
         if any(pad):
-            x_NCHW, valid_NHW = F.pad(x_NCHW, pad), F.pad(valid_NHW, pad)
-        cells = valid_NHW.unflatten(1, (-1, self.patch)).unflatten(3, (-1, self.patch))
-        valid_Nhw = cells.sum((2, 4)) > self.min_valid * self.patch**2
-        return self.conv(x_NCHW).permute(0, 2, 3, 1), valid_Nhw
+            x_NCHW = F.pad(x_NCHW, pad)
+        return self.conv(x_NCHW).permute(0, 2, 3, 1), patch_validity(valid_NHW, self.patch, self.min_valid)
