@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from cluster.errors import UsageError
 from pipeline.config import PretrainConfig
 from pipeline.ema import Teacher
+from pipeline.health import Heartbeat
 from pipeline.optimizer import adamw, set_rates
 from pipeline.parallel.expert_parallel import apply_expert_parallel
 from pipeline.parallel.layout import Layout
-from pipeline.parallel.zero import ShardedState
+from pipeline.parallel.zero import ShardedState, logical
 from pipeline.schedules import ema_momentum, learning_rate, weight_decay
 
 
@@ -74,6 +75,11 @@ def _merge(ours: dict[str, Any], extra: dict[str, Any], path: str) -> dict[str, 
     return merged
 
 
+def _at(beat: Heartbeat | None, phase: str) -> None:
+    if beat is not None:
+        beat.at(phase)
+
+
 class Engine:
     """Student under DeepSpeed, teacher beside it, both sharded alike.
 
@@ -91,6 +97,7 @@ class Engine:
         apply_expert_parallel(student, layout)
         apply_expert_parallel(teacher, layout)
         self.student = student
+        self.logical_shapes = {n: logical(p)[0] for n, p in student.named_parameters() if p.requires_grad}
         settings = deepspeed_config(config, layout)
         self.deepspeed, *_ = deepspeed.initialize(model=student, optimizer=adamw(student, config.optimizer), config=settings)
         self.state = ShardedState(self.deepspeed, student)
@@ -100,32 +107,34 @@ class Engine:
         self.teacher = Teacher(teacher.to(device), self.state)
         self.total_samples = config.train.steps * layout.batch
 
-    def step(self, micro_batches: list[Any], samples: int) -> StepResult:
+    def step(self, micro_batches: list[Any], samples: int, beat: Heartbeat | None = None) -> StepResult:
         """One update. samples: seen before this step; schedules are evaluated at the step's end."""
         after = samples + self.layout.batch
         lr = self._set_rates(after)
         student, teacher = self.student, self.teacher.module
-        with torch.no_grad():
-            targets = [teacher.teacher_forward(batch, samples) for batch in micro_batches]
-            targets = student.center(targets, self.reduce)
+        _at(beat, "teacher")
+        scores = [teacher.teacher_forward(batch) for batch in micro_batches]
+        targets = teacher.center(scores, samples, self.reduce)
+        _at(beat, "student")
         self.deepspeed.train()
         sums: dict[str, Tensor] = {}
-        for batch, target in zip(micro_batches, targets):
-            loss, metrics = self.deepspeed(batch, target, samples)
+        for index, (batch, target) in enumerate(zip(micro_batches, targets)):
+            loss, metrics = self.deepspeed(batch, target)
             self.deepspeed.backward(loss)
-            for name, value in {"loss": loss, **metrics}.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().float()
-            if batch is not micro_batches[-1]:
+            for name, value in {**metrics, "loss": loss}.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().double()
+            if index < len(micro_batches) - 1:
                 self.deepspeed.step()
+        _at(beat, "update")
         norm = self._clip() if self.layout.zero_stage == 0 else None
         self.deepspeed.step()
         applied = not bool(getattr(self.deepspeed.optimizer, "overflow", False))
-        grad_norm = norm if norm is not None else float(self.deepspeed.get_global_grad_norm() or 0.0)
+        grad_norm = float(self.deepspeed.get_global_grad_norm() or 0.0) if norm is None else norm
         if applied:
-            low, high = self.config.objective.ema_momentum
-            self.teacher.update(ema_momentum(after, self.total_samples, low, high))
-        metrics_f = self._average(sums, len(micro_batches))
-        return StepResult(metrics_f.pop("loss"), metrics_f, grad_norm, lr, applied)
+            self.teacher.update(ema_momentum(after, self.total_samples, *self.config.objective.ema_momentum))
+        figures = self._average(sums, len(micro_batches))
+        figures.update({name: float(value) for name, value in student.finish_step(self.reduce).items()})
+        return StepResult(figures.pop("loss"), figures, grad_norm, lr, applied)
 
     def _set_rates(self, samples: int) -> float:
         config, total = self.config.optimizer, self.total_samples

@@ -31,6 +31,7 @@ class Network(nn.Module):
         self.norm = nn.LayerNorm(DIM)
         self.leave = nn.Linear(DIM, 5)
         self.register_buffer("scale_D", torch.linspace(0.5, 1.5, DIM))
+        self.register_buffer("steps_seen", torch.zeros((), dtype=torch.int64))
 
     def forward(self, rows: Rows) -> Tensor:
         h_BLD = self.enter(rows.x_BLD.to(self.enter.weight.dtype)) * self.scale_D.to(self.enter.weight.dtype)
@@ -43,20 +44,26 @@ class Network(nn.Module):
 class StandIn(Network):
     """loss = mean over the step's valid tokens of |student - centred teacher|^2, in `model.losses.reduce`'s convention."""
 
-    def teacher_forward(self, rows: Rows, samples: int) -> tuple[Tensor, Rows]:
+    @torch.no_grad()
+    def teacher_forward(self, rows: Rows) -> tuple[Tensor, Rows]:
         return Network.forward(self, rows).float(), rows
 
-    def center(self, targets: list[tuple[Tensor, Rows]], reduce: Any) -> list[Any]:
+    @torch.no_grad()
+    def center(self, targets: list[tuple[Tensor, Rows]], samples: int, reduce: Any) -> list[Any]:
         count = reduce.sum(torch.stack([rows.valid_BL.sum().float() for _, rows in targets]).sum())
         total = reduce.sum(torch.stack([(t * rows.valid_BL[..., None]).sum((0, 1)) for t, rows in targets]).sum(0))
         scale = reduce.world * len(targets) / count
         return [(t - total / count + torch.sin(7 * rows.x_BLD[..., :5]), scale) for t, rows in targets]
 
-    def forward(self, rows: Rows, target: Any, samples: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, rows: Rows, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
         aim_BLC, scale = target
         square_BL = F.mse_loss(Network.forward(self, rows).float(), aim_BLC, reduction="none").mean(-1)
         loss = (square_BL * rows.valid_BL).sum() * scale
-        return loss, {"loss/mse": loss.detach()}
+        return loss, {"loss": loss.detach(), "loss/mse": loss.detach()}
+
+    def finish_step(self, reduce: Any) -> dict[str, Tensor]:
+        self.steps_seen += 1
+        return {"moe/steps": self.steps_seen.float()}
 
 
 def make_batch(step: int, batch: int, tokens: int = 6) -> Rows:

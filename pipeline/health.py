@@ -1,0 +1,148 @@
+"""Nothing shrugs: non-finite figures and skipped updates stop every rank, a stall names the rank that lags, spikes are told."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from cluster.errors import RunFailure
+from cluster.logs import record_failure
+from cluster.ranks import Ranks
+
+PHASES = ("start", "data", "teacher", "student", "update", "log", "probe", "save", "end")
+log = logging.getLogger(__name__)
+
+
+class AgreedFailure(RunFailure):
+    """A failure every rank has found at the same place: the first rank tells it, the others stay quiet."""
+
+
+def check_step(step: int, result: Any, keys: Sequence[str], ranks: Ranks) -> None:
+    """Raises AgreedFailure on all ranks if the step's loss or gradient is not finite, or its update was skipped.
+
+    `result` holds figures averaged over ranks, so all ranks see the same; the keys of the step's samples are gathered only then.
+    """
+    bad = [name for name, value in {"loss": result.loss, **result.metrics}.items() if not math.isfinite(value)]
+    if not math.isfinite(result.grad_norm):
+        bad.append("grad_norm")
+    if not bad and result.applied:
+        return
+    gathered: list[Any] = [list(keys)]
+    if ranks.world > 1:
+        gathered = [None] * ranks.world
+        dist.all_gather_object(gathered, list(keys))
+    samples = ", ".join(f"rank {rank}: {' '.join(k)}" for rank, k in enumerate(gathered))
+    loads = {name.removeprefix("moe/load/"): round(v, 4) for name, v in result.metrics.items() if name.startswith("moe/load/")}
+    what = f"{', '.join(bad)} not finite" if bad else "the update was skipped (gradient overflow)"
+    raise AgreedFailure(f"step {step}: {what}; samples {samples}; expert loads {json.dumps(loads) if loads else 'none'}")
+
+
+class SpikeWatch:
+    """Tells when the loss leaves what it has lately been: above mean + `sigmas` standard deviations of the last `window` steps."""
+
+    def __init__(self, window: int = 100, sigmas: float = 6.0, least: int = 20) -> None:
+        self.recent: deque[float] = deque(maxlen=window)
+        self.sigmas, self.least = sigmas, least
+
+    def spike(self, loss: float) -> float | None:
+        """How many deviations above the recent mean `loss` lies, if that is a spike. Spikes do not enter the window twice."""
+        size = len(self.recent)
+        height = None
+        if size >= self.least:
+            mean = sum(self.recent) / size
+            deviation = math.sqrt(sum((x - mean) ** 2 for x in self.recent) / size) + 1e-3 * abs(mean) + 1e-12
+            if loss > mean + self.sigmas * deviation:
+                height = (loss - mean) / deviation
+        self.recent.append(loss)
+        return height
+
+
+class Heartbeat:
+    """Where this rank is, published for the others; a thread ends the rank if it stands still, naming who lags.
+
+    A rank that hangs (a stuck read, a stopped process) makes the others wait in a collective for ever; their stack traces
+    show only waiting. So each rank tells a store its step and phase; after `timeout_s` without progress every rank that
+    waits compares, says who is behind or silent, and ends with code 1, which ends the job.
+    """
+
+    def __init__(self, ranks: Ranks, timeout_s: float, logs_url: str | None) -> None:
+        self.ranks, self.timeout_s, self.logs_url = ranks, timeout_s, logs_url
+        self.step, self.phase, self._moved = 0, "start", time.monotonic()
+        self._interval = min(5.0, timeout_s / 8)
+        self._count = 0
+        self._over = threading.Event()
+        self._store = dist.TCPStore(ranks.address, ranks.port, None, False) if ranks.world > 1 else None
+        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def at(self, phase: str, step: int | None = None) -> None:
+        """This rank now does `phase` (of PHASES) of `step`."""
+        self.step, self.phase = self.step if step is None else step, phase
+        self._moved = time.monotonic()
+
+    def close(self) -> None:
+        self._over.set()
+
+    def _watch(self) -> None:
+        while not self._over.wait(self._interval):
+            self._publish()
+            waited = time.monotonic() - self._moved
+            if waited > self.timeout_s:
+                self._end(waited)
+
+    def _publish(self) -> None:
+        self._count += 1
+        if self._store is not None:
+            self._store.set(f"beat/{self.ranks.rank}", json.dumps([self.step, PHASES.index(self.phase), self._count]))
+
+    def _end(self, waited: float) -> None:
+        try:
+            message = f"no progress for {waited:.0f} s in step {self.step} ({self.phase}); {self._who_lags()}"
+        except Exception as error:  # the store's host may be what died
+            message = f"no progress for {waited:.0f} s in step {self.step} ({self.phase}); others cannot be asked: {error}"
+        if self._over.is_set():
+            return
+        print(f"pipeline train: rank {self.ranks.rank}: {message}", file=sys.stderr, flush=True)
+        if self.logs_url:
+            record_failure(self.logs_url, self.ranks.rank, self.step, RunFailure(message))
+        os._exit(1)
+
+    def _who_lags(self) -> str:
+        before = self._read_all()
+        time.sleep(2.5 * self._interval)
+        self._publish()
+        return describe_lag(before, self._read_all())
+
+    def _read_all(self) -> list[list[int] | None]:
+        if self._store is None:
+            return [[self.step, PHASES.index(self.phase), self._count]]
+        keys = [f"beat/{rank}" for rank in range(self.ranks.world)]
+        return [json.loads(self._store.get(key)) if self._store.check([key]) else None for key in keys]
+
+
+def describe_lag(before: Sequence[Sequence[int] | None], after: Sequence[Sequence[int] | None]) -> str:
+    """Who holds up the job, from two looks at [step, phase, beats] of every rank (None: never heard of)."""
+    silent = [r for r, (a, b) in enumerate(zip(before, after)) if b is None or (a is not None and a[2] == b[2])]
+    if silent:
+        places = [f"rank {r} is silent, last seen {_place(after[r])}" for r in silent]
+        return "; ".join(places)
+    known = [(beat[0], beat[1], rank) for rank, beat in enumerate(after) if beat is not None]
+    least = min(known)[:2]
+    behind = [rank for step, phase, rank in known if (step, phase) == least]
+    if len(behind) == len(known):
+        return f"all ranks stand {_place(after[0])}"
+    return "; ".join(f"rank {r} lags, {_place(after[r])}" for r in behind)
+
+
+def _place(beat: Sequence[int] | None) -> str:
+    return "never" if beat is None else f"in {PHASES[beat[1]]} of step {beat[0]}"
