@@ -1,0 +1,68 @@
+"""`python -m pipeline sync RUN_DIR`: brings MLflow level with a run directory, each step once.
+
+For compute nodes without network, and after an outage that outlasted the run. Running it again changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+EXAMPLE = "example:\n  python -m pipeline sync runs_out/first --uri http://mlflow:5000"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXAMPLE
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="run directory (any fsspec URL)")
+    parser.add_argument("--uri", help="tracking store; default: the run's tracking.uri, else MLFLOW_TRACKING_URI")
+    parser.add_argument("--check", action="store_true", help="only compare: exit 1 if MLflow is not level")
+    parser.add_argument("--json", action="store_true", help="print the figures as a JSON last line")
+
+
+def main(args: argparse.Namespace) -> int:
+    from cluster.cli import print_json
+    from cluster.errors import RunFailure
+    from cluster.rundir import RunDir
+    from pipeline.tracking.mirror import Mirror, read_record
+    from pipeline.tracking.mlflow_store import MlflowStore
+    from pipeline.tracking.store import StoreUnavailable
+
+    rundir = RunDir(args.run_dir)
+    uri = _uri(args.uri, rundir)
+    mirror = Mirror(rundir, MlflowStore(uri))
+    try:
+        if args.check:
+            sent = 0
+        else:
+            sent = mirror.send(rundir.read_metrics())
+            mirror.send_files()
+            mirror.end(read_record(rundir)["status"])
+        faults = mirror.differences()
+    except StoreUnavailable as error:
+        raise RunFailure(f"{uri} does not answer ({error}); nothing is lost, try again later") from None
+    for fault in faults[:20]:
+        print(fault)
+    state = "level" if not faults else f"{len(faults)} values differ"
+    print(f"MLflow run {rundir.run_id}: {sent} steps sent, {state}")
+    if args.json:
+        print_json({"run_id": rundir.run_id, "steps_sent": sent, "differences": len(faults), "uri": uri})
+    return 1 if faults else 0
+
+
+def _uri(given: str | None, rundir: object) -> str:
+    """The store to sync to. Raises UsageError without one, or for a folder that holds no run."""
+    import os
+
+    from cluster.errors import UsageError
+    from cluster.rundir import RunDir
+
+    assert isinstance(rundir, RunDir)
+    resolved = rundir.read_resolved()
+    if resolved is None:
+        raise UsageError(f"{rundir.url} holds no run (no resolved.json); give the run.dir of a training run")
+    configured = resolved["config"].get("tracking", {}).get("uri", "none")
+    uri = given or (configured if configured != "none" else None) or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        raise UsageError(
+            f"{rundir.url} was run with tracking.uri=none; say where to: --uri sqlite:///mlflow.db or http://…"
+        )
+    return uri

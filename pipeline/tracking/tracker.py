@@ -1,0 +1,151 @@
+"""The tracker a training loop holds: logging appends to a list; a thread does the rest, and never gets in the way."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cluster import storage
+from cluster.rundir import RunDir
+from pipeline.config import PretrainConfig
+from pipeline.tracking.facts import RunFacts
+from pipeline.tracking.mirror import Mirror, add_event, set_status, write_record
+from pipeline.tracking.store import Store, StoreUnavailable
+
+FLUSH_S = 2.0  # how far the store lags behind while all is well
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0  # between attempts while it is away
+CLOSE_S = 20.0  # how long a finished run waits for it
+MAX_PENDING = 4096  # lines kept in memory; past it they are read again from the run directory
+
+
+def open_tracker(cfg: PretrainConfig, rundir: RunDir, facts: RunFacts = RunFacts()) -> Tracker:  # noqa: B008  (frozen)
+    """Starts tracking `rundir`, continuing its MLflow run if it has one. Returns at once, whether the store answers or not.
+
+    Raises:
+        UsageError: `tracking.uri` is nothing MLflow can open.
+    """
+    write_record(rundir, cfg.tracking.experiment, cfg.run.name or storage.name(rundir.url), facts)
+    if cfg.tracking.uri == "none":
+        return Tracker(rundir, None)
+    from pipeline.tracking.mlflow_store import MlflowStore
+
+    return Tracker(rundir, MlflowStore(cfg.tracking.uri))
+
+
+class Tracker:
+    """Mirrors a run directory into `store` (None: nowhere) from a daemon thread. No method blocks or raises, but `close`
+    waits for up to CLOSE_S.
+
+    Attributes:
+        failures: calls to the store that failed so far; `blocked_s`: time the thread spent waiting for the store.
+    """
+
+    def __init__(self, rundir: RunDir, store: Store | None, flush_s: float = FLUSH_S) -> None:
+        self.rundir, self.failures, self.blocked_s = rundir, 0, 0.0
+        self._mirror = Mirror(rundir, store) if store is not None else None
+        self._flush_s = flush_s
+        self._wake = threading.Condition()
+        self._pending: list[Mapping[str, Any]] = []
+        self._from_directory = self._mirror is not None  # the store may lack what was logged before a restart
+        self._new_files = True
+        self._status: str | None = None
+        self._level = False
+        self._thread: threading.Thread | None = None
+        if self._mirror is not None:
+            self._thread = threading.Thread(target=self._run, name="tracker", daemon=True)
+            self._thread.start()
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow run, None until the store has answered once."""
+        return self._mirror.run_id if self._mirror else None
+
+    def log(self, step: int, samples: int, metrics: Mapping[str, Any]) -> None:
+        """Hands over one line, already in `metrics.jsonl`, as it stands there."""
+        if self._mirror is None:
+            return
+        line = {"time": time.time(), **metrics, "step": step, "samples": samples}
+        with self._wake:
+            if len(self._pending) >= MAX_PENDING:
+                self._pending, self._from_directory = [], True
+            self._pending.append(line)
+
+    def artifact(self, path: str) -> None:
+        """Copies a local file into the run directory's `artifacts/`, from where it goes to the store."""
+        self._guard(lambda: storage.upload(path, storage.join(self.rundir.url, "artifacts", storage.name(path))))
+
+    def checkpoint(self, url: str, step: int, metrics: Mapping[str, float] | None = None) -> None:
+        """Registers a committed checkpoint by reference, with its probe scores."""
+        self._guard(lambda: add_event(self.rundir, url, step, metrics or {}))
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Sends what is left and ends the run as FINISHED, FAILED, KILLED or SCHEDULED (it will be requeued)."""
+        self._guard(lambda: set_status(self.rundir, status))
+        if self._thread is None:
+            return
+        with self._wake:
+            self._status = status
+            self._wake.notify()
+        self._thread.join(CLOSE_S)
+        if not self._level:
+            print(
+                f"tracking: the store did not answer, it is behind this run; later: python -m pipeline sync {self.rundir.url}",
+                file=sys.stderr,
+            )
+
+    def _guard(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+            self._new_files = True
+        except Exception as error:  # training goes on without this file
+            print(f"tracking: {' '.join(str(error).split())}", file=sys.stderr)
+
+    def _run(self) -> None:
+        wait_s = self._flush_s
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._status is not None, wait_s)
+                closing = self._status
+            try:
+                start = time.monotonic()
+                self._level_once(closing)
+                wait_s = self._flush_s
+                if closing is not None:
+                    self._level = True
+                    return
+            except Exception as error:
+                self.failures += 1
+                if not isinstance(error, StoreUnavailable) or self.failures == 1:
+                    print(
+                        f"tracking: {error}; the run goes on, metrics are in {self.rundir.metrics_url}", file=sys.stderr
+                    )
+                wait_s = min(max(FIRST_WAIT_S, wait_s * 2), 2.0 if closing else LONGEST_WAIT_S)
+                if closing:
+                    time.sleep(wait_s)  # the condition is already true: do not spin
+            finally:
+                self.blocked_s += time.monotonic() - start
+
+    def _level_once(self, closing: str | None) -> None:
+        assert self._mirror is not None
+        with self._wake:
+            lines, self._pending = self._pending, []
+            from_directory, self._from_directory = self._from_directory, False
+        try:
+            self._mirror.connect()  # first, so that an absent store costs one call and no reading
+            if from_directory or closing:
+                known = {line["step"]: line for line in [*self.rundir.read_metrics(), *lines]}
+                lines = [known[step] for step in sorted(known)]
+            self._mirror.send(lines)
+            if self._new_files or closing:
+                self._new_files = False
+                self._mirror.send_files()
+            if closing:
+                self._mirror.end(closing)
+        except BaseException:
+            with self._wake:
+                self._from_directory = self._new_files = True
+                self._pending = [*lines, *self._pending][-MAX_PENDING:]
+            raise

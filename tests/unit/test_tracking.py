@@ -1,0 +1,196 @@
+"""Tracking: the run directory is the truth; whatever a store does, afterwards it holds each step once and equal."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.errors import UsageError
+from cluster.rundir import RunDir
+from pipeline.config import PretrainConfig, RunConfig, TrackingConfig
+from pipeline.tracking import Dataset, RunFacts, open_tracker
+from pipeline.tracking.mirror import Mirror, points_of, read_events, write_record
+from pipeline.tracking.mlflow_store import check_uri
+from pipeline.tracking.store import MemoryStore, StoreUnavailable
+from pipeline.tracking.system import SystemSampler
+from pipeline.tracking.tracker import Tracker
+
+FACTS = RunFacts(2, "world=2 zero=2 ep=2", (Dataset("memory://shards", "a" * 64, "b" * 64, "train", 10),))
+
+
+def _line(step: int) -> dict[str, float | int]:
+    return {"step": step, "samples": step * 8, "time": 1000.0 + step, "loss": 1.0 / step, "moe/load": 0.5}
+
+
+def _run(url: str, steps: int = 0) -> RunDir:
+    rundir = RunDir(url)
+    rundir.write_resolved(PretrainConfig(run=RunConfig(dir=url)))
+    rundir.start_metrics(0)
+    for step in range(1, steps + 1):
+        rundir.append_metrics(_line(step))
+    write_record(rundir, "test", "a run", FACTS)
+    return rundir
+
+
+@settings(max_examples=25, deadline=None)
+@given(failures=st.lists(st.integers(0, 5), min_size=1, max_size=12), first=st.integers(0, 20))
+def test_whatever_fails_the_store_ends_level(
+    tmp_path_factory: pytest.TempPathFactory, failures: list[int], first: int
+) -> None:
+    rundir, store = _run(str(tmp_path_factory.mktemp("run")), 20), MemoryStore()
+    mirror, lines = Mirror(rundir, store), rundir.read_metrics()
+    for fail_next in [*failures, 0]:
+        store.fail_next = fail_next
+        try:
+            mirror.send(lines[:first])
+            mirror.send(lines)
+            mirror.send_files()
+        except StoreUnavailable:
+            mirror = Mirror(rundir, store) if fail_next % 2 else mirror  # a restart, or the same process again
+    assert mirror.differences() == []
+    assert len(store.runs) == 1
+
+
+class _ForgetfulStore(MemoryStore):
+    """Takes the points, and loses the answer on the way: the case that doubles values elsewhere."""
+
+    lose = 0
+
+    def log_points(self, run_id, points):  # type: ignore[no-untyped-def]
+        super().log_points(run_id, points)
+        if self.lose > 0:
+            self.lose -= 1
+            raise StoreUnavailable("timed out")
+
+
+def test_an_answer_lost_on_the_way_doubles_nothing(tmp_path: Path) -> None:
+    rundir, store = _run(str(tmp_path), 5), _ForgetfulStore()
+    store.lose = 1
+    mirror = Mirror(rundir, store)
+    with pytest.raises(StoreUnavailable):
+        mirror.send(rundir.read_metrics())
+    assert mirror.send(rundir.read_metrics()) == 0
+    assert mirror.differences() == []
+
+
+def test_tracker_in_a_thread_survives_an_outage_and_ends_level(tmp_path: Path) -> None:
+    rundir, store = _run(str(tmp_path)), MemoryStore()
+    store.fail_next = 1
+    tracker = Tracker(rundir, store, flush_s=0.01)
+    for step in range(1, 40):
+        rundir.append_metrics(_line(step))
+        tracker.log(step, step * 8, _line(step))
+    picture = tmp_path / "plot.png"
+    picture.write_bytes(b"png")
+    tracker.artifact(str(picture))
+    tracker.checkpoint("s3://bucket/step-00000020", 20, {"probe/knn/fused": 0.5})
+    tracker.close("FINISHED")
+    (run,) = store.runs.values()
+    assert tracker.failures >= 1
+    assert Mirror(rundir, store).differences() == []
+    assert run["status"] == "FINISHED"
+    assert run["artifacts"]["plot.png"] == b"png"
+    assert "resolved.json" in run["artifacts"]
+    assert run["checkpoints"] == {("s3://bucket/step-00000020", 20): {"probe/knn/fused": 0.5}}
+    assert run["params"]["model.moe.experts"] == "8"
+    assert run["datasets"] == list(FACTS.datasets)
+    assert run["tags"]["geoloom.layout"] == FACTS.layout
+
+
+class _HangingStore(MemoryStore):
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+
+    def log_points(self, run_id, points):  # type: ignore[no-untyped-def]
+        self.go.wait()
+        super().log_points(run_id, points)
+
+
+def test_logging_returns_while_the_store_hangs(tmp_path: Path) -> None:
+    rundir, store = _run(str(tmp_path)), _HangingStore()
+    tracker = Tracker(rundir, store, flush_s=0.0)
+    for step in range(1, 200):  # would never end if one call waited for the store
+        rundir.append_metrics(_line(step))
+        tracker.log(step, step * 8, _line(step))
+    store.go.set()
+    tracker.close()
+    assert Mirror(rundir, store).differences() == []
+
+
+def test_resume_continues_the_run_and_no_step_stands_twice(tmp_path: Path) -> None:
+    rundir, store = _run(str(tmp_path), 10), MemoryStore()
+    Mirror(rundir, store).send(rundir.read_metrics())  # killed after step 10, last checkpoint at step 6
+    rundir.start_metrics(6)
+    tracker = Tracker(RunDir(str(tmp_path)), store, flush_s=0.0)
+    for step in range(7, 15):
+        rundir.append_metrics(_line(step))
+        tracker.log(step, step * 8, _line(step))
+    tracker.close()
+    assert len(store.runs) == 1
+    assert Mirror(rundir, store).differences() == []
+
+
+def test_differences_names_what_departs(tmp_path: Path) -> None:
+    rundir, store = _run(str(tmp_path), 3), MemoryStore()
+    mirror = Mirror(rundir, store)
+    mirror.send(rundir.read_metrics()[:2])
+    store.log_points(mirror.open(), points_of(_line(1)))
+    text = "\n".join(mirror.differences())
+    assert "loss: 1 steps stand twice" in text
+    assert "loss at step 3: store None, run directory" in text
+
+
+def test_points_leave_out_what_is_no_number_and_put_the_marker_last() -> None:
+    points = points_of(
+        {"step": 4, "samples": 32, "time": 2.5, "loss": None, "note": "x", "lr": 0.1, "bad": float("inf")}
+    )
+    assert [(point.key, point.step, point.time_ms) for point in points] == [("lr", 4, 2500), ("samples", 4, 2500)]
+
+
+def test_no_tracking_needs_no_store_and_keeps_files(tmp_path: Path) -> None:
+    cfg = PretrainConfig(run=RunConfig(dir=str(tmp_path / "run")))
+    rundir = RunDir(cfg.run.dir)
+    rundir.write_resolved(cfg)
+    tracker = open_tracker(cfg, rundir)
+    tracker.log(1, 8, {"loss": 1.0})
+    tracker.checkpoint("somewhere", 1)
+    tracker.close()
+    assert tracker.run_id is None
+    assert read_events(rundir) == [{"url": "somewhere", "step": 1, "metrics": {}}]
+
+
+@pytest.mark.parametrize("uri", ["mlruns", "./mlruns", "file:///tmp/mlruns", "htp://x"])
+def test_a_store_mlflow_cannot_open_is_refused_at_once(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"tracking\.uri="):
+        check_uri(uri)
+
+
+def test_passwords_never_reach_the_store(tmp_path: Path) -> None:
+    rundir, store = RunDir(str(tmp_path)), MemoryStore()
+    uri = "postgresql://me:secret@host:5432/mlflow"
+    rundir.write_resolved(PretrainConfig(tracking=TrackingConfig(uri=uri)))
+    mirror = Mirror(rundir, store)
+    mirror.send([])
+    mirror.send_files()
+    assert "secret" not in repr(store.runs)
+    assert store.runs[mirror.open()]["params"]["tracking.uri"] == "postgresql://me:***@host:5432/mlflow"
+
+
+def test_a_changed_setting_is_tagged_not_overwritten(tmp_path: Path) -> None:
+    rundir, store = _run(str(tmp_path)), MemoryStore()
+    Mirror(rundir, store).open()
+    rundir.write_resolved(PretrainConfig(run=RunConfig(dir="elsewhere")))
+    run = store.runs[Mirror(rundir, store).open()]
+    assert run["params"]["run.dir"] == str(tmp_path)
+    assert run["tags"]["geoloom.changed.run.dir"] == f"{tmp_path} -> elsewhere"
+
+
+def test_system_figures_are_finite_numbers() -> None:
+    figures = SystemSampler().sample()
+    assert figures["system/process_memory_gb"] > 0
+    assert all(key.startswith("system/") and value >= 0 for key, value in figures.items())
