@@ -12,10 +12,10 @@ Item
                               centre.
     properties."datetime"     or start_datetime/end_datetime with datetime null (cubes carry their own dates)
     properties."proj:code"    CRS of the site; also `proj:epsg`, `proj:wkt2`. Asset fields win over item fields.
-    properties."proj:bbox"    footprint (xmin, ymin, xmax, ymax) in that CRS. Default: the ground all modalities share.
-    properties."geoloom:labels"   scalar labels, e.g. {"scene": 3}
+    properties."proj:bbox"    footprint (xmin, ymin, xmax, ymax) in that CRS, narrows the ground that all modalities share.
+    properties."geoloom:labels"   scalar labels, e.g. {"scene": 3}; also `geoloom:scalars`
     properties."label:classes"    class names, [{"name": "scene", "classes": ["water", ...]}, {"name": "landcover", ...}];
-                                  index = value
+                                  index = value; also `geoloom:classes` {"scene": [names]}
     properties, or the asset: "s2:processing_baseline" ("05.09"), "s2:product_uri"/"product_id", "sat:orbit_state",
                               "sar:polarizations", "eo:cloud_cover", "processing:level" ("L2A", "L1C"),
                               "earthsearch:boa_offset_applied"
@@ -36,12 +36,345 @@ Asset (the key is free, except for labels, whose key is the label's name)
 Zarr cube (format 2 or 3; a group)
     array `data`              dims time, band, y, x (or the only 4-dimensional array; `geoloom:array` on the asset names it)
     attributes of the group   crs ("EPSG:32633" or WKT), transform [a, b, c, d, e, f], bands [names], datetimes [ISO 8601 UTC];
-                              optional per-date lists product_ids, orbits ("ascending"/"descending"), baselines ("05.09");
-                              optional nodata, unit ("dB"/"linear"), scale and offset (s2, as in raster:bands).
+                              optional per-date lists product_ids, orbits ("ascending"/"descending"; also orbit_states),
+                              baselines ("05.09"; also processing_baselines), boa_add_offsets (-1000 or 0); optional nodata, unit ("dB"/"linear"), scale and offset (s2, as in raster:bands).
                               CF coordinates `time`, `band`, `x`, `y`, `spatial_ref` are read where attributes are missing.
-    array `cloud`             optional uint8 [time, y, x], non-zero = cloud
+    array `scl` or `cloud`    optional uint8 [time, y, x]: scene classification codes, or non-zero = cloud
 
 Label rasters are integer GeoTIFFs; -1, and the declared nodata, mean unlabelled. A cloud raster is non-zero where cloudy.
 """
 
 from __future__ import annotations
+
+import io
+import json
+import posixpath
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from cluster.errors import UsageError
+from cluster.storage import exists, filesystem, is_local, local_path, read_bytes
+from data_prep.geo import Bounds, crs_name
+from data_prep.sources.names import (
+    HR_ALIASES,
+    HR_BANDS,
+    L1C_ORDER,
+    L2A_ORDER,
+    S2_BANDS,
+    band_name,
+    iso_datetime,
+    s1_datetime,
+    s2_product,
+)
+from data_prep.sources.records import MODALITY_ROLES, Asset, SourceFault
+
+COLLECTION_FILES = ("catalog.json", "collection.json")
+PRODUCT_FIELDS = ("s2:product_uri", "sar:product_id", "product_id", "s2:product_id", "title")
+
+
+def read_items(url: str) -> Iterator[dict[str, Any]]:
+    """STAC items of a catalog, with absolute hrefs, in a stable order (parquet: row order; folder: sorted by path).
+
+    Raises:
+        UsageError: nothing there, or not a STAC catalog.
+    """
+    if url.endswith((".parquet", ".geoparquet")):
+        yield from _parquet_items(url)
+        return
+    if url.endswith((".json", ".geojson")):
+        yield from _json_items(url)
+        return
+    fs, path = filesystem(url)
+    if not exists(url):
+        raise UsageError(f"{url} does not exist")
+    names = [name for name in sorted(fs.find(path)) if name.endswith((".json", ".geojson"))]
+    found = False
+    for name in names:
+        if posixpath.basename(name) in COLLECTION_FILES or "/.z" in name or name.endswith("/zarr.json"):
+            continue
+        for item in _json_items(name if is_local(url) else fs.unstrip_protocol(name), strict=False):
+            found = True
+            yield item
+    if not found:
+        raise UsageError(
+            f"{url} holds no STAC items: {len(names)} JSON files, none of type Feature; see --layout for other layouts"
+        )
+
+
+def _json_items(url: str, strict: bool = True) -> Iterator[dict[str, Any]]:
+    try:
+        tree = json.loads(read_bytes(url))
+    except FileNotFoundError:
+        raise UsageError(f"{url} does not exist") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UsageError(f"{url} is not valid JSON: {error}") from None
+    kind = tree.get("type") if isinstance(tree, dict) else None
+    if kind == "FeatureCollection":
+        items = tree.get("features", [])
+    elif kind == "Feature" and "assets" in tree:
+        items = [tree]
+    elif strict:
+        raise UsageError(f"{url} is no STAC item (type Feature with assets)")
+    else:
+        return
+    for item in items:
+        yield with_absolute_hrefs(item, posixpath.dirname(url))
+
+
+def _parquet_items(url: str) -> Iterator[dict[str, Any]]:
+    import stac_geoparquet.arrow  # slow to import, and only catalogs in parquet need it
+
+    try:
+        source: Any = local_path(url) if is_local(url) else io.BytesIO(read_bytes(url))
+        table = pyarrow.parquet.read_table(source)
+    except FileNotFoundError:
+        raise UsageError(f"{url} does not exist") from None
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UsageError(f"{url} is not a Parquet file: {str(error).splitlines()[0]}") from None
+    if "assets" not in table.column_names or "id" not in table.column_names:
+        raise UsageError(
+            f"{url} is no stac-geoparquet catalog (no columns id and assets); make one with data_prep catalog"
+        )
+    for item in stac_geoparquet.arrow.stac_table_to_items(table):
+        yield with_absolute_hrefs(without_nulls(item), posixpath.dirname(url))
+
+
+def without_nulls(value: Any) -> Any:
+    """Drops null fields and null assets: a table gives every row every column."""
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None or k == "datetime"}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def with_absolute_hrefs(item: dict[str, Any], folder: str) -> dict[str, Any]:
+    assets = {
+        name: {**asset, "href": absolute(asset["href"], folder)}
+        for name, asset in (item.get("assets") or {}).items()
+        if isinstance(asset, dict) and asset.get("href")
+    }
+    return {**item, "assets": assets}
+
+
+def absolute(href: str, folder: str) -> str:
+    """`href` seen from `folder`, `..` resolved, whatever the protocol."""
+    if "://" in href or href.startswith("/"):
+        return href
+    protocol, separator, path = folder.partition("://")
+    if not separator:
+        protocol, path = "", folder
+    return protocol + separator + posixpath.normpath(posixpath.join(path, href))
+
+
+def site_name(item: dict[str, Any]) -> str:
+    """The site an item belongs to, as a shard key (no dots)."""
+    name = item.get("properties", {}).get("geoloom:site") or item["id"]
+    return re.sub(r"[^A-Za-z0-9_-]", "_", str(name))
+
+
+def item_assets(item: dict[str, Any]) -> list[Asset]:
+    """The assets of an item that we understand, in item order."""
+    assets = [_asset(item, name, dict(fields)) for name, fields in item["assets"].items()]
+    return [asset for asset in assets if asset is not None]
+
+
+def item_footprint(item: dict[str, Any]) -> Bounds | None:
+    box = item["properties"].get("proj:bbox")
+    if not isinstance(box, list | tuple) or len(box) not in (4, 6):
+        return None
+    values = [float(v) for v in box]
+    return (
+        values[0],
+        values[1],
+        values[-3] if len(box) == 6 else values[2],
+        values[-2] if len(box) == 6 else values[3],
+    )
+
+
+def item_classes(item: dict[str, Any]) -> dict[str, list[str]]:
+    """Class names per label."""
+    properties = item["properties"]
+    classes = {name: list(names) for name, names in (properties.get("geoloom:classes") or {}).items()}
+    for entry in properties.get("label:classes") or []:
+        if entry.get("name"):
+            classes[entry["name"]] = [str(name) for name in entry.get("classes", [])]
+    return classes
+
+
+def item_scalars(item: dict[str, Any]) -> dict[str, int]:
+    """Scalar labels; a value that is no whole number is a fault."""
+    values = item["properties"].get("geoloom:labels") or item["properties"].get("geoloom:scalars") or {}
+    scalars = {}
+    for name, value in values.items():
+        if isinstance(value, bool) or not float(value).is_integer():
+            raise SourceFault(item["id"], f"label {name} must be a whole number, found {value!r}")
+        scalars[name] = int(value)
+    return scalars
+
+
+def _asset(item: dict[str, Any], name: str, fields: dict[str, Any]) -> Asset | None:
+    properties = item["properties"]
+
+    def said(*names: str) -> Any:
+        for key in names:
+            for source in (fields, properties):
+                if source.get(key) is not None:
+                    return source[key]
+        return None
+
+    listed = fields.get("eo:bands") or fields.get("bands") or []
+    raw_names = [
+        str(band.get("name") or band.get("eo:common_name") or band.get("common_name") or "") for band in listed
+    ]
+    modality = _modality(fields, name, raw_names)
+    if modality is None:
+        return None
+    product = str(said(*PRODUCT_FIELDS[:-1]) or "")
+    parsed = s2_product(product) or s2_product(item["id"]) if modality.startswith("s2") else {}
+    level = str(said("processing:level") or parsed.get("level") or "L2A").upper()
+    if modality == "s2" and level.startswith(("L1", "LEVEL-1")):
+        modality, level = "s2_l1c", "L1C"
+    raster = [dict(band) for band in fields.get("raster:bands") or listed or []]
+    first = raster[0] if raster else {}
+    transform, shape = said("proj:transform"), said("proj:shape")
+    own_dates = _format(fields) in ("zarr", "treesatai")
+    moment = (
+        ""
+        if own_dates
+        else fields.get("datetime") or properties.get("datetime") or parsed.get("datetime") or s1_datetime(product)
+    )
+    if not own_dates and not moment and not properties.get("geoloom:date_unknown"):
+        moment = properties.get("start_datetime") or ""
+    return Asset(
+        id=f"{item['id']}/{name}",
+        modality=modality,
+        href=fields["href"],
+        format=_format(fields),
+        bands=_bands(modality, name, raw_names, first, level),
+        datetime=iso_datetime(str(moment or "")),
+        product_id=product or (item["id"] if parsed else ""),
+        level=level if modality.startswith("s2") else "",
+        baseline=str(said("s2:processing_baseline", "processing:baseline") or parsed.get("baseline") or ""),
+        scale=_number(first.get("scale", first.get("raster:scale"))),
+        offset=_number(first.get("offset", first.get("raster:offset"))),
+        offset_removed=said("earthsearch:boa_offset_applied"),
+        orbit=str(said("sat:orbit_state") or "").lower() if modality == "s1" else "",
+        unit=_unit(first.get("unit")) if modality == "s1" else "",
+        nodata=_number(first.get("nodata")),
+        cloud_cover=_number(said("eo:cloud_cover")),
+        crs=_crs(said),
+        transform=tuple(float(v) for v in transform[:6]) if transform and len(transform) >= 6 else None,  # type: ignore[arg-type]
+        shape=(int(shape[0]), int(shape[1])) if shape else None,
+        member=str(fields.get("geoloom:member") or fields.get("geoloom:array") or ""),
+        note=str(fields.get("geoloom:note") or ""),
+    )
+
+
+def _modality(fields: dict[str, Any], name: str, bands: list[str]) -> str | None:
+    explicit = fields.get("geoloom:modality")
+    if explicit is not None:
+        if explicit not in MODALITY_ROLES:
+            raise UsageError(
+                f"{fields['href']}: geoloom:modality {explicit!r} is not one of {', '.join(MODALITY_ROLES)}"
+            )
+        return explicit
+    kind = str(fields.get("type") or "")
+    if kind and not any(word in kind for word in ("tiff", "zarr", "hdf5", "jp2")):
+        return None
+    roles = fields.get("roles") or []
+    key = name.lower()
+    if "labels" in roles or "label" in roles:
+        return "label"
+    if key == "scl":
+        return "scl"
+    if "cloud" in roles or key in ("cloud", "cloud_mask"):
+        return "cloud"
+    if {"thumbnail", "overview", "metadata"} & set(roles):
+        return None
+    known = {band_name(band) for band in bands or [name]}
+    if known & {"VV", "VH"}:
+        return "s1"
+    if (
+        key in ("visual", "image", "hr", "rgb", "rgbn")
+        or set(bands)
+        and all(b.lower() in HR_ALIASES or b in HR_BANDS for b in bands)
+    ):
+        # one file of red, green, blue is an aerial image; red alone is a Sentinel-2 band
+        return (
+            "hr" if len(bands) in (0, 3, 4) and (key != "visual" or not bands) else ("s2" if len(bands) == 1 else "hr")
+        )
+    if known & set(S2_BANDS):
+        return "s2"
+    return None
+
+
+def _format(fields: dict[str, Any]) -> str:
+    if fields.get("geoloom:format"):
+        return str(fields["geoloom:format"])
+    kind, href = str(fields.get("type") or ""), fields["href"].rstrip("/")
+    if "zarr" in kind or href.endswith((".zarr", ".zarr.zip")):
+        return "zarr"
+    if "hdf5" in kind or href.endswith((".h5", ".hdf5")):
+        return "treesatai"
+    return "raster"
+
+
+def _bands(modality: str, name: str, listed: list[str], raster: dict[str, Any], level: str) -> tuple[str, ...]:
+    """Band names in file order; without any, the sensor's usual ones, which the reader holds against the file."""
+    if listed and all(listed):
+        return tuple(band_name(band, hr=modality == "hr") for band in listed)
+    if modality in ("label", "cloud", "scl"):
+        return ("",)
+    if modality == "hr":
+        return HR_BANDS[:3]
+    single = band_name(name)
+    if single in S2_BANDS or single in ("VV", "VH"):
+        return (single,)
+    if modality == "s1":
+        return ("VV", "VH")
+    return L1C_ORDER if level == "L1C" else L2A_ORDER
+
+
+def _crs(said: Any) -> str:
+    code = said("proj:code") or said("proj:wkt2")
+    if not code and said("proj:epsg"):
+        code = f"EPSG:{int(said('proj:epsg'))}"
+    if not code:
+        return ""
+    try:
+        return crs_name(str(code))
+    except Exception:
+        return ""
+
+
+def _number(value: Any) -> float | None:
+    """A number; "nan" too, as STAC JSON writes it."""
+    if value is None:
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _unit(text: Any) -> str:
+    lowered = str(text or "").lower()
+    if lowered in ("db", "decibel"):
+        return "dB"
+    return "linear" if lowered in ("linear", "power", "1", "m2/m2", "intensity") else ""
+
+
+def unique_ids(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The items as a list. Raises UsageError for an id that stands twice."""
+    out, seen = [], set()
+    for item in items:
+        if item["id"] in seen:
+            raise UsageError(f"item id {item['id']} stands twice in the catalog")
+        seen.add(item["id"])
+        out.append(item)
+    return out

@@ -1,0 +1,226 @@
+"""Radiometry: which offset and scale a file has, what its pixels say about it, and the numbers we store.
+
+Metadata decides, pixels cross-check. Sentinel-2 digital numbers carry +1000 from processing baseline 04.00 on (and in
+Collection-1 reprocessing of *older* acquisitions, so the date is no signal). Provider metadata is sometimes wrong. The dark
+floor (0.1-percentile of non-zero pixels, lowest over the bands) tells: a file without the offset has some band with dark pixels
+well below 900, one with it has none below about 1,000. A bright floor in one band proves nothing (snow, cloud, desert), so the
+minimum over bands is judged; L1C has B10 (cirrus), whose floor is about 10 without and 1,010 with the offset.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from data_prep.sources.records import Asset, SourceFault
+
+OFFSET_DN = -1000
+OFFSET_FROM_BASELINE = 4.0
+FLOOR_PERCENT = 0.1
+# Floors below ABSENT_BELOW cannot carry the offset (sen2cor's slightly negative reflectances reach about -150).
+ABSENT_BELOW = 800
+# Floors in this range mean "offset left in"; above it every band is bright and the pixels cannot tell.
+PRESENT_RANGE = (900, 1400)
+MIN_EVIDENCE_PIXELS = 500
+# Sentinel-2 scene classification (SCL) codes.
+SCL_NODATA = (0, 1)
+SCL_CLOUD = (3, 8, 9, 10)
+CLOUD_PROBABILITY = 50
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What metadata says: reflectance * 10000 = DN * gain + offset_dn. offset_dn None: metadata does not say."""
+
+    offset_dn: float | None
+    basis: str
+    gain: float = 1.0
+    conflict: str = ""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What pixels say. verdict: "present" (offset left in), "absent", or "unclear"; floor in DN, of the darkest band."""
+
+    verdict: str
+    floor_dn: int | None = None
+    band: str = ""
+    pixels: int = 0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is done: DN * gain + offset_applied. flags: contradictions, in words; empty = all agrees."""
+
+    offset_applied: float
+    gain: float
+    basis: str
+    flags: tuple[str, ...] = field(default=())
+
+
+def baseline_number(text: str) -> float | None:
+    """ "05.09", "N0509" → 5.09; "", N9999 (no baseline) → None. Raises nothing."""
+    digits = text.upper().lstrip("N").replace("_", ".")
+    try:
+        number = float(digits) if "." in digits else float(digits) / 100
+    except ValueError:
+        return None
+    return number if 0 < number < 99 else None
+
+
+def claim_of(asset: Asset, baseline: str = "", offset_dn: float | None = None) -> Claim:
+    """The declared radiometry of one date: explicit offsets first, then the baseline; a conflict between the two is kept.
+
+    Args:
+        asset: its `scale`/`offset` are `raster:bands` values (reflectance = DN * scale + offset).
+        baseline: of this date, when the cube knows it better than the asset.
+        offset_dn: of this date, as written beside the pixels (`BOA_ADD_OFFSET`).
+    """
+    gain = 1.0 if asset.scale is None else asset.scale * 10_000
+    number = baseline_number(baseline or asset.baseline)
+    by_baseline = None if number is None else (OFFSET_DN if number >= OFFSET_FROM_BASELINE else 0)
+    basis = "" if number is None else f"baseline {number:05.2f}"
+    explicit, where = offset_dn, "BOA_ADD_OFFSET"
+    if explicit is None and asset.offset_removed:
+        explicit, where = 0.0, "boa_offset_applied"
+    if explicit is None and asset.offset is not None:
+        explicit, where = asset.offset * 10_000 / gain, "raster:bands offset"
+    if explicit is None:
+        return Claim(by_baseline, basis or "nothing declared", gain)
+    explicit = float(round(explicit, 6))
+    if by_baseline is None or by_baseline == explicit:
+        return Claim(explicit, f"{where}, {basis}" if basis else where, gain)
+    if where == "boa_offset_applied":  # the provider subtracts it: disagreement with the baseline is the point
+        return Claim(explicit, f"{where}, {basis}", gain)
+    return Claim(explicit, where, gain, f"{where} says {explicit:g}, {basis} says {by_baseline:g}")
+
+
+def judge(floors: dict[str, int], pixels: int) -> Evidence:
+    """Verdict from the dark floor per band (DN as stored); the minimum over bands counts."""
+    if not floors or pixels == 0:
+        return Evidence("unclear", None, "", pixels)
+    band = min(floors, key=lambda name: floors[name])
+    floor = floors[band]
+    if floor < ABSENT_BELOW:
+        verdict = "absent"
+    elif PRESENT_RANGE[0] <= floor <= PRESENT_RANGE[1] and pixels >= MIN_EVIDENCE_PIXELS:
+        verdict = "present"
+    else:
+        verdict = "unclear"
+    return Evidence(verdict, int(floor), band, pixels)
+
+
+def decide(claim: Claim, evidence: Evidence) -> Decision:
+    """Metadata decides; a contradiction with the pixels is a flag. Without metadata the pixels decide."""
+    flags = [claim.conflict] if claim.conflict else []
+    floor = f"dark floor {evidence.floor_dn} in {evidence.band}, the lowest over the bands"
+    if claim.gain != 1.0:  # floors are in DN x 1; other scales have no 1000 to look for
+        return Decision((claim.offset_dn or 0.0) * claim.gain, claim.gain, claim.basis, tuple(flags))
+    if claim.offset_dn is None:
+        applied = float(OFFSET_DN) if evidence.verdict == "present" else 0.0
+        return Decision(applied, 1.0, f"{claim.basis}; pixels: offset {evidence.verdict}", tuple(flags))
+    if claim.offset_dn > -900 and evidence.verdict == "present":
+        flags.append(
+            f"declared offset {claim.offset_dn:g} ({claim.basis}), but the +1000 offset is in the pixels: {floor}"
+        )
+    if claim.offset_dn <= -900 and evidence.verdict == "absent":
+        flags.append(f"declared offset {claim.offset_dn:g} ({claim.basis}), but no offset is in the pixels: {floor}")
+    return Decision(float(claim.offset_dn), 1.0, claim.basis, tuple(flags))
+
+
+def dark_floors(histograms: dict[str, np.ndarray]) -> tuple[dict[str, int], int]:
+    """0.1-percentile of the non-zero pixels per band from exact DN histograms [65536]; and the pixels behind the thinnest."""
+    floors, counts = {}, []
+    for band, histogram in histograms.items():
+        nonzero = histogram.copy()
+        nonzero[0] = 0
+        total = int(nonzero.sum())
+        if total:
+            floors[band] = int(np.searchsorted(np.cumsum(nonzero), max(total * FLOOR_PERCENT / 100, 1)))
+            counts.append(total)
+    return floors, min(counts, default=0)
+
+
+def reflectance(raw_CHW: np.ndarray, decision: Decision, nodata: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """Stored Sentinel-2 numbers: uint16 reflectance x 10000 without offset.
+
+    A pixel is valid when every band is finite, not 0 and not the declared nodata. Valid pixels are clipped to 1…65535,
+    because 0 means nodata.
+
+    Returns:
+        values uint16 [C, H, W], 0 where invalid; valid bool [H, W].
+    """
+    valid_CHW = raw_CHW != 0
+    if nodata is not None and not np.isnan(nodata):
+        valid_CHW &= raw_CHW != nodata
+    if raw_CHW.dtype.kind == "f":
+        valid_CHW &= np.isfinite(raw_CHW)
+    valid_HW = valid_CHW.all(axis=0)
+    if decision.gain == 1.0 and raw_CHW.dtype.kind in "ui":
+        shifted = raw_CHW.astype(np.int32) + round(decision.offset_applied)
+    else:
+        shifted = np.rint(np.nan_to_num(raw_CHW.astype(np.float64)) * decision.gain + decision.offset_applied)
+    values_CHW = np.clip(shifted, 1, 65535).astype(np.uint16)
+    values_CHW[:, ~valid_HW] = 0
+    return values_CHW, valid_HW
+
+
+def backscatter_unit(sample: np.ndarray, declared: str, asset_id: str) -> tuple[str, tuple[str, ...]]:
+    """ "dB" or "linear" of Sentinel-1 numbers, and flags where metadata and numbers disagree.
+
+    dB of land is negative nearly everywhere; linear power is never negative and around 0.01…1. Raises SourceFault for
+    neither (uncalibrated amplitudes).
+    """
+    finite = sample[np.isfinite(sample)]
+    if finite.size == 0:
+        return declared or "dB", ()
+    negative = float((finite < 0).mean())
+    if negative > 0.5:
+        seen = "dB"
+    elif negative < 0.01 and float(np.median(finite)) < 10:
+        seen = "linear"
+    else:
+        middle = float(np.median(finite))
+        raise SourceFault(
+            asset_id, f"neither dB nor linear backscatter (median {middle:.4g}): calibrate it to sigma0 or gamma0 first"
+        )
+    if declared and declared != seen:
+        return seen, (f"declared {declared}, but the numbers are {seen}",)
+    return seen, ()
+
+
+def backscatter(raw_CHW: np.ndarray, unit: str, nodata: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """Stored Sentinel-1 numbers: dB as float32 (rounded to float16 when stored), NaN where invalid.
+
+    Linear values <= 0 are invalid, not tiny. Exactly 0 dB in both bands is the usual fill of dB files and invalid too.
+
+    Returns:
+        dB float32 [C, H, W], valid bool [H, W] (every band valid).
+    """
+    values_CHW = raw_CHW.astype(np.float32)
+    valid_CHW = np.isfinite(values_CHW)
+    if nodata is not None and not np.isnan(nodata):
+        valid_CHW &= values_CHW != np.float32(nodata)
+    if unit == "linear":
+        valid_CHW &= values_CHW > 0
+        values_CHW = np.float32(10) * np.log10(np.where(valid_CHW, values_CHW, 1).astype(np.float32))
+    valid_HW = valid_CHW.all(axis=0)
+    if unit == "dB":
+        valid_HW &= ~(values_CHW == 0).all(axis=0)
+    values_CHW[:, ~valid_HW] = np.nan
+    return values_CHW, valid_HW
+
+
+def decision_entry(decision: Decision, evidence: Evidence, **more: Any) -> dict[str, Any]:
+    """The record of one Sentinel-2 date that rides in the sample and the index."""
+    entry: dict[str, Any] = {"offset_applied": decision.offset_applied, "basis": decision.basis}
+    if decision.gain != 1.0:
+        entry["gain"] = decision.gain
+    if evidence.floor_dn is not None:
+        entry["floor_dn"] = evidence.floor_dn
+        entry["pixels"] = evidence.verdict
+    entry |= {name: value for name, value in more.items() if value not in ("", None, ())}
+    entry["flags"] = list(decision.flags)
+    return entry

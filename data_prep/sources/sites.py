@@ -1,0 +1,197 @@
+"""Items to sites: grouping, the common footprint, and cutting large footprints into sites of one size. Opens no pixels."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import UsageError
+from data_prep.geo import (
+    Bounds,
+    Grid,
+    bbox_wgs84,
+    centre_wgs84,
+    ground_cell,
+    inner_bounds,
+    intersection,
+    is_geographic,
+    outer_bounds,
+    same_crs,
+    snap_inward,
+    utm_code,
+)
+from data_prep.sources.raster import open_raster, raster_grid
+from data_prep.sources.records import Asset, SiteRecord, SourceFault
+from data_prep.sources.stac import item_assets, item_classes, item_footprint, item_scalars, site_name
+from data_prep.sources.zarr_cube import ZarrCube
+
+if TYPE_CHECKING:
+    from data_prep.config import GridConfig
+
+# Series first: their 10 m grid is the one that must not be resampled; hr is fine enough to follow.
+ANCHORS = ("s2", "s1", "hr", "s2_l1c")
+CELL_SPAN_M = 12_000.0
+EDGE_TOLERANCE_PX = 0.05
+
+
+def group_items(items: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(site key, its items) in the order the sites first appear."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for item in items:
+        groups.setdefault(site_name(item), []).append(item)
+    return list(groups.items())
+
+
+def site_record(key: str, items: list[dict[str, Any]]) -> SiteRecord:
+    """One site of its items. Files are opened only where the catalog does not say where they lie.
+
+    Raises:
+        SourceFault: no usable asset, or assets that share no ground.
+    """
+    assets = tuple(asset for item in items for asset in item_assets(item))
+    if not any(asset.modality in ANCHORS for asset in assets):
+        raise SourceFault(key, "no asset is recognised as hr, s2 or s1; name it with geoloom:modality or eo:bands")
+    explicit = next((box for item in items if (box := item_footprint(item))), None)
+    crs, footprint = common_footprint(key, assets, explicit)
+    scalars: dict[str, int] = {}
+    classes: dict[str, list[str]] = {}
+    for item in items:
+        scalars |= item_scalars(item)
+        classes |= item_classes(item)
+    cell = next(
+        (str(c) for i in items if (c := i["properties"].get("geoloom:cell") or i["properties"].get("grid:code"))), ""
+    )
+    times = {asset.datetime for asset in assets if asset.datetime and asset.modality in ("s2", "s1", "hr")}
+    times |= {t for item in items for name in ("start_datetime", "end_datetime") if (t := _real_time(item, name))}
+    return SiteRecord(
+        key=key,
+        cell=cell or ground_cell(*centre_wgs84(crs, footprint)),
+        crs=crs,
+        footprint=footprint,
+        bbox_wgs84=bbox_wgs84(crs, footprint),
+        assets=assets,
+        datetimes=tuple(sorted(times)),
+        product_ids=tuple(dict.fromkeys(asset.product_id for asset in assets if asset.product_id)),
+        scalars=scalars,
+        classes=classes,
+    )
+
+
+def _real_time(item: dict[str, Any], name: str) -> str:
+    return "" if item["properties"].get("geoloom:date_unknown") else str(item["properties"].get(name) or "")
+
+
+def asset_grid(asset: Asset) -> Grid:
+    """Where an asset lies: as declared, else as the file says."""
+    if asset.grid is not None:
+        return asset.grid
+    if asset.format == "zarr":
+        cube = ZarrCube(asset, ())
+        return cube.layers[0].grid
+    with open_raster(asset.href, asset.id) as dataset:
+        return raster_grid(dataset, asset.id)
+
+
+def common_footprint(key: str, assets: tuple[Asset, ...], explicit: Bounds | None) -> tuple[str, Bounds]:
+    """(CRS, bounds) of the ground every modality of the site covers.
+
+    The CRS is that of the series (they keep their pixel grid); a geographic one is replaced by the UTM zone of the centre,
+    because sites are measured in metres. The bounds are cut to whole series pixels. An `explicit` footprint narrows them.
+    """
+    present = [name for name in ANCHORS if any(asset.modality == name for asset in assets)]
+    if len(present) > 1 and "s2_l1c" in present:
+        present.remove("s2_l1c")  # audited beside the others, never built
+    grids = {name: _largest([asset_grid(a) for a in assets if a.modality == name]) for name in present}
+    anchor = grids[present[0]]
+    crs = anchor.crs
+    if is_geographic(crs):
+        crs = utm_code(*centre_wgs84(crs, anchor.bounds))
+    boxes = [inner_bounds(grid.crs, grid.bounds, crs) for grid in grids.values()]
+    if explicit is not None:
+        wanted = inner_bounds(next((a.crs for a in assets if a.crs), crs), explicit, crs)
+        if intersection([*boxes, wanted]) is None:
+            raise SourceFault(
+                key, f"its footprint {tuple(round(v, 3) for v in explicit)} lies outside: {_places(grids)}"
+            )
+        boxes.append(wanted)
+    shared = intersection(boxes)
+    if shared is None:
+        raise SourceFault(key, f"its modalities share no ground: {_places(grids)}")
+    if present[0] == "hr" and same_crs(anchor.crs, crs):
+        return crs, shared
+    lattice = anchor if same_crs(anchor.crs, crs) and anchor.is_north_up else _lattice(crs, shared, anchor.gsd_m())
+    snapped = snap_inward(shared, lattice, EDGE_TOLERANCE_PX)
+    if snapped is None:
+        raise SourceFault(key, f"its modalities share less than one pixel of ground: {_places(grids)}")
+    return crs, snapped
+
+
+def _largest(grids: list[Grid]) -> Grid:
+    """The grid with the most ground, the finest pixels among equals (10 m bands before 60 m ones), the first among those."""
+    areas = [grid.width * grid.height * grid.gsd_m() ** 2 for grid in grids]
+    most = max(areas)
+    return min((g for g, area in zip(grids, areas) if area > 0.999 * most), key=lambda grid: round(grid.gsd_m(), 3))
+
+
+def _lattice(crs: str, bounds: Bounds, gsd_m: float) -> Grid:
+    """The pixel lattice of a reprojected site: multiples of the Sentinel 10 m grid, which all UTM products share."""
+    step = 10.0 if 8 <= gsd_m <= 12 else max(round(gsd_m, 1), 0.1)
+    left, top = math.floor(bounds[0] / step) * step, math.ceil(bounds[3] / step) * step
+    width, height = math.ceil((bounds[2] - left) / step), math.ceil((top - bounds[1]) / step)
+    return Grid(crs, (step, 0.0, left, 0.0, -step, top), width, height)
+
+
+def _places(grids: dict[str, Grid]) -> str:
+    return ", ".join(f"{name} {tuple(round(v, 4) for v in bbox_wgs84(g.crs, g.bounds))}" for name, g in grids.items())
+
+
+def split_site(record: SiteRecord, grid: GridConfig) -> list[SiteRecord]:
+    """The site as `grid` wants it: itself; one centred site of `side_m`; or, with `tile`, all whole `side_m` squares.
+
+    Squares are laid from the top left corner of the footprint, rows downward, and named `KEY_ROW_COL`; what is left over at
+    the right and bottom edge is not used. A footprint smaller than `side_m` stays as it is.
+
+    Raises:
+        UsageError: `side_m` is not a whole number of series pixels.
+    """
+    xmin, ymin, xmax, ymax = record.footprint
+    if grid.side_m is None:
+        return [record]
+    side, step = grid.side_m, grid.series_gsd_m
+    if step is not None and abs(side / step - round(side / step)) > 1e-6:
+        raise UsageError(
+            f"grid.side_m={side:g} is not a multiple of grid.series_gsd_m={step:g}; take {round(side / step) * step:g}"
+        )
+    columns, rows = int((xmax - xmin) / side + 1e-6), int((ymax - ymin) / side + 1e-6)
+    if columns < 1 or rows < 1:
+        return [record]
+    if not grid.tile:
+        snap = step or 1.0
+        left = xmin + math.floor((xmax - xmin - side) / 2 / snap + 1e-6) * snap
+        top = ymax - math.floor((ymax - ymin - side) / 2 / snap + 1e-6) * snap
+        return [_part(record, (left, top - side, left + side, top), record.key)]
+    parts = []
+    for row in range(rows):
+        for column in range(columns):
+            left, top = xmin + column * side, ymax - row * side
+            key = record.key if rows == columns == 1 else f"{record.key}_{row}_{column}"
+            parts.append(_part(record, (left, top - side, left + side, top), key))
+    return parts
+
+
+def _part(record: SiteRecord, footprint: Bounds, key: str) -> SiteRecord:
+    wide = max(record.footprint[2] - record.footprint[0], record.footprint[3] - record.footprint[1]) > CELL_SPAN_M
+    cell = ground_cell(*centre_wgs84(record.crs, footprint)) if wide else record.cell
+    return dataclasses.replace(
+        record, key=key, footprint=footprint, bbox_wgs84=bbox_wgs84(record.crs, footprint), cell=cell
+    )
+
+
+def overlap_share(grid: Grid, crs: str, footprint: Bounds) -> float:
+    """Share of the footprint that an asset's extent covers, 0…1 (by upright boxes in the site's CRS)."""
+    shared = intersection([outer_bounds(grid.crs, grid.bounds, crs), footprint])
+    if shared is None:
+        return 0.0
+    area = (footprint[2] - footprint[0]) * (footprint[3] - footprint[1])
+    return (shared[2] - shared[0]) * (shared[3] - shared[1]) / area

@@ -1,0 +1,154 @@
+"""TreeSatAI-TS: `<stem>.tif` (aerial, 0.2 m, R G B N) beside `<stem>.h5` (Sentinel series of 6 x 6 pixels at 10 m).
+
+The `.h5` holds `sen-2-data` [T, 10, 6, 6] (B02 B03 B04 B05 B06 B07 B08 B8A B11 B12, offset-free digital numbers as float32),
+`sen-2-masks` [T, 10, 6, 6] (channel 0 snow, 1 cloud probability in %, the rest unused: the bright dates of channel 0 have an
+NDSI near 0.6, those of channel 1 near 0.2), `sen-2-products`, and `sen-1-{asc,des}-data` [T, 2, 6, 6] (VV, VH, linear) with
+products. Both orbit directions are kept, sorted together by date, each date with its orbit.
+
+The series carry no georeference. Their 60 m are taken as centred on the 60.8 m aerial tile; the true position may differ by up
+to half a Sentinel pixel (5 m), and every date's decision says `position: assumed…`. The site is those 60 m, so the aerial
+image loses two pixels on each side (copied, not resampled); its near infrared band is not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import h5py
+import numpy as np
+
+from cluster.storage import is_local, list_names, local_path, open_read
+from data_prep.geo import Grid, Transform, Window
+from data_prep.harmonise import CLOUD_PROBABILITY
+from data_prep.schema import CLEAR, CLOUD, MODALITIES
+from data_prep.sources.cube import DateInfo, Layer
+from data_prep.sources.items import AssetFields, make_item, raster_fields
+from data_prep.sources.names import s1_datetime, s2_product
+from data_prep.sources.raster import first_line
+from data_prep.sources.records import Asset, SourceFault
+
+SERIES_GSD_M = 10.0
+POSITION = "position assumed: centred on the aerial tile, the file has no georeference"
+
+
+def scan(url: str) -> Iterator[dict[str, Any]]:
+    """One STAC item per aerial tile of the folder; a missing `.h5` leaves an hr-only site, a missing `.tif` cannot be placed."""
+    names = list_names(url)
+    stems = sorted({name.rsplit(".", 1)[0] for name in names if name.endswith((".tif", ".h5"))})
+    for stem in stems:
+        if f"{stem}.tif" not in names:
+            raise SourceFault(f"{url}/{stem}.h5", f"has no aerial tile {stem}.tif beside it, so its place is unknown")
+        yield _item(url.rstrip("/"), stem, f"{stem}.h5" in names)
+
+
+def _item(url: str, stem: str, has_series: bool) -> dict[str, Any]:
+    hr = raster_fields(f"{url}/{stem}.tif", stem)
+    bands = ("R", "G", "B", "N")[: hr.count] if hr.count <= 4 else ()
+    assets: dict[str, AssetFields] = {
+        "hr": AssetFields(
+            "hr", f"{url}/{stem}.tif", "image/tiff; application=geotiff", bands, hr.grid, data_type="uint8"
+        )
+    }
+    times: list[str] = []
+    if has_series:
+        grid = centred_grid(hr.grid, 6)
+        href = f"{url}/{stem}.h5"
+        with open_h5(href, stem) as file:
+            for name, modality, orbit in (
+                ("sen-2", "s2", ""), ("sen-1-asc", "s1", "ascending"), ("sen-1-des", "s1", "descending"),
+            ):  # fmt: skip
+                if f"{name}-data" not in file:
+                    continue
+                dates = [info.datetime for info in _dates(file, name, orbit, stem)]
+                times += dates
+                s2 = modality == "s2"
+                assets[name.replace("sen-", "s").replace("-2", "2").replace("s-", "s")] = AssetFields(
+                    modality, href, "application/x-hdf5", MODALITIES[modality].bands, grid, member=name, orbit=orbit,
+                    unit="" if s2 else "linear", scale=1e-4 if s2 else None, offset=0.0 if s2 else None,
+                    nodata=0.0 if s2 else None, data_type="float32", note=POSITION, level="L2A" if s2 else "",
+                )  # fmt: skip
+    return make_item(stem, assets, times=sorted(times))
+
+
+def centred_grid(hr: Grid, pixels: int) -> Grid:
+    """`pixels` x `pixels` of 10 m, centred on the aerial tile."""
+    xmin, ymin, xmax, ymax = hr.bounds
+    half = pixels * SERIES_GSD_M / 2
+    left, top = round((xmin + xmax) / 2 - half, 6), round((ymin + ymax) / 2 + half, 6)
+    transform: Transform = (SERIES_GSD_M, 0.0, left, 0.0, -SERIES_GSD_M, top)
+    return Grid(hr.crs, transform, pixels, pixels)
+
+
+def open_h5(href: str, name: str) -> Any:
+    try:
+        return h5py.File(local_path(href) if is_local(href) else open_read(href), "r")
+    except FileNotFoundError:
+        raise SourceFault(name, f"{href} does not exist") from None
+    except OSError as error:
+        raise SourceFault(name, f"{href} cannot be read as HDF5: {first_line(error)}") from None
+
+
+def _dates(file: Any, member: str, orbit: str, name: str) -> list[DateInfo]:
+    key = f"{member}-products"
+    if key not in file:
+        raise SourceFault(name, f"has {member}-data but no {key}, so its dates are unknown")
+    products = [item.decode() if isinstance(item, bytes) else str(item) for item in file[key][:]]
+    dates = []
+    for product in products:
+        if member == "sen-2":
+            fields = s2_product(product)
+            dates.append(DateInfo(fields.get("datetime", ""), product, fields.get("baseline", "")))
+        else:
+            dates.append(DateInfo(s1_datetime(product), product, orbit=orbit))
+        if not dates[-1].datetime:
+            raise SourceFault(name, f"{key}: {product!r} names no date")
+    return dates
+
+
+class TreeSatCube:
+    """One of the three series of an `.h5`; small, so it is held in memory whole."""
+
+    def __init__(self, asset: Asset, wanted: tuple[str, ...]) -> None:
+        self.asset = asset
+        grid = asset.grid
+        if grid is None:
+            raise SourceFault(
+                asset.id, "the catalog gives no proj:transform and proj:shape; make it with --layout treesatai"
+            )
+        with open_h5(asset.href, asset.id) as file:
+            try:
+                data_TCHW = file[f"{asset.member}-data"][:]
+                masks = file[f"{asset.member}-masks"][:, :2] if f"{asset.member}-masks" in file else None
+            except (KeyError, OSError) as error:
+                raise SourceFault(
+                    asset.id, f"corrupt or missing {asset.member}-data in {asset.href}: {first_line(error)}"
+                ) from None
+            self.dates = _dates(file, asset.member, asset.orbit, asset.id)
+        expected = (len(self.dates), len(asset.bands), *grid.shape)
+        if data_TCHW.shape != expected:
+            raise SourceFault(
+                asset.id, f"{asset.member}-data has shape {data_TCHW.shape}, wanted {expected}: {asset.href}"
+            )
+        self._data_TCHW = data_TCHW[:, [asset.bands.index(band) for band in wanted]]
+        self._masks = masks
+        self.layers = [Layer(wanted, grid)]
+        self.cloud = grid if masks is not None else None
+
+    def read(self, date: int, layer: int, window: Window) -> np.ndarray:
+        row0, row1, col0, col1 = window
+        return self._data_TCHW[date, :, row0:row1, col0:col1]
+
+    def read_valid(self, date: int, layer: int, window: Window) -> np.ndarray | None:
+        return None
+
+    def read_cloud(self, date: int, window: Window) -> np.ndarray:
+        assert self._masks is not None
+        row0, row1, col0, col1 = window
+        cloudy = self._masks[date, 1, row0:row1, col0:col1] >= CLOUD_PROBABILITY
+        return np.where(cloudy, CLOUD, CLEAR).astype(np.uint8)
+
+    def nodata_of(self, layer: int) -> float | None:
+        return self.asset.nodata
+
+    def close(self) -> None: ...

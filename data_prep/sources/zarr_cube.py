@@ -1,0 +1,220 @@
+"""Zarr cubes, format 2 and 3, dims time, band, y, x; the fields are listed in `stac.py`. Only touched chunks are read."""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.storage import FsspecStore, LocalStore, ZipStore
+
+from cluster.storage import is_local, local_path
+from data_prep.geo import Grid, Window, crs_name
+from data_prep.schema import CLEAR, CLOUD
+from data_prep.sources.cube import DateInfo, Layer
+from data_prep.sources.names import band_name, iso_datetime
+from data_prep.sources.raster import first_line, scl_codes
+from data_prep.sources.records import Asset, SourceFault
+
+DIMS = ("time", "band", "y", "x")
+CACHE_BYTES = 256 << 20
+
+
+class ZarrCube:
+    """All dates of one modality of one site. Dates in the order of the file; sorting is `read.py`'s."""
+
+    def __init__(self, asset: Asset, wanted: tuple[str, ...]) -> None:
+        self.asset = asset
+        group = open_group(asset)
+        self._data = _data_array(group, asset)
+        attributes = {**group.attrs.asdict(), **self._data.attrs.asdict()}
+        self.attributes = attributes
+        times, bands, height, width = self._data.shape
+        names = [band_name(str(name)) for name in _listed(attributes, "bands", group, "band", asset)]
+        if len(names) != bands:
+            raise SourceFault(asset.id, f"names {len(names)} bands, the array has {bands}: {asset.href}")
+        missing = [band for band in wanted if band not in names]
+        if missing:
+            raise SourceFault(asset.id, f"has no band {missing[0]}; it holds {', '.join(names)}")
+        self._indices = [names.index(band) for band in wanted]
+        self.dates = _dates(attributes, group, times, asset)
+        self._grid = _grid(attributes, group, height, width, asset)
+        self.layers = [Layer(wanted, self._grid)]
+        self._mask, self._mask_is_scl = _mask_array(group, (times, height, width), asset)
+        self.cloud = self._grid if self._mask is not None else None
+        self._cached: tuple[Any, np.ndarray] | None = None
+
+    def read(self, date: int, layer: int, window: Window) -> np.ndarray:
+        row0, row1, col0, col1 = window
+        # a chunk may span dates: decode it once and serve its dates from memory, as long as that stays small
+        span = self._data.chunks[0]
+        if span * len(self._indices) * (row1 - row0) * (col1 - col0) * self._data.dtype.itemsize > CACHE_BYTES:
+            return self._get(slice(date, date + 1), window)[0]
+        start = date // span * span
+        key = (start, window)
+        if self._cached is None or self._cached[0] != key:
+            self._cached = (key, self._get(slice(start, start + span), window))
+        return self._cached[1][date - start]
+
+    def _get(self, times: slice, window: Window) -> np.ndarray:
+        row0, row1, col0, col1 = window
+        try:
+            block = np.asarray(self._data[times, :, row0:row1, col0:col1])
+        except Exception as error:  # codecs raise what they like on damaged bytes
+            raise SourceFault(self.asset.id, f"corrupt chunk in {self.asset.href}: {first_line(error)}") from None
+        return block[:, self._indices]
+
+    def read_valid(self, date: int, layer: int, window: Window) -> np.ndarray | None:
+        return None
+
+    def read_cloud(self, date: int, window: Window) -> np.ndarray:
+        assert self._mask is not None
+        row0, row1, col0, col1 = window
+        try:
+            values = np.asarray(self._mask[date, row0:row1, col0:col1])
+        except Exception as error:
+            raise SourceFault(self.asset.id, f"corrupt mask chunk in {self.asset.href}: {first_line(error)}") from None
+        return scl_codes(values) if self._mask_is_scl else np.where(values != 0, CLOUD, CLEAR).astype(np.uint8)
+
+    def nodata_of(self, layer: int) -> float | None:
+        value = self.attributes.get("nodata")
+        return None if value is None else float(value)
+
+    def close(self) -> None:
+        self._cached = None
+
+
+def open_group(asset: Asset) -> Any:
+    """The Zarr group of an asset, read-only, from a folder, a zip or any fsspec URL."""
+    href = asset.href.rstrip("/")
+    try:
+        if is_local(href):
+            path = local_path(href)
+            store: Any = ZipStore(path, mode="r") if href.endswith(".zip") else LocalStore(path, read_only=True)
+        else:
+            store = FsspecStore.from_url(href, read_only=True)
+        return zarr.open_group(store, mode="r")
+    except (FileNotFoundError, KeyError) as error:
+        raise SourceFault(asset.id, f"{href} is not a Zarr group: {first_line(error)}") from None
+    except Exception as error:  # damaged metadata: JSON, key and type errors of every sort
+        raise SourceFault(asset.id, f"{href} cannot be opened as Zarr: {first_line(error)}") from None
+
+
+def _data_array(group: Any, asset: Asset) -> Any:
+    arrays = dict(group.arrays())
+    if asset.member:
+        array = arrays.get(asset.member)
+    else:
+        array = arrays.get("data")
+        if array is None:
+            candidates = [name for name, item in sorted(arrays.items()) if item.ndim == 4]
+            array = arrays[candidates[0]] if len(candidates) == 1 else None
+    if array is None:
+        held = ", ".join(sorted(arrays)) or "no array"
+        raise SourceFault(
+            asset.id, f"has no array {asset.member or 'data'} with dims {', '.join(DIMS)}; it holds {held}"
+        )
+    if array.ndim != 4:
+        raise SourceFault(asset.id, f"array has {array.ndim} dimensions, wanted {', '.join(DIMS)}: {asset.href}")
+    dims = getattr(array.metadata, "dimension_names", None) or array.attrs.get("_ARRAY_DIMENSIONS")
+    if dims and any(dims) and tuple(dims) != DIMS:
+        raise SourceFault(
+            asset.id, f"array has dims {', '.join(map(str, dims))}, wanted {', '.join(DIMS)}: {asset.href}"
+        )
+    if array.dtype.kind not in "uif":
+        raise SourceFault(asset.id, f"array holds {array.dtype}, wanted numbers: {asset.href}")
+    return array
+
+
+def _listed(attributes: dict[str, Any], name: str, group: Any, coordinate: str, asset: Asset) -> list[Any]:
+    if isinstance(attributes.get(name), list):
+        return attributes[name]
+    if coordinate in group:
+        values = np.asarray(group[coordinate][:])
+        return [item.decode() if isinstance(item, bytes) else item for item in values.tolist()]
+    if name == "bands" and asset.bands:
+        return list(asset.bands)
+    raise SourceFault(asset.id, f"has neither an attribute {name} nor a coordinate {coordinate}: {asset.href}")
+
+
+def _dates(attributes: dict[str, Any], group: Any, times: int, asset: Asset) -> list[DateInfo]:
+    stamps = _listed(attributes, "datetimes", group, "time", asset)
+    if stamps and not isinstance(stamps[0], str):
+        stamps = _cf_times(stamps, str(group["time"].attrs.get("units", "")), asset)
+    stamps = [iso_datetime(str(stamp)) for stamp in stamps]
+    if len(stamps) != times:
+        raise SourceFault(asset.id, f"names {len(stamps)} dates, the array has {times}: {asset.href}")
+    if times > 1 and "" in stamps:
+        raise SourceFault(asset.id, f"date {stamps.index('')} has no readable time: {asset.href}")
+    products = _per_date(attributes, ("product_ids",), times, asset.product_id, asset)
+    orbits = _per_date(attributes, ("orbits", "orbit_states"), times, asset.orbit, asset)
+    baselines = _per_date(attributes, ("baselines", "processing_baselines"), times, asset.baseline, asset)
+    offsets = _per_date(attributes, ("boa_add_offsets",), times, None, asset)
+    return [
+        DateInfo(stamp, str(product or ""), str(baseline or ""), str(orbit or "").lower(), None if o is None else float(o))
+        for stamp, product, baseline, orbit, o in zip(stamps, products, baselines, orbits, offsets)
+    ]  # fmt: skip
+
+
+def _per_date(attributes: dict[str, Any], names: tuple[str, ...], times: int, default: Any, asset: Asset) -> list[Any]:
+    for name in names:
+        values = attributes.get(name)
+        if isinstance(values, list):
+            if len(values) != times:
+                raise SourceFault(
+                    asset.id, f"{name} has {len(values)} entries, the array has {times} dates: {asset.href}"
+                )
+            return values
+    return [default] * times
+
+
+def _cf_times(values: list[Any], units: str, asset: Asset) -> list[str]:
+    """CF numbers such as `days since 2020-01-01` as ISO strings."""
+    match = re.match(r"(nanosecond|microsecond|millisecond|second|minute|hour|day)s? since (.+)", units.strip())
+    if not match:
+        raise SourceFault(
+            asset.id, f"time coordinate has units {units!r}, wanted e.g. 'days since 2020-01-01': {asset.href}"
+        )
+    seconds = {
+        "nanosecond": 1e-9, "microsecond": 1e-6, "millisecond": 1e-3, "second": 1, "minute": 60, "hour": 3600, "day": 86400,
+    }[match[1]]  # fmt: skip
+    origin = iso_datetime(match[2].strip())
+    if not origin:
+        raise SourceFault(asset.id, f"time coordinate counts from {match[2]!r}, which is no date: {asset.href}")
+    start = dt.datetime.fromisoformat(origin)
+    return [(start + dt.timedelta(seconds=float(value) * seconds)).isoformat() for value in values]
+
+
+def _grid(attributes: dict[str, Any], group: Any, height: int, width: int, asset: Asset) -> Grid:
+    crs = str(attributes.get("crs") or asset.crs or "")
+    if not crs and "spatial_ref" in group:
+        reference = group["spatial_ref"].attrs
+        crs = str(reference.get("crs_wkt") or reference.get("spatial_ref") or "")
+    if not crs:
+        raise SourceFault(asset.id, f"has no CRS (attribute crs, or proj:code in the catalog): {asset.href}")
+    transform = attributes.get("transform") or asset.transform
+    if transform is None and "x" in group and "y" in group and width > 1 and height > 1:
+        xs, ys = np.asarray(group["x"][:], float), np.asarray(group["y"][:], float)
+        step_x, step_y = (xs[-1] - xs[0]) / (width - 1), (ys[-1] - ys[0]) / (height - 1)
+        transform = (step_x, 0.0, xs[0] - step_x / 2, 0.0, step_y, ys[0] - step_y / 2)  # coordinates are pixel centres
+    if transform is None or len(transform) < 6:
+        raise SourceFault(
+            asset.id, f"has no transform (attribute transform, or proj:transform in the catalog): {asset.href}"
+        )
+    try:
+        a, b, c, d, e, f = (float(value) for value in transform[:6])
+        return Grid(crs_name(crs), (a, b, c, d, e, f), width, height)
+    except Exception as error:
+        raise SourceFault(asset.id, f"CRS or transform cannot be read: {first_line(error)}") from None
+
+
+def _mask_array(group: Any, shape: tuple[int, int, int], asset: Asset) -> tuple[Any, bool]:
+    for name in ("scl", "cloud"):
+        if name in group:
+            array = group[name]
+            if array.shape != shape:
+                raise SourceFault(asset.id, f"array {name} has shape {array.shape}, wanted {shape}: {asset.href}")
+            return array, name == "scl"
+    return None, False
