@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.grids import axis_windows
+
 # Added to the logits of masked keys. exp(MASKED + any logit here) is exactly 0 in every float format, and a row whose keys
 # are all masked stays finite, forward and backward, where -inf would give NaN.
 MASKED = -3.0e4
@@ -36,21 +38,6 @@ class Windows(NamedTuple):
     roll: tuple[int, int]
     index_SS: Tensor
     region_KS: Tensor | None
-
-
-def axis_windows(length: int, window: int, shift: int) -> tuple[int, int, int]:
-    """Window length, padded length and roll along one axis.
-
-    The windows are [0, w), [w, 2w)… or, shifted by s, [0, s), [s, s + w)…: they depend on the position alone, never on
-    the length, so that padding a grid cannot regroup its tokens. (Common implementations drop the shift on grids no
-    larger than a window, which breaks exactly that.) Axes that need at most one window get one of their own length.
-    """
-    first = shift or window
-    if length <= first:
-        return length, length, 0
-    if length <= window and window == 2 * shift:
-        return shift, window, 0
-    return window, math.ceil(length / window) * window, shift
 
 
 @functools.lru_cache(maxsize=256)
