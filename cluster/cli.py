@@ -37,12 +37,15 @@ def run(prog: str, main: Callable[[Sequence[str]], int | None], argv: Sequence[s
     except (UsageError, RunFailure) as error:
         _explain(prog, error)
         code = error.exit_code
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        code = 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:  # no space, no permission, no such file: the system's own words and the path
+        _explain(prog, error)
+        code = 1
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        code = 130
     sys.exit(code)
 
 

@@ -8,7 +8,9 @@ stores by their own atomic put (a multipart upload that is not completed shows n
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from typing import IO, Any
@@ -16,15 +18,34 @@ from typing import IO, Any
 import fsspec
 from fsspec.core import url_to_fs
 
-from cluster.errors import UsageError
+from cluster.errors import RunFailure, UsageError
+
+TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$")
+"""What `open_atomic` adds to a name while it writes; a killed writer may leave one, `list_names` does not show it."""
 
 
 def filesystem(url: str) -> tuple[Any, str]:
     """(fsspec filesystem, path inside it) of a URL. Raises UsageError for an unknown protocol."""
+    # other processes write too: a listing kept from earlier would hide what they did
+    options = {"use_listings_cache": False} if url.startswith(("s3://", "s3a://")) else {}
     try:
-        return url_to_fs(url)
+        return url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
         raise UsageError(f"{url}: {error}") from None
+
+
+@contextlib.contextmanager
+def explained(url: str) -> Iterator[None]:
+    """Turns an object store's own exceptions (no credentials, endpoint away) into one line that names the URL and the fix."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in ("botocore", "aiobotocore", "aiohttp"):
+            raise
+        text = " ".join(str(error).split())
+        raise RunFailure(
+            f"{url}: {text} (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY say where and who)"
+        ) from error
 
 
 def is_local(url: str) -> bool:
@@ -49,47 +70,54 @@ def name(url: str) -> str:
 
 def exists(url: str) -> bool:
     fs, path = filesystem(url)
-    fs.invalidate_cache()
-    return bool(fs.exists(path))
+    with explained(url):
+        return bool(fs.exists(path))
 
 
 def size(url: str) -> int:
     """Bytes of an object. Raises FileNotFoundError."""
     fs, path = filesystem(url)
-    return int(fs.info(path)["size"])
+    with explained(url):
+        return int(fs.info(path)["size"])
 
 
 def list_names(url: str) -> list[str]:
     """Sorted names directly under a folder; empty if there is no such folder."""
     fs, path = filesystem(url)
-    fs.invalidate_cache()
-    try:
-        return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
-    except FileNotFoundError:
-        return []
+    folder = path.rstrip("/")
+    with explained(url):
+        try:
+            entries = [entry.rstrip("/") for entry in fs.ls(path, detail=False)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    # object stores may list the folder itself, by its marker
+    names = {entry.rsplit("/", 1)[-1] for entry in entries if entry != folder}
+    return sorted(name for name in names if not TEMPORARY.search(name))
 
 
 def read_bytes(url: str, start: int | None = None, end: int | None = None) -> bytes:
     """Whole object, or the byte range [start, end)."""
     fs, path = filesystem(url)
-    return fs.cat_file(path, start=start, end=end)
+    with explained(url):
+        return fs.cat_file(path, start=start, end=end)
 
 
 def open_read(url: str) -> IO[bytes]:
     fs, path = filesystem(url)
-    return fs.open(path, "rb")
+    with explained(url):
+        return fs.open(path, "rb")
 
 
 def make_folder(url: str) -> None:
     fs, path = filesystem(url)
-    if fs.protocol == "file" or "file" in fs.protocol or "memory" in fs.protocol:
+    if "file" in fs.protocol or "memory" in fs.protocol:  # object stores have no folders
         fs.makedirs(path, exist_ok=True)
 
 
 def remove(url: str, recursive: bool = False) -> None:
     """Removes an object or (recursive) a folder; absent is fine."""
     fs, path = filesystem(url)
-    with contextlib.suppress(FileNotFoundError):
+    with explained(url), contextlib.suppress(FileNotFoundError):
         fs.rm(path, recursive=recursive)
 
 
@@ -103,16 +131,22 @@ def write_atomic(url: str, data: bytes) -> None:
 def open_atomic(url: str) -> Iterator[IO[bytes]]:
     """A stream whose content appears under `url` when the block ends well, and leaves nothing when it raises."""
     fs, path = filesystem(url)
+    if "memory" in fs.protocol:  # it shows what is written so far: hand it the whole at the end
+        buffer = io.BytesIO()
+        yield buffer
+        fs.pipe_file(path, buffer.getvalue())
+        return
     if not is_local(url):
-        stream = fs.open(path, "wb")
-        try:
-            yield stream
-        except BaseException:
-            with contextlib.suppress(Exception):
-                stream.discard()  # fsspec: abort the multipart upload, show nothing
-            stream.closed = True
-            raise
-        stream.close()
+        with explained(url):
+            stream = fs.open(path, "wb")
+            try:
+                yield stream
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    stream.discard()  # fsspec: abort the multipart upload, show nothing
+                stream.closed = True
+                raise
+            stream.close()
         return
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
@@ -137,7 +171,8 @@ def upload(local: str, url: str) -> None:
                 target.write(block)
         return
     fs, path = filesystem(url)
-    fs.put_file(local, path)
+    with explained(url):
+        fs.put_file(local, path)
 
 
 def _fsync_folder(path: str) -> None:

@@ -1,0 +1,56 @@
+"""The storage door and the run directory on a real S3 server, and what they say when it is away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cluster import storage
+from cluster.errors import RunFailure
+from cluster.rundir import RunDir
+from tests import storage_contract
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.mark.parametrize("check", storage_contract.CONTRACT, ids=lambda check: check.__name__)
+def test_contract(check: Callable[[str], None], s3_url: str) -> None:
+    check(s3_url)
+
+
+def test_uploads_arrive(s3_url: str, tmp_path: Path) -> None:
+    storage_contract.uploads_arrive(s3_url, str(tmp_path / "source"))
+
+
+def test_run_directory_on_s3(s3_url: str) -> None:
+    first = RunDir(s3_url)
+    first.claim()
+    first.start_metrics(0)
+    for step in (1, 2, 3):
+        first.append_metrics({"step": step, "loss": 0.1})
+    first.sync()
+    second = RunDir(s3_url)
+    second.claim()
+    second.start_metrics(2)
+    second.append_metrics({"step": 3, "loss": 0.2})
+    second.close()
+    assert [line["loss"] for line in RunDir(s3_url).read_metrics()] == [0.1, 0.1, 0.2]
+    with pytest.raises(RunFailure, match="later start"):
+        first.check_claim()
+
+
+def test_an_endpoint_that_is_away_is_one_line(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        with pytest.raises((RunFailure, OSError)) as caught:
+            storage.read_bytes(storage.join(s3_url, "a"))
+        assert "127.0.0.1:9" in str(caught.value)
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
