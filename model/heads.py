@@ -1,0 +1,76 @@
+"""Projection heads: features → unit vectors → prototype scores, and their cross-entropy against the teacher.
+
+Legend: N rows · D input dim · d bottleneck dim · K prototypes · G centring groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.losses.dino import prototype_cross_entropy
+
+
+@dataclass(frozen=True)
+class HeadTargets:
+    """Teacher side of one head for one micro-batch. Prototypes and scaling are shared by the step's micro-batches.
+
+    weight_N: what each row's cross-entropy counts in the returned loss (0: invalid), see `losses.reduce`.
+    """
+
+    z_Nd: Tensor
+    group_N: Tensor
+    weight_N: Tensor
+    prototypes_Kd: Tensor
+    log_v_GK: Tensor
+    temperature: float
+
+
+class Prototypes(nn.Module):
+    """K directions: weight-normed with gain 1 (DINO), i.e. unit rows; `forward` is the loss, so that all uses of the weight lie
+    inside one module call (ZeRO-3 gathers parameters per call)."""
+
+    age_K: Tensor
+
+    def __init__(self, num: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num, dim))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        # steps since each was last a row's best match (`model.collapse`); starts as never
+        self.register_buffer("age_K", torch.full((num,), 1 << 40, dtype=torch.int64))
+
+    def directions(self) -> Tensor:
+        return F.normalize(self.weight.float() if self.weight.dtype != torch.float64 else self.weight, dim=-1)
+
+    def forward(self, z_Nd: Tensor, targets: HeadTargets, student_temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """(Σ weight·ce, ce_N, best_N)."""
+        return prototype_cross_entropy(
+            z_Nd, self.directions(), targets.z_Nd, targets.prototypes_Kd, targets.log_v_GK, targets.group_N, targets.weight_N,
+            student_temperature, targets.temperature,
+        )  # fmt: skip
+
+
+class ProjectionHead(nn.Module):
+    """3-layer MLP (GELU), L2-normalised bottleneck, K prototypes (DINO head, arXiv 2104.14294 appendix C)."""
+
+    def __init__(self, in_dim: int, hidden: int, bottleneck: int, prototypes: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(in_dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+        )
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        self.prototypes = Prototypes(prototypes, bottleneck)
+
+    def project(self, x_ND: Tensor) -> Tensor:
+        """Unit vectors z_Nd, float32."""
+        z_Nd = self.mlp(x_ND.to(self.prototypes.weight.dtype))
+        return F.normalize(z_Nd if z_Nd.dtype == torch.float64 else z_Nd.float(), dim=-1)
+
+    def forward(self, x_ND: Tensor, targets: HeadTargets, student_temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        return self.prototypes(self.project(x_ND), targets, student_temperature)

@@ -1,0 +1,280 @@
+"""The pretraining objective: one `Student`, its no-grad twin (the teacher), and what crosses between them.
+
+One optimiser step with A micro-batches on each of W ranks:
+
+    scores  = [teacher.teacher_forward(batch) for batch in micro_batches]     # no gradient, small
+    targets = teacher.center(scores, samples_seen, reduce)                    # all collectives of the losses
+    for batch, target in zip(micro_batches, targets):
+        loss, metrics = student(batch, target)                               # backward, averaged over ranks and A
+    more = student.finish_step(reduce)                                       # loads and prototype usage of the step
+
+Loss and metrics follow the convention of `model.losses.reduce`: their mean over ranks and micro-batches is exact.
+Metric names: `loss`; `loss/mgcl_<modality|fused>` (sum of the granularities); `loss/qsacl`; `loss/ita`; `loss/balance`,
+`loss/z` (means over layers); `feature/effective_rank`, `feature/std` (`model.collapse`); from `finish_step`: `moe/…`
+(`model.moe.balance.describe`), `prototypes/usage` and `prototypes/usage_<head>`.
+
+Dimension legend: B sites · T dates · h, w tokens · D final dim · F fused dim · N rows · L layers with experts · E experts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model import collapse
+from model.augment import photometric
+from model.batch import Batch, View
+from model.config import ModelConfig, ObjectiveConfig
+from model.decoder import QueryDecoder
+from model.heads import ProjectionHead
+from model.inputs import Validity, normalise, router_layers, view_validity
+from model.losses import qsacl
+from model.losses.correspondence import Grid
+from model.losses.dino import teacher_temperature
+from model.losses.ita import IGNORE, token_classes
+from model.losses.mgcl import ViewTokens, pair_views, pool_student
+from model.losses.reduce import Reduce
+from model.losses.router import router_terms
+from model.moe.balance import MoEStats, add_stats, describe
+from model.objective_plan import head_dims, head_of, uses_ita
+from model.skysense import Features, SkySense
+from model.targets import Rows, TeacherScores, TeacherTargets, center
+from model.text import TextAlignment, load_embeddings
+
+
+class Student(nn.Module):
+    """SkySense with heads, query decoder and (optional) text alignment and geo-context. The teacher is the same class.
+
+    Args:
+        statistics: the manifest's, `{modality: {mean, std, …}}`.
+        classes: names of the dense classes in `View.classes_BHW`, index = value; needed by ITA only.
+
+    Buffers (int64, part of a checkpoint, not for EMA): `load_LE`, expert loads of the previous step; each head's `age_K`.
+    """
+
+    load_LE: Tensor
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        objective: ObjectiveConfig,
+        statistics: Mapping[str, Any],
+        classes: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.objective, self.statistics = model, objective, dict(statistics)
+        self.skysense = SkySense(model)
+        self.heads = nn.ModuleDict(
+            {
+                name: ProjectionHead(dim, objective.head_hidden, objective.head_bottleneck, objective.prototypes)
+                for name, dim in head_dims(model, objective).items()
+            }
+        )
+        self.decoder = (
+            QueryDecoder(model.fusion_dim, objective.queries, model.fusion_heads) if objective.qsacl_weight else None
+        )
+        self.alignment: TextAlignment | None = None
+        if uses_ita(objective):
+            text_CE = load_embeddings(str(objective.ita_embeddings), classes or [])
+            self.alignment = TextAlignment(model.fusion_dim, text_CE, objective.ita_temperature)
+        self.spaces = (*model.modalities, "fused") if objective.mgcl_weight else ()
+        self.head_of_group = self._groups()
+        self.num_routers = len(router_layers(model))
+        self.register_buffer("load_LE", torch.zeros(self.num_routers, model.moe.experts, dtype=torch.int64))
+        self._step_stats: list[list[MoEStats]] = []
+        self._step_hits: dict[str, Tensor] = {}
+
+    def _groups(self) -> dict[str, str]:
+        """Head of every group of rows that is centred by itself, in order."""
+        objective = self.objective
+        groups = {
+            f"{space}/{level}": head_of("fused" if space == "fused" else "dense", level, objective)
+            for space in self.spaces
+            for level in objective.mgcl_levels
+        }
+        return {**groups, **({"query": "query"} if objective.qsacl_weight else {})}
+
+    # ---- teacher side
+
+    @torch.no_grad()
+    def teacher_forward(self, batch: Batch) -> TeacherScores:
+        """The teacher's view of one micro-batch: v and the local views; of u only masks and geometry are used."""
+        views = [batch.v, *(batch.local if self.decoder else [])]
+        features = [self.features(view) for view in views] if self.head_of_group else []
+        valid_u = view_validity(batch.u, self.model)
+        rows: dict[str, Rows] = {}
+        pairings = {}
+        for space in self.spaces:
+            u = self._tokens(batch.u, space, valid_u)
+            v = self._tokens_of(batch.v, space, features[0])
+            pairings[space], pooled = pair_views(
+                u, v, batch.position_B, self.objective.pixel_pairs, self.objective.object_clusters,
+                self.objective.sinkhorn_iterations,
+            )  # fmt: skip
+            for level in self.objective.mgcl_levels:
+                z_Nd = self._head(f"{space}/{level}").project(getattr(pooled, level))
+                rows[f"{space}/{level}"] = Rows(z_Nd, pairings[space].valid(level))
+        if self.decoder:
+            rows["query"] = self._teacher_queries(batch, features, valid_u.fused)
+        return TeacherScores(rows, pairings, self._classes(batch.u, valid_u.fused), self._router_tokens(batch))
+
+    @torch.no_grad()
+    def center(self, scores: list[TeacherScores], samples_seen: int, reduce: Reduce) -> list[TeacherTargets]:
+        """Targets of a whole step from the scores of all its micro-batches; collective over ranks."""
+        objective = self.objective
+        temperature = teacher_temperature(samples_seen, objective.teacher_temperature, objective.teacher_warmup_samples)
+        prototypes = {name: head.prototypes.directions() for name, head in self._heads().items()}
+        iterations = objective.sinkhorn_iterations if objective.centering == "sinkhorn" else 0
+        in_student = objective.balance_load == "micro_batch" and self.num_routers > 0
+        targets = center(scores, self.head_of_group, prototypes, temperature, iterations, reduce)
+        return [replace(t, samples_seen=samples_seen, reduce=reduce if in_student else None) for t in targets]
+
+    def _teacher_queries(self, batch: Batch, features: list[Features], valid_u_Bhw: Tensor) -> Rows:
+        assert self.decoder is not None
+        outputs = [self.decoder(f.fused, f.fused_valid) for f in features]
+        z_Nd = self._head("query").project(qsacl.teacher_rows(outputs[0], outputs[1:]))
+        seen = [f.fused_valid.flatten(1).any(1) for f in features]
+        return Rows(z_Nd, qsacl.valid_rows(valid_u_Bhw.flatten(1).any(1), seen[0], seen[1:], self.objective.queries))
+
+    def _classes(self, u: View, valid_Bhw: Tensor) -> Tensor | None:
+        if self.alignment is None or u.classes_BHW is None:
+            return None
+        return torch.where(valid_Bhw, token_classes(u.classes_BHW, (valid_Bhw.shape[1], valid_Bhw.shape[2])), IGNORE)
+
+    def _router_tokens(self, batch: Batch) -> Tensor:
+        """Tokens that each layer with experts will see in the student's pass."""
+        views = [view_validity(view, self.model) for view in self._student_views(batch)]
+        return torch.stack([v.routed_LM.sum(1) for v in views]).sum(0)
+
+    # ---- student side
+
+    def forward(self, batch: Batch, targets: TeacherTargets, diagnose: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, metrics) of one micro-batch. All parameters take part, whatever is missing, with zero gradient if need be."""
+        features = [
+            self.features(view, _seeds(batch, targets.samples_seen, number))
+            for number, view in enumerate(self._student_views(batch))
+        ]
+        u, local = features[0], features[1:]
+        metrics: dict[str, Tensor] = {}
+        loss = self._contrast(batch, u, local, targets, metrics)
+        if self.alignment is not None:
+            ita = self.alignment(u.fused, targets.class_Bhw) * targets.ita_scale
+            loss = loss + self.objective.ita_weight * ita
+            metrics["loss/ita"] = ita.detach()
+        loss = loss + self._router(features, targets, metrics)
+        metrics["loss"] = loss.detach()
+        if diagnose:
+            metrics.update(collapse.feature_metrics(u.fused.detach(), u.fused_valid))
+        return loss, metrics
+
+    def features(self, view: View, seed_B: Tensor | None = None) -> Features:
+        """SkySense's features of a raw view: photometric augmentation, normalisation, network.
+
+        seed_B: decides drop-path in training; a function of samples, not of ranks.
+        """
+        return self.skysense(normalise(photometric(view), self.statistics), seed_B)
+
+    def _contrast(
+        self, batch: Batch, u: Features, local: list[Features], targets: TeacherTargets, metrics: dict[str, Tensor]
+    ) -> Tensor:
+        """MGCL and QSACL: rows of every group to their head, one call per head."""
+        rows: dict[str, Tensor] = {}
+        for space in self.spaces:
+            pooled = pool_student(self._tokens_of(batch.u, space, u), targets.pairings[space])
+            rows.update({f"{space}/{level}": getattr(pooled, level) for level in self.objective.mgcl_levels})
+        if self.decoder is not None:
+            outputs = [self.decoder(f.fused, f.fused_valid) for f in (u, *local)]
+            rows["query"] = qsacl.student_rows(outputs[0], outputs[1:])
+        loss = u.fused.new_zeros((), dtype=torch.float32)
+        for name, head in self._heads().items():
+            target, groups = targets.heads[name], targets.groups[name]
+            part, ce_N, best_N = head(torch.cat([rows[g] for g in groups]), target, self.objective.student_temperature)
+            loss = loss + part * (self.objective.qsacl_weight if name == "query" else self.objective.mgcl_weight)
+            self._note_hits(name, best_N[target.weight_N > 0], head)
+            for i, group in enumerate(groups):
+                mean = (ce_N * target.weight_N * (target.group_N == i)).sum()
+                key = "loss/qsacl" if group == "query" else f"loss/mgcl_{group.split('/')[0]}"
+                metrics[key] = metrics.get(key, 0.0) + mean
+        return loss
+
+    def _router(self, features: list[Features], targets: TeacherTargets, metrics: dict[str, Tensor]) -> Tensor | float:
+        if not self.num_routers:
+            return 0.0
+        stats = add_stats([f.moe for f in features])
+        if self.training:
+            self._step_stats.append([MoEStats(*(x.detach() for x in layer)) for layer in stats])
+        balance_L, z_L = router_terms(stats, self.load_LE, targets.router_scale_L, targets.reduce)
+        metrics["loss/balance"], metrics["loss/z"] = balance_L.detach().mean(), z_L.detach().mean()
+        return self.model.moe.balance_weight * balance_L.sum() + self.model.moe.z_weight * z_L.sum()
+
+    @torch.no_grad()
+    def finish_step(self, reduce: Reduce) -> dict[str, Tensor]:
+        """Once per optimiser step, on all ranks: sums loads and prototype hits over the step; metrics `moe/…`, `prototypes/…`."""
+        metrics: dict[str, Tensor] = {}
+        if self._step_stats:
+            summed = add_stats(self._step_stats)
+            sizes = [x.numel() for x in summed[0]]
+            flat = reduce.sum(torch.cat([x.flatten().double() for layer in summed for x in layer])).split(
+                sizes * len(summed)
+            )
+            shapes = [x.shape for x in summed[0]] * len(summed)
+            tables = [x.view(shape) for x, shape in zip(flat, shapes)]
+            stats = [MoEStats(*tables[i : i + len(sizes)]) for i in range(0, len(tables), len(sizes))]
+            self.load_LE.copy_(torch.stack([layer.load_ME.sum(0) for layer in stats]).round().long())
+            metrics.update(describe(stats, self.model.modalities))
+        for name, head in self._heads().items():
+            hits = self._step_hits.get(name)
+            hits = torch.zeros_like(head.prototypes.age_K) if hits is None else hits
+            metrics[f"prototypes/usage_{name}"] = collapse.update_age(head.prototypes.age_K, reduce.sum(hits) > 0)
+        if self.heads:
+            metrics["prototypes/usage"] = torch.stack(
+                [metrics[f"prototypes/usage_{name}"] for name in self.heads]
+            ).mean()
+        self._step_stats, self._step_hits = [], {}
+        return metrics
+
+    # ---- shared
+
+    def _student_views(self, batch: Batch) -> list[View]:
+        return [batch.u, *(batch.local if self.decoder is not None else [])]
+
+    def _heads(self) -> dict[str, ProjectionHead]:
+        return {name: head for name, head in self.heads.items() if isinstance(head, ProjectionHead)}
+
+    def _head(self, group: str) -> ProjectionHead:
+        return self._heads()[self.head_of_group[group]]
+
+    def _note_hits(self, name: str, best_N: Tensor, head: ProjectionHead) -> None:
+        hits = self._step_hits.setdefault(name, torch.zeros_like(head.prototypes.age_K))
+        hits[best_N] = 1
+
+    def _tokens_of(self, view: View, space: str, features: Features) -> ViewTokens:
+        tokens = self._tokens(view, space, view_validity(view, self.model))
+        values = features.fused[:, None] if space == "fused" else features.dense[space]
+        return replace(tokens, features_BThwD=values)
+
+    def _tokens(self, view: View, space: str, validity: Validity) -> ViewTokens:
+        """Validity, dates and place of one modality's tokens; the fused ones are one date on their leader's grid."""
+        name = validity.fused_like if space == "fused" else space
+        m = view.modalities[name]
+        valid = validity.fused[:, None] if space == "fused" else validity.dense[name]
+        doy_BT = torch.zeros_like(m.doy_BT[:, :1]) if space == "fused" else m.doy_BT
+        canvas, stride = (m.x_BTCHW.shape[-2], m.x_BTCHW.shape[-1]), float(self.model.stride(name))
+        return ViewTokens(valid, doy_BT, Grid(m.affine_B23, (valid.shape[2], valid.shape[3]), (stride, stride), canvas))
+
+
+def make_teacher(student: Student) -> Student:
+    """The teacher: a copy that never gets a gradient; its weights follow by EMA (`pipeline.ema`)."""
+    teacher = copy.deepcopy(student)
+    teacher.requires_grad_(False)
+    return teacher.eval()
+
+
+def _seeds(batch: Batch, samples_seen: int, view: int) -> Tensor:
+    """Drop-path seed per site, from (sample, samples seen, view): equal on every layout, new in every step."""
+    return batch.position_B.to(torch.int64) * 1_000_003 + samples_seen * 31 + view

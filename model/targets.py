@@ -1,0 +1,115 @@
+"""What the teacher hands to the student, and how a whole step is centred and normalised (conventions: `model.losses.reduce`).
+
+Legend: N rows · d bottleneck dim · K prototypes · G groups of one head · L layers with experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.heads import HeadTargets
+from model.losses.mgcl import Pairing
+from model.losses.reduce import Reduce
+from model.losses.sinkhorn import prototype_scaling
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Teacher vectors of one group (`hr/pixel`, …, `query`) of one micro-batch; unit length, invalid ones meaningless."""
+
+    z_Nd: Tensor
+    valid_N: Tensor
+
+
+@dataclass(frozen=True)
+class TeacherScores:
+    """One micro-batch after the teacher's forward: a few hundred bytes per position, whatever the number of prototypes.
+
+    Attributes:
+        rows: by group, in the student's group order.
+        pairings: which tokens of u each modality compares (constants to autograd).
+        class_Bhw: class of each fused token of u, -1 where unlabelled or invalid; None without ITA.
+        tokens_L: router tokens that the student will see per layer.
+    """
+
+    rows: dict[str, Rows]
+    pairings: dict[str, Pairing]
+    class_Bhw: Tensor | None
+    tokens_L: Tensor
+
+
+@dataclass(frozen=True)
+class TeacherTargets:
+    """One micro-batch of a centred step. Scales are W·A/N of their term.
+
+    Attributes:
+        heads: by head; `weight_N` of a row is its group's scale, 0 if invalid.
+        groups: names of the head's groups, index = `group_N`.
+        samples_seen: of the run so far; the same for all micro-batches of the step.
+        reduce: set where the student must meet the other ranks (`balance_load: micro_batch`).
+    """
+
+    heads: dict[str, HeadTargets]
+    groups: dict[str, list[str]]
+    pairings: dict[str, Pairing]
+    class_Bhw: Tensor | None
+    ita_scale: Tensor
+    router_scale_L: Tensor
+    samples_seen: int = 0
+    reduce: Reduce | None = None
+
+
+def center(
+    scores: list[TeacherScores], head_of_group: Mapping[str, str], prototypes: Mapping[str, Tensor], temperature: float,
+    iterations: int, reduce: Reduce,
+) -> list[TeacherTargets]:  # fmt: skip
+    """Targets of every micro-batch of a step from the scores of all of them, on all ranks.
+
+    Collectives: one for all counts, then `iterations` per head. Each group (say `s2/pixel`) is centred by itself.
+
+    Args:
+        head_of_group: which head scores a group; also the order of groups.
+        prototypes: unit rows [K, d] of the teacher's heads.
+    """
+    parts = reduce.world * len(scores)
+    scale, ita_scale, router_scale_L = _scales(scores, list(head_of_group), parts, reduce)
+    groups = {head: [g for g, h in head_of_group.items() if h == head] for head in prototypes}
+    heads: list[dict[str, HeadTargets]] = [{} for _ in scores]
+    for head, names in groups.items():
+        members = [_stack(score, names) for score in scores]
+        z_Nd, group_N, valid_N = (torch.cat(column) for column in zip(*members))
+        log_v_GK = prototype_scaling(
+            z_Nd, prototypes[head], group_N, valid_N, len(names), temperature, iterations, reduce
+        )  # fmt: skip
+        scale_G = torch.stack([scale[name] for name in names]).to(log_v_GK.dtype)
+        for targets, (z, group, valid) in zip(heads, members):
+            weight = scale_G[group] * valid.to(log_v_GK.dtype)
+            targets[head] = HeadTargets(z, group, weight, prototypes[head], log_v_GK, temperature)
+    return [
+        TeacherTargets(by_head, groups, score.pairings, score.class_Bhw, ita_scale, router_scale_L)
+        for by_head, score in zip(heads, scores)
+    ]
+
+
+def _scales(
+    scores: list[TeacherScores], groups: list[str], parts: int, reduce: Reduce
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """W·A/N per group, of ITA and of the router layers; 0 where nothing is valid anywhere."""
+    device = scores[0].tokens_L.device
+    labelled = [0 if s.class_Bhw is None else (s.class_Bhw >= 0).sum() for s in scores]
+    rows = [torch.as_tensor(sum(s.rows[name].valid_N.sum() for s in scores), device=device) for name in groups]
+    counts = torch.stack([*rows, torch.as_tensor(sum(labelled), device=device)]).to(torch.float64)
+    tokens_L = torch.stack([s.tokens_L.to(torch.float64) for s in scores]).sum(0)
+    total = reduce.sum(torch.cat([counts, tokens_L]))
+    scale = torch.where(total > 0, parts / total.clamp_min(1), 0.0).float()
+    return dict(zip(groups, scale)), scale[len(groups)], scale[len(groups) + 1 :]
+
+
+def _stack(score: TeacherScores, names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+    rows = [score.rows[name] for name in names]
+    group_N = torch.cat([torch.full_like(r.valid_N, i, dtype=torch.int64) for i, r in enumerate(rows)])
+    return torch.cat([r.z_Nd for r in rows]), group_N, torch.cat([r.valid_N for r in rows])
