@@ -51,7 +51,7 @@ class DataConfig:
         cache_dir, cache_gb: local disk cache of what was fetched, bounded.
         verify_checksums: each member on its first read in a run, and on every read from object storage.
         error_budget: share of the samples that may be unreadable; past it the run stops with their list.
-        retries: attempts after the first for one request.
+        retries, timeout_s: attempts after the first for one request, and how long one may stand still.
     """
 
     url: str | tuple[str, ...] = ""
@@ -79,6 +79,7 @@ class DataConfig:
     verify_checksums: bool = True
     error_budget: float = 0.001
     retries: int = 5
+    timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -137,12 +138,16 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """every: steps; keep_last newest plus each `keep_every`-th step; asynchronous: written beside training."""
+    """every: steps; keep_last newest plus each `keep_every`-th step; asynchronous: written beside training.
+
+    allow_changed_data: resume on a shard set whose manifest is not the one the checkpoint was trained on.
+    """
 
     every: int = 500
     keep_last: int = 2
     keep_every: int = 10_000
     asynchronous: bool = True
+    allow_changed_data: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,12 +161,16 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """In-loop probes on labels that ride in the shards. every: steps, 0 = off. samples: at most, per split."""
+    """In-loop probes on labels that ride in the shards. every: steps, 0 = off. samples: at most, per split.
+
+    label: scalar label of `knn` and `linear`; raster: label raster of `segment` (None: the only one there is).
+    """
 
     every: int = 0
     tasks: tuple[str, ...] = ("knn",)
     samples: int = 512
     label: str = "scene"
+    raster: str | None = None
 
 
 @dataclass(frozen=True)
