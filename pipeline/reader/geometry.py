@@ -37,6 +37,17 @@ def turned(x: np.ndarray, turn: int) -> np.ndarray:
     return x
 
 
+def unturned(x: np.ndarray, turn: int) -> np.ndarray:
+    """The inverse of `turned`, also a view: what is written to it, upright, lies turned in `x`."""
+    if turn & 1:
+        x = x[..., ::-1]
+    if turn & 2:
+        x = x[..., ::-1, :]
+    if turn & 4:
+        x = x.swapaxes(-1, -2)
+    return x
+
+
 def affine(crop: Crop, canvas_px: int, gsd_m: float) -> np.ndarray:
     """float64 [2, 3]: (column, row) on the turned canvas → site metres.
 

@@ -17,7 +17,7 @@ from pipeline.reader.keyed import uniforms
 
 # Columns of View.photometric_BP; must be model.augment.PHOTOMETRIC (a test holds it). The values here change nothing.
 PHOTOMETRIC = ("brightness", "contrast", "saturation", "hue", "blur_sigma", "solarize_threshold", "grayscale")
-NEUTRAL = (1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0)
+NEUTRAL = (1.0, 1.0, 1.0, 0.0, 0.0, 2.0, 0.0)
 
 JITTER_SHARE, GRAY_SHARE, BLUR_SHARE, SOLARIZE_SHARE = 0.8, 0.2, 0.5, 0.1  # of the views
 STRENGTH = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}  # DINO's (arXiv 2104.14294, appendix)

@@ -1,0 +1,205 @@
+"""Member bytes of one sample → its row in every view of a batch: only the dates and tiles that some view shows are decoded."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Mapping
+
+import numpy as np
+
+from data_prep.codec import Member
+from data_prep.schema import CLEAR, MODALITIES
+from pipeline.config import ViewConfig
+from pipeline.reader.buffers import ModalityArrays, ViewArrays, blank_modality, canvas_px
+from pipeline.reader.geometry import GRID_M, Crop, Window, affine, aligned_window, unturned
+from pipeline.reader.resample import nearest, resample, taps
+from pipeline.reader.views import ViewPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteMembers:
+    """Opened members of a sample by stem (`s2`, `s2.mask`, `label.landcover`), and what the index says of it.
+
+    doy: per modality the day of year of every stored date. width_m: ground extent of the site.
+    """
+
+    members: Mapping[str, Member]
+    doy: Mapping[str, np.ndarray]
+    width_m: float
+
+
+_thread = threading.local()
+
+
+def _scratch(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Re-used memory of this thread; what it held before is garbage."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    held = getattr(_thread, name, None)
+    if held is None or len(held) < size:
+        held = np.empty(size, np.uint8)
+        setattr(_thread, name, held)
+    return held[:size].view(dtype).reshape(shape)
+
+
+def fill_site(
+    site: SiteMembers, plans: list[ViewPlan], views: list[ViewArrays], configs: list[ViewConfig], i: int
+) -> None:
+    """Writes row i of every view."""
+    for plan, view in zip(plans, views):
+        view.photometric_BP[i], view.side_m_B[i] = plan.photometric_P, plan.crop.side_m
+    for name in views[0].modalities:
+        canvases = [
+            (plan, view.modalities[name], canvas_px(config, name)) for plan, view, config in zip(plans, views, configs)
+        ]
+        if name in site.members:
+            _fill_modality(site, name, canvases, i)
+        for plan, out, side in canvases:
+            gsd = _canvas_gsd(name, plan.crop, side)
+            if name not in site.members:
+                blank_modality(out, i)
+            out.gsd_B[i], out.affine_B23[i] = gsd, affine(plan.crop, side, gsd)
+    for plan, view in zip(plans, views):
+        if view.classes_BHW is not None:
+            label = next((m for stem, m in site.members.items() if stem.startswith("label.")), None)
+            _fill_classes(label, site.width_m, plan.crop, view.classes_BHW[i])
+
+
+def _canvas_gsd(name: str, crop: Crop, side_px: int) -> float:
+    """hr is stretched to its canvas; a series keeps its 10 m pixels and leaves the canvas's rest empty."""
+    return GRID_M if MODALITIES[name].is_series else crop.side_m / side_px
+
+
+def _fill_modality(site: SiteMembers, name: str, canvases: list[tuple[ViewPlan, ModalityArrays, int]], i: int) -> None:
+    member, mask = site.members[name], site.members[f"{name}.mask"]
+    _, _, height, width = member.shape
+    gsd = site.width_m / width
+    wanted = []  # (window of source pixels, aligned?) per view
+    for plan, _, side in canvases:
+        canvas_gsd = _canvas_gsd(name, plan.crop, side)
+        window = aligned_window(plan.crop, height, width, gsd, side) if abs(canvas_gsd - gsd) < 0.002 * gsd else None
+        wanted.append((window or _covering(plan.crop, height, width, gsd), window is not None))
+    shared = _union([window for window, _ in wanted])
+    dates = np.unique(np.concatenate([plan.dates[name] for plan, _, _ in canvases]))
+    source = _read(member, mask, dates, shared) if shared else None
+    for (plan, out, side), (window, aligned) in zip(canvases, wanted):
+        chosen = plan.dates[name]
+        _fill_dates(out, i, chosen, plan.jitter_days[name], site.doy[name])
+        if window.empty or len(chosen) == 0:
+            out.x_BTCHW[i], out.valid_BTHW[i] = 0, False
+            continue
+        if source is None or shared is None:
+            pixels, codes = _read(member, mask, chosen, window)
+            at, top, left = np.arange(len(chosen)), window.y0, window.x0
+        else:
+            (pixels, codes), at, top, left = source, np.searchsorted(dates, chosen), shared.y0, shared.x0
+        part = np.s_[..., window.y0 - top : window.y1 - top, window.x0 - left : window.x1 - left]
+        pixels, codes = pixels[part], codes[part]
+        if len(at) != len(pixels):
+            pixels, codes = pixels[at], codes[at]
+        if aligned:
+            _place(pixels, codes, window, plan.crop.turn, out, i)
+        else:
+            _place_resampled(pixels, codes, window, plan.crop, gsd, _canvas_gsd(name, plan.crop, side), out, i)
+
+
+def _union(windows: list[Window]) -> Window | None:
+    """One window around all, if reading it once is less than reading each."""
+    full = [w for w in windows if not w.empty]
+    if not full:
+        return None
+    y0, x0, y1, x1 = min(w.y0 for w in full), min(w.x0 for w in full), max(w.y1 for w in full), max(w.x1 for w in full)
+    if (y1 - y0) * (x1 - x0) > sum((w.y1 - w.y0) * (w.x1 - w.x0) for w in full):
+        return None
+    return Window(y0, y1, x0, x1, 0, 0)
+
+
+def _covering(crop: Crop, height: int, width: int, gsd: float) -> Window:
+    """Source pixels under a crop that is not aligned with them, and one more on each side for interpolation."""
+    x, y, n = crop.x0_m / gsd, crop.y0_m / gsd, crop.side_m / gsd
+    x0, y0 = max(int(np.floor(x)) - 1, 0), max(int(np.floor(y)) - 1, 0)
+    return Window(
+        y0, max(min(int(np.ceil(y + n)) + 1, height), y0), x0, max(min(int(np.ceil(x + n)) + 1, width), x0), 0, 0
+    )
+
+
+def _read(member: Member, mask: Member, dates: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels [n, C, h, w] and validity codes [n, h, w] of some dates in a window; scratch memory or a view of the bytes."""
+    return _decode(member, dates, window, "pixels"), _decode(mask, dates, window, "codes")[:, 0]
+
+
+def _decode(member: Member, dates: np.ndarray, window: Window, name: str) -> np.ndarray:
+    rows, columns = slice(window.y0, window.y1), slice(window.x0, window.x1)
+    raw = getattr(member, "array_TCHW", None)
+    if raw is not None:
+        return raw[..., rows, columns] if len(dates) == len(raw) else raw[dates, :, rows, columns]
+    shape = (len(dates), member.shape[1], window.y1 - window.y0, window.x1 - window.x0)
+    out = _scratch(name, shape, member.dtype)
+    for n, t in enumerate(dates):
+        member.read_window(int(t), window.y0, window.y1, window.x0, window.x1, out[n])
+    return out
+
+
+def _fill_dates(out: ModalityArrays, i: int, chosen: np.ndarray, jitter_days: np.ndarray, doy: np.ndarray) -> None:
+    day = doy[chosen]
+    moved = (day - 1 + jitter_days) % 366 + 1 if jitter_days.any() else day
+    out.doy_BT[i] = 0
+    out.doy_BT[i, : len(chosen)] = np.where(day > 0, moved, 0)
+
+
+def _place(pixels: np.ndarray, codes: np.ndarray, window: Window, turn: int, out: ModalityArrays, i: int) -> None:
+    """Copies aligned pixels to their place on the turned canvas and empties the rest."""
+    x, valid, count = out.x_BTCHW[i], out.valid_BTHW[i], len(pixels)
+    if pixels.shape[-2:] != x.shape[-2:]:
+        x[...], valid[...] = 0, False
+    else:
+        x[count:], valid[count:] = 0, False
+    part = np.s_[
+        :count, ..., window.row : window.row + pixels.shape[-2], window.column : window.column + pixels.shape[-1]
+    ]
+    unturned(x, turn)[part] = pixels
+    inside = unturned(valid, turn)[part]
+    np.equal(codes, CLEAR, out=inside)
+    if pixels.dtype.kind == "f":  # a number that is none is missing, whatever the mask says
+        inside &= np.isfinite(pixels).all(axis=1)
+
+
+def _place_resampled(
+    pixels: np.ndarray,
+    codes: np.ndarray,
+    window: Window,
+    crop: Crop,
+    gsd: float,
+    canvas_gsd: float,
+    out: ModalityArrays,
+    i: int,
+) -> None:
+    """`_place` for pixels of another size or phase: resampled onto the crop's part of the canvas."""
+    count, side = round(crop.side_m / canvas_gsd), out.x_BTCHW.shape[-1]
+    rows = taps(crop.y0_m / gsd - window.y0, canvas_gsd / gsd, min(count, side), pixels.shape[-2])
+    columns = taps(crop.x0_m / gsd - window.x0, canvas_gsd / gsd, min(count, side), pixels.shape[-1])
+    valid = codes == CLEAR
+    if pixels.dtype.kind == "f":
+        valid &= np.isfinite(pixels).all(axis=1)
+    values, inside = resample(pixels, valid, rows, columns)
+    x, mask = unturned(out.x_BTCHW[i], crop.turn), unturned(out.valid_BTHW[i], crop.turn)
+    x[...], mask[...] = 0, False
+    part = np.s_[: len(values), ..., : values.shape[-2], : values.shape[-1]]
+    x[part], mask[part] = values, inside
+
+
+def _fill_classes(label: Member | None, width_m: float, crop: Crop, out_HW: np.ndarray) -> None:
+    """Labels on the view's 10 m canvas; -1 outside the raster and where there is none."""
+    out_HW[...] = -1
+    if label is None:
+        return
+    _, _, height, width = label.shape
+    step, side = GRID_M / (width_m / width), min(round(crop.side_m / GRID_M), out_HW.shape[-1])
+    rows = nearest(crop.y0_m / GRID_M * step, step, side, height)
+    columns = nearest(crop.x0_m / GRID_M * step, step, side, width)
+    inside_rows, inside_columns = np.flatnonzero(rows >= 0), np.flatnonzero(columns >= 0)
+    if len(inside_rows) == 0 or len(inside_columns) == 0:
+        return
+    raster = label.read_date(0)[0]
+    values = raster[np.ix_(rows[inside_rows], columns[inside_columns])]
+    unturned(out_HW, crop.turn)[np.ix_(inside_rows, inside_columns)] = values

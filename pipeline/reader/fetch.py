@@ -1,0 +1,141 @@
+"""Bytes of samples: local files by positioned reads into re-used memory.
+
+`pread` into a buffer that stays in cache costs as little as reading a memory map (both about 40 µs per MB here), gives an
+error instead of a killed process when a file shrinks or a disk fails, and counts nothing against the process's memory but
+the buffer itself. Object storage is in `pipeline.reader.read_ahead`, behind the same two calls.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import threading
+from collections.abc import Iterator
+from typing import Protocol
+
+from cluster import storage
+from pipeline.reader.faults import BadSample, FaultLog, RetryPolicy, TransientFault, with_retries
+
+OPEN_FILES = 64
+
+
+class Fetcher(Protocol):
+    """Where bytes of samples come from. Tickets number the samples of this rank in the order of `follow`."""
+
+    bytes_read: int
+
+    def follow(self, rows: Iterator[int]) -> None:
+        """From now on ticket n is the n-th of `rows`; a fetcher may read ahead along them."""
+
+    def get(self, ticket: int, row: int) -> memoryview:
+        """The span of a sample; valid until `release(ticket)`, in the calling thread. Raises BadSample, RunFailure."""
+
+    def release(self, ticket: int) -> None: ...
+
+    def again(self, row: int) -> memoryview:
+        """The span once more, past every cache: for a sample whose bytes were wrong."""
+
+    def close(self) -> None: ...
+
+
+class _File:
+    """An open file that is closed when the last reader lets go of it."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+class OpenFiles:
+    """The most recently used files of a set, kept open. Thread-safe; an evicted file lives while it is being read."""
+
+    def __init__(self, limit: int = OPEN_FILES) -> None:
+        self._files: collections.OrderedDict[str, _File] = collections.OrderedDict()
+        self._limit, self._lock = limit, threading.Lock()
+
+    def get(self, path: str) -> _File:
+        with self._lock:
+            file = self._files.get(path)
+            if file is not None:
+                self._files.move_to_end(path)
+                return file
+        file = _File(path)
+        with self._lock:
+            self._files[path] = file
+            while len(self._files) > self._limit:
+                self._files.popitem(last=False)
+        return file
+
+    def drop(self, path: str) -> None:
+        with self._lock:
+            self._files.pop(path, None)
+
+
+def read_into(files: OpenFiles, path: str, offset: int, view: memoryview) -> None:
+    """Fills `view` from a local file. Raises BadSample (no file, file too short) or TransientFault (any other OS error)."""
+    done = 0
+    try:
+        file = files.get(path)
+        while done < len(view):
+            count = os.preadv(file.descriptor, [view[done:]], offset + done)
+            if count == 0:
+                raise BadSample(f"{path} ends before byte {offset + len(view)}")
+            done += count
+    except FileNotFoundError:
+        raise BadSample(f"{path} does not exist") from None
+    except OSError as error:  # EIO, ESTALE of network file systems: a new descriptor may do
+        files.drop(path)
+        raise TransientFault("disk", f"{path}: {error}") from None
+
+
+class LocalFetcher:
+    """Shard sets on mounted file systems."""
+
+    def __init__(
+        self,
+        urls: list[str],
+        shard_of: list[int],
+        spans: tuple[list[int], list[int]],
+        policy: RetryPolicy,
+        faults: FaultLog,
+    ) -> None:
+        self._paths = [storage.local_path(url) for url in urls]
+        self._shard_of, (self._start, self._stop) = shard_of, spans
+        self._policy, self._faults, self._stopping = policy, faults, threading.Event()
+        self._files, self._thread = OpenFiles(), threading.local()
+        self.bytes_read = 0
+
+    def follow(self, rows: Iterator[int]) -> None:
+        """Nothing to do: the kernel's page cache reads ahead."""
+
+    def get(self, ticket: int, row: int) -> memoryview:
+        path, start = self._paths[self._shard_of[row]], self._start[row]
+        view = self._memory(self._stop[row] - start)
+        try:
+            read_into(self._files, path, start, view)
+        except TransientFault:
+            what = f"{path}, bytes {start} to {start + len(view)}"
+            with_retries(
+                lambda: read_into(self._files, path, start, view), what, self._policy, self._faults, self._stopping
+            )
+        self.bytes_read += len(view)
+        return view
+
+    def release(self, ticket: int) -> None:
+        """The thread's buffer is simply used again."""
+
+    def again(self, row: int) -> memoryview:
+        return self.get(-1, row)
+
+    def close(self) -> None:
+        self._stopping.set()
+
+    def _memory(self, size: int) -> memoryview:
+        held = getattr(self._thread, "memory", None)
+        if held is None or len(held) < size:
+            held = memoryview(bytearray(size + size // 4))
+            self._thread.memory = held
+        return held[:size]

@@ -1,0 +1,321 @@
+"""The reader: shard sets → batches, exact and elastic.
+
+What comes next is computed, never remembered (`pipeline.reader.order`), and augmentation is keyed by sample
+(`pipeline.reader.views`), so a reader's whole state is one number, and any number of ranks and threads deliver the same
+batches. Threads decode straight into re-used batch memory; they beat processes because the decoders let go of the GIL.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from cluster.errors import UsageError
+from data_prep.schema import BandStatistics
+from model.batch import Batch
+from model.config import ModelConfig
+from pipeline.config import DataConfig
+from pipeline.reader import table as tables
+from pipeline.reader.buffers import BatchBuffers, tensors
+from pipeline.reader.faults import FaultLog, RetryPolicy
+from pipeline.reader.fetch import Fetcher, LocalFetcher
+from pipeline.reader.meter import Meter, pooled
+from pipeline.reader.order import Drawn, Stream, rank_part
+from pipeline.reader.sample import SampleReader
+
+STATE_SCHEMA = 1
+
+
+class Reader:
+    """Yields the batches of one rank, for ever or for a number of epochs.
+
+    A yielded batch lives in re-used memory: it is valid until `hold` more batches have been asked for. Clone what is kept.
+
+    Endless (epochs=None): global batch k is stream numbers [k·G, (k+1)·G), G = batch_per_rank · world; batches straddle
+    epochs and nothing is dropped. With epochs: the last global batch holds what is left, split as evenly as can be; every
+    rank yields the same number of batches of the same shape, and rows beyond a rank's part are blank (key "", position -1,
+    nothing valid).
+
+    Args:
+        data, model: what to read, and for which modalities.
+        seed: of order and augmentation.
+        batch_per_rank: sites per yielded batch.
+        rank, world: of this process.
+        epochs: stop after so many; None = endless.
+        views: "pretrain" = u, v and local views, augmented; "whole" = one centred view per site, without chance (`u is v`).
+        device: a CUDA device: batches arrive there, copied one ahead from pinned memory. None or "cpu": stay on the CPU.
+        hold: how many yielded batches stay valid.
+
+    Raises:
+        UsageError: no shard set, nothing left after the filters, batch_per_rank < 1.
+    """
+
+    def __init__(
+        self, data: DataConfig, model: ModelConfig, *, seed: int, batch_per_rank: int, rank: int = 0, world: int = 1,
+        epochs: int | None = None, views: Literal["pretrain", "whole"] = "pretrain",
+        device: torch.device | str | None = None, hold: int = 2, label: str | None = None, policy: RetryPolicy | None = None,
+    ) -> None:  # fmt: skip
+        if batch_per_rank < 1 or not 0 <= rank < world:
+            raise UsageError(
+                f"a reader needs batch_per_rank >= 1 and 0 <= rank < world, found {batch_per_rank}, {rank}, {world}"
+            )
+        self.data, self.seed, self.rank, self.world, self.batch_per_rank = data, seed, rank, world, batch_per_rank
+        self.table = tables.load(data, model.modalities, label)
+        sizes = self.table.sizes
+        parts = sizes if data.weights else [np.concatenate(sizes)]
+        self._stream = Stream(parts, data.weights, seed, data.block_samples, data.interleave)
+        self._epochs, self._hold = epochs, max(hold, 1)
+        self._device = torch.device(device) if device is not None and torch.device(device).type == "cuda" else None
+        self.faults = FaultLog(int(data.error_budget * len(self.table) / world))
+        policy = policy or RetryPolicy(retries=data.retries, timeout_s=data.timeout_s)
+        self._fetcher = _open_fetcher(self.table, model.modalities, data, policy, self.faults)
+        self._samples = SampleReader(self.table, data, model.modalities, seed, self._fetcher, self.faults, views)
+        configs = self._samples.configs
+        self._ring = [
+            BatchBuffers(
+                batch_per_rank, configs, model.modalities, self.table.label is not None, self._device is not None
+            )
+            for _ in range(data.prefetch_batches + self._hold)
+        ]
+        self._pool = ThreadPoolExecutor(data.threads, "reader") if data.threads else None
+        self._base = 0  # stream number of the first batch
+        self._meter = Meter()
+        self._copies = torch.cuda.Stream(self._device) if self._device is not None else None
+        self._restart()
+
+    # --- what it is
+
+    @property
+    def statistics(self) -> dict[str, BandStatistics]:
+        """Per-band statistics of the set, or of all sets together (all splits, as the manifests hold them)."""
+        return pooled([shardset.statistics for shardset in self.table.sets])
+
+    @property
+    def manifest_sha256(self) -> str:
+        """Of the one set's manifest, or of all of them joined."""
+        found = [shardset.manifest_sha256 for shardset in self.table.sets]
+        return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the classes in `View.classes_BHW`, index = value; None without a raster label."""
+        return None if self.table.label is None else self.table.sets[0].classes.get(self.table.label)
+
+    @property
+    def epoch_samples(self) -> int:
+        return self._stream.epoch_samples
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch_per_rank * self.world
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches of each rank that cover one epoch (the last one ragged, or straddling into the next epoch)."""
+        return -(-self.epoch_samples // self.global_batch)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory of all batch buffers; with `data.read_ahead_mb` and a scratch of a few samples per thread, all it holds."""
+        return sum(buffers.num_bytes for buffers in self._ring)
+
+    # --- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the batch after the last yielded one begins; the same on every rank, for any world size and threads."""
+        drawn = self._stream.drawn(self._next)
+        return {
+            "schema": STATE_SCHEMA, "samples": self._next, "epoch": self._next // self.epoch_samples,
+            "position": self._next % self.epoch_samples, "seed": self.seed, "sets": self.table.fingerprints,
+            "order": self._order_fingerprint(), "drawn": drawn,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues after `state`. Raises UsageError if it belongs to other data, another order or another seed."""
+        if state.get("schema") != STATE_SCHEMA:
+            raise UsageError(f"reader state has schema {state.get('schema')!r}, this version reads {STATE_SCHEMA}")
+        mine = {"seed": self.seed, "sets": self.table.fingerprints, "order": self._order_fingerprint()}
+        hints = {
+            "seed": "train.seed", "sets": "the shard sets or the filters of data.*",
+            "order": "data.block_samples, data.interleave or data.weights",
+        }  # fmt: skip
+        for name, value in mine.items():
+            if state.get(name) != value:
+                raise UsageError(
+                    f"cannot resume the data order: {hints[name]} differ from the checkpoint's ({state.get(name)} there, {value} "
+                    "here); restore them, or start with --resume never"
+                )
+        self._drain()
+        self._base = int(state["samples"])
+        self._restart()
+
+    def _order_fingerprint(self) -> str:
+        settings = [self.data.block_samples, self.data.interleave, list(self.data.weights)]
+        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+
+    # --- batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._device is not None:
+            return self._next_on_device()
+        batch, self._next, _ = self._take()
+        return batch
+
+    def _restart(self) -> None:
+        self._next = self._base  # stream number after the last yielded batch
+        self._submitted = 0
+        self._ahead: deque[tuple[BatchBuffers, list[Future[None]], int]] = deque()
+        self._free = deque(self._ring)
+        self._held: deque[BatchBuffers] = deque()
+        self._staged: deque[tuple[Batch, Any, int]] = deque()
+        self._ticket = 0
+        self._fetcher.follow(self._rows_ahead())
+
+    def _bounds(self, k: int) -> tuple[int, int, int] | None:
+        """(first, last) stream number of this rank's part of global batch k after the start, and the end of the batch."""
+        start, count = self._base + k * self.global_batch, self.global_batch
+        if self._epochs is not None:
+            count = min(count, self._epochs * self.epoch_samples - start)
+        if count <= 0:
+            return None
+        first, last = rank_part(start, count, self.rank, self.world)
+        return first, last, start + count
+
+    def _rows_ahead(self) -> Iterator[int]:
+        """The samples of this rank from the start on, for reading ahead."""
+        k = 0
+        while (bounds := self._bounds(k)) is not None:
+            yield from self._stream.at(bounds[0], bounds[1]).sample.tolist()
+            k += 1
+
+    def _submit(self) -> bool:
+        """Starts the next batch that is not yet under way; false when there is none, or no memory for it."""
+        bounds = self._bounds(self._submitted)
+        if bounds is None or not self._free:
+            return False
+        first, last, end = bounds
+        buffers = self._free.popleft()
+        if buffers.copied is not None:
+            buffers.copied.synchronize()
+        drawn, count = self._stream.at(first, last), last - first
+        buffers.filled = count
+        for i in range(count, self.batch_per_rank):
+            buffers.blank(i)
+        if self._pool is None:
+            self._fill(buffers, drawn, 0, count, self._ticket)
+            futures = []
+        else:
+            number = min(self.data.threads, max(count, 1))
+            cuts = [count * n // number for n in range(number + 1)]
+            futures = [
+                self._pool.submit(self._fill, buffers, drawn, a, b, self._ticket + a)
+                for a, b in zip(cuts, cuts[1:])
+                if b > a
+            ]
+        self._ticket += count
+        self._submitted += 1
+        self._ahead.append((buffers, futures, end))
+        return True
+
+    def _fill(self, buffers: BatchBuffers, drawn: Drawn, first: int, last: int, ticket: int) -> None:
+        for i in range(first, last):
+            self._samples.fill(
+                buffers, i, int(drawn.sample[i]), int(drawn.epoch[i]), int(drawn.position[i]), ticket + i - first
+            )
+
+    def _take(self) -> tuple[Batch, int, BatchBuffers]:
+        """The next batch in CPU memory, the stream number after it, and its buffers. Raises StopIteration."""
+        while len(self._held) >= self._hold:
+            self._free.append(self._held.popleft())
+        ahead = 1 if self._pool is None else self.data.prefetch_batches
+        began = time.monotonic()
+        while len(self._ahead) < ahead and self._submit():
+            pass
+        if not self._ahead:
+            raise StopIteration
+        buffers, futures, end = self._ahead[0]
+        self._meter.fill(sum(all(f.done() for f in fs) for _, fs, _ in self._ahead), ahead)
+        for future in futures:
+            future.result()
+        self._ahead.popleft()
+        self._held.append(buffers)
+        batch = buffers.batch()
+        batch.metrics["data_wait_s"] = time.monotonic() - began
+        self._meter.batch(buffers.filled, batch.metrics["data_wait_s"])
+        return batch, end, buffers
+
+    def _stage(self) -> bool:
+        """Starts the copy of one more batch to the device, on a stream of its own; false at the end."""
+        try:
+            batch, end, buffers = self._take()
+        except StopIteration:
+            return False
+        with torch.cuda.stream(self._copies):
+            moved = batch.to(self._device, non_blocking=True)
+            buffers.copied = torch.cuda.Event()
+            buffers.copied.record(self._copies)
+        self._staged.append((moved, end, buffers.copied))
+        return True
+
+    def _next_on_device(self) -> Batch:
+        while len(self._staged) < 2 and self._stage():
+            pass
+        if not self._staged:
+            raise StopIteration
+        batch, self._next, copied = self._staged.popleft()
+        compute = torch.cuda.current_stream(self._device)
+        compute.wait_event(copied)
+        for tensor in tensors(batch):
+            tensor.record_stream(compute)
+        return batch
+
+    # --- figures and end
+
+    def metrics(self) -> dict[str, float]:
+        """Figures since the last call: samples and bytes per second, decode time, share of time the caller waited, how full
+        the prefetch queue was found, faults so far."""
+        return self._meter.read(self._fetcher.bytes_read, self._samples.decode_s, self.faults)
+
+    def _drain(self) -> None:
+        for _, futures, _ in self._ahead:
+            for future in futures:
+                future.cancel()
+        for _, futures, _ in self._ahead:
+            wait(futures)
+        self._ahead.clear()
+
+    def close(self) -> None:
+        """Stops threads and lets go of files and memory. A closed reader yields nothing."""
+        self._fetcher.close()
+        self._drain()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._ring.clear()
+        self._free.clear()
+        self._held.clear()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _open_fetcher(
+    table: tables.Table, modalities: tuple[str, ...], data: DataConfig, policy: RetryPolicy, faults: FaultLog
+) -> Fetcher:
+    start, stop = table.spans(modalities)
+    spans = (start.tolist(), stop.tolist())
+    shard_of = table.shard_N.tolist()
+    return LocalFetcher(table.shard_urls, shard_of, spans, policy, faults)

@@ -1,0 +1,100 @@
+"""One sample into its row of a batch: plan its views, get its bytes, check them, decode, place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+import google_crc32c
+import numpy as np
+
+from data_prep.codec import Member, MemberError, open_member
+from pipeline.config import DataConfig, ViewConfig
+from pipeline.reader.assemble import SiteMembers, fill_site
+from pipeline.reader.buffers import BatchBuffers
+from pipeline.reader.faults import BadSample, FaultLog
+from pipeline.reader.fetch import Fetcher
+from pipeline.reader.table import EXTENSIONS, Table
+from pipeline.reader.views import ViewPlan, plan, plan_whole
+
+
+class WrongBytes(BadSample):
+    """The bytes that came are not the ones the index describes; reading again may help."""
+
+
+class SampleReader:
+    """Fills rows of batches. Thread-safe; holds no state between samples but counters and what was verified."""
+
+    def __init__(
+        self, table: Table, data: DataConfig, modalities: Sequence[str], seed: int, fetcher: Fetcher, faults: FaultLog,
+        views: Literal["pretrain", "whole"],
+    ) -> None:  # fmt: skip
+        self._table, self._data, self._modalities, self._seed = table, data, tuple(modalities), seed
+        self._fetcher, self._faults, self._whole = fetcher, faults, views == "whole"
+        self.configs: list[ViewConfig] = [data.views_global]
+        if not self._whole:
+            self.configs = [data.views_global] * 2 + [data.views_local] * data.local_views
+        self._stems = table.stems(modalities)
+        self._start = table.spans(modalities)[0]
+        self._places = [
+            (stem, m.offset_N.tolist(), m.length_N.tolist(), m.crc_N.tolist(), m.kind_N.tolist())
+            for stem, m in ((stem, table.members[stem]) for stem in self._stems)
+        ]
+        self._verified = np.zeros(len(table), bool)
+        self.decode_s = 0.0
+
+    def plans(self, row: int, epoch: int) -> list[ViewPlan]:
+        """The view plans of a sample in an epoch; no pixels are read."""
+        facts = self._table.facts(row, self._modalities)
+        if self._whole:
+            return [plan_whole(facts, self._data.views_global)]
+        return plan(facts, self._data, self._seed, epoch, self._table.keys[row])
+
+    def fill(self, buffers: BatchBuffers, i: int, row: int, epoch: int, position: int, ticket: int) -> None:
+        """Writes row i of the buffers. A sample that cannot be read becomes a blank row and is quarantined.
+
+        Raises RunFailure: storage unreachable, or more bad samples than the budget allows.
+        """
+        table = self._table
+        plans = self.plans(row, epoch)
+        try:
+            try:
+                self._fill_from(self._fetcher.get(ticket, row), plans, buffers, i, row)
+            except (WrongBytes, MemberError, IndexError, ValueError) as error:
+                self._faults.count("checksum" if isinstance(error, WrongBytes) else "decode")
+                self._fill_from(self._fetcher.again(row), plans, buffers, i, row)
+        except (BadSample, MemberError, IndexError, ValueError) as error:
+            buffers.blank(i)
+            shard = table.shard_urls[table.shard_N[row]]
+            self._faults.quarantine(table.keys[row], f"{error} ({shard}, from byte {self._start[row]})")
+        finally:
+            self._fetcher.release(ticket)
+        buffers.keys[i], buffers.position_B[i] = table.keys[row], position
+        buffers.scene_B[i], buffers.lonlat_B2[i] = table.scene_N[row], table.lonlat_N2[row]
+
+    def _fill_from(self, span: memoryview, plans: list[ViewPlan], buffers: BatchBuffers, i: int, row: int) -> None:
+        began = time.thread_time()
+        members = self._open(span, row)
+        doy = {m: self._table.dates[m].doy_D[self._table.dates[m].of(row)] for m in self._modalities if m in members}
+        fill_site(SiteMembers(members, doy, float(self._table.width_m_N[row])), plans, buffers.views, self.configs, i)
+        self.decode_s += time.thread_time() - began
+
+    def _open(self, span: memoryview, row: int) -> dict[str, Member]:
+        check = self._data.verify_checksums and not self._verified[row]
+        start, members = int(self._start[row]), {}
+        for stem, offsets, lengths, crcs, kinds in self._places:
+            if offsets[row] < 0:
+                continue
+            begin = offsets[row] - start
+            data = span[begin : begin + lengths[row]]
+            if check and crcs[row] >= 0 and _crc32c(data) != crcs[row]:
+                raise WrongBytes(f"{self._table.keys[row]}.{stem} does not match its checksum")
+            members[stem] = open_member(data, EXTENSIONS[kinds[row]])
+        self._verified[row] = True
+        return members
+
+
+def _crc32c(data: memoryview) -> int:
+    """CRC-32C of a view; the library takes read-only arrays without a copy, but no memoryview."""
+    return google_crc32c.value(np.frombuffer(data.toreadonly(), np.uint8))
