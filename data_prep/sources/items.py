@@ -46,6 +46,7 @@ class AssetFields:
     member: str = ""
     note: str = ""
     format: str = ""
+    calibration: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,14 @@ class RasterFields:
     data_type: str
     nodata: float | None
     tags: Mapping[str, str]
+    descriptions: tuple[str | None, ...] = ()
 
 
 def raster_fields(href: str, name: str) -> RasterFields:
     """Header of a raster file. Raises SourceFault."""
     with open_raster(href, name) as dataset:
         grid = raster_grid(dataset, name)
-        return RasterFields(grid, dataset.count, dataset.dtypes[0], dataset.nodata, dict(dataset.tags()))
+        return RasterFields(grid, dataset.count, dataset.dtypes[0], dataset.nodata, dict(dataset.tags()), dataset.descriptions)
 
 
 def make_item(
@@ -141,6 +143,7 @@ def asset_json(asset: AssetFields, main: Grid) -> dict[str, Any]:
         "s2:processing_baseline": asset.baseline, "processing:level": asset.level, "sat:orbit_state": asset.orbit,
         "eo:cloud_cover": asset.cloud_cover, "geoloom:member": asset.member, "geoloom:note": asset.note,
         "geoloom:format": asset.format,
+        "geoloom:calibration": asset.calibration,
     }  # fmt: skip
     out |= {name: value for name, value in fields.items() if value not in (None, "")}
     if asset.modality == "s1":

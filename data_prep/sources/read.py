@@ -288,7 +288,8 @@ def _s1_frames(assets: tuple[Asset, ...], cube: Cube, dates: list[int], target: 
         pixels_CHW[:, ~valid_HW] = np.nan
         extra = {name: value for name, value in _common(cube, target, order).items() if value}
         mask_HW = np.where(valid_HW, CLEAR, NODATA).astype(np.uint8)
-        decision = {"source_unit": unit, **extra, "flags": list(flags)}
+        calibration = {"calibration": cube.asset.calibration} if cube.asset.calibration else {}
+        decision = {"source_unit": unit, **calibration, **extra, "flags": list(flags)}
         frames.append(
             Frame(info.datetime, info.product_id, info.orbit, pixels_CHW.astype(np.float16), mask_HW, decision)
         )

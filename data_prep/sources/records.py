@@ -38,7 +38,7 @@ class Asset:
         baseline: processing baseline such as "05.09" (s2).
         scale, offset: reflectance = DN * scale + offset (s2), as `raster:bands` declares.
         offset_removed: the provider says it has removed the baseline-04.00 offset already.
-        unit: dB or linear (s1), as declared.
+        unit: dB or linear (s1), as declared. calibration: sigma0 or gamma0 and the product kind (s1), as declared.
         member: array, dataset or byte range inside the file.
         note: what a reader of the data must know, e.g. that the position was assumed; goes to the decisions.
     """
@@ -57,6 +57,7 @@ class Asset:
     offset_removed: bool | None = None
     orbit: str = ""
     unit: str = ""
+    calibration: str = ""
     nodata: float | None = None
     cloud_cover: float | None = None
     crs: str = ""

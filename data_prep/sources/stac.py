@@ -17,7 +17,7 @@ Item
     properties."label:classes"    class names, [{"name": "scene", "classes": ["water", ...]}, {"name": "landcover", ...}];
                                   index = value; also `geoloom:classes` {"scene": [names]}
     properties, or the asset: "s2:processing_baseline" ("05.09"), "s2:product_uri"/"product_id", "sat:orbit_state",
-                              "sar:polarizations", "eo:cloud_cover", "processing:level" ("L2A", "L1C"),
+                              "sar:polarizations", "geoloom:calibration" ("gamma0 RTC"), "eo:cloud_cover", "processing:level" ("L2A", "L1C"),
                               "earthsearch:boa_offset_applied"
 
 Asset (the key is free, except for labels, whose key is the label's name)
@@ -126,6 +126,7 @@ def _json_items(url: str, strict: bool = True) -> Iterator[dict[str, Any]]:
 
 
 def _parquet_items(url: str) -> Iterator[dict[str, Any]]:
+    import pyarrow.fs  # (stac_geoparquet uses it without importing it)
     import stac_geoparquet.arrow  # slow to import, and only catalogs in parquet need it
 
     try:
@@ -265,6 +266,7 @@ def _asset(item: dict[str, Any], name: str, fields: dict[str, Any]) -> Asset | N
         offset_removed=said("earthsearch:boa_offset_applied"),
         orbit=str(said("sat:orbit_state") or "").lower() if modality == "s1" else "",
         unit=_unit(first.get("unit")) if modality == "s1" else "",
+        calibration=str(said("geoloom:calibration") or "") if modality == "s1" else "",
         nodata=_number(first.get("nodata")),
         cloud_cover=_number(said("eo:cloud_cover")),
         crs=_crs(said),

@@ -12,13 +12,13 @@ image loses two pixels on each side (copied, not resampled); its near infrared b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import h5py
 import numpy as np
 
-from cluster.storage import is_local, list_names, local_path, open_read
+from cluster.errors import UsageError
+from cluster.storage import is_local, join, list_names, local_path, open_read
 from data_prep.geo import Grid, Transform, Window
 from data_prep.harmonise import CLOUD_PROBABILITY
 from data_prep.schema import CLEAR, CLOUD, MODALITIES
@@ -29,46 +29,54 @@ from data_prep.sources.raster import first_line
 from data_prep.sources.records import Asset, SourceFault
 
 SERIES_GSD_M = 10.0
+SERIES_PX = 6
+# asset key: member of the file, modality, orbit
+SERIES = {
+    "s2": ("sen-2", "s2", ""),
+    "s1_ascending": ("sen-1-asc", "s1", "ascending"),
+    "s1_descending": ("sen-1-des", "s1", "descending"),
+}
 POSITION = "position assumed: centred on the aerial tile, the file has no georeference"
 
 
-def scan(url: str) -> Iterator[dict[str, Any]]:
-    """One STAC item per aerial tile of the folder; a missing `.h5` leaves an hr-only site, a missing `.tif` cannot be placed."""
-    names = list_names(url)
-    stems = sorted({name.rsplit(".", 1)[0] for name in names if name.endswith((".tif", ".h5"))})
-    for stem in stems:
-        if f"{stem}.tif" not in names:
-            raise SourceFault(f"{url}/{stem}.h5", f"has no aerial tile {stem}.tif beside it, so its place is unknown")
-        yield _item(url.rstrip("/"), stem, f"{stem}.h5" in names)
+def sites(url: str) -> list[tuple[str, ...]]:
+    """(stem, extensions …), sorted. Raises UsageError if there is no aerial tile."""
+    held: dict[str, list[str]] = {}
+    for name in list_names(url):
+        if name.endswith((".tif", ".h5")):
+            held.setdefault(name.rsplit(".", 1)[0], []).append(name.rsplit(".", 1)[1])
+    if not any("tif" in extensions for extensions in held.values()):
+        raise UsageError(f"{url} is no treesatai folder: it holds no aerial tile <stem>.tif (with its series <stem>.h5 beside it)")
+    return [(stem, *extensions) for stem, extensions in sorted(held.items())]
 
 
-def _item(url: str, stem: str, has_series: bool) -> dict[str, Any]:
-    hr = raster_fields(f"{url}/{stem}.tif", stem)
-    bands = ("R", "G", "B", "N")[: hr.count] if hr.count <= 4 else ()
-    assets: dict[str, AssetFields] = {
-        "hr": AssetFields(
-            "hr", f"{url}/{stem}.tif", "image/tiff; application=geotiff", bands, hr.grid, data_type="uint8"
-        )
-    }
+def item(url: str, site: tuple[str, ...]) -> dict[str, Any]:
+    """One STAC item per aerial tile, with its three series. Raises SourceFault: without the `.tif` the place is unknown."""
+    stem, *extensions = site
+    if "tif" not in extensions:
+        raise SourceFault(f"{stem}.h5", f"has no aerial tile {stem}.tif beside it, so its place is unknown")
+    hr = raster_fields(join(url, f"{stem}.tif"), stem)
+    bands = ("R", "G", "B", "N")[: hr.count]
+    tile = AssetFields("hr", join(url, f"{stem}.tif"), bands=bands, grid=hr.grid, data_type=hr.data_type, nodata=hr.nodata)
+    assets: dict[str, AssetFields] = {"hr": tile}
     times: list[str] = []
-    if has_series:
-        grid = centred_grid(hr.grid, 6)
-        href = f"{url}/{stem}.h5"
+    if "h5" in extensions:
+        grid, href = centred_grid(hr.grid, SERIES_PX), join(url, f"{stem}.h5")
         with open_h5(href, stem) as file:
-            for name, modality, orbit in (
-                ("sen-2", "s2", ""), ("sen-1-asc", "s1", "ascending"), ("sen-1-des", "s1", "descending"),
-            ):  # fmt: skip
-                if f"{name}-data" not in file:
-                    continue
-                dates = [info.datetime for info in _dates(file, name, orbit, stem)]
-                times += dates
-                s2 = modality == "s2"
-                assets[name.replace("sen-", "s").replace("-2", "2").replace("s-", "s")] = AssetFields(
-                    modality, href, "application/x-hdf5", MODALITIES[modality].bands, grid, member=name, orbit=orbit,
-                    unit="" if s2 else "linear", scale=1e-4 if s2 else None, offset=0.0 if s2 else None,
-                    nodata=0.0 if s2 else None, data_type="float32", note=POSITION, level="L2A" if s2 else "",
-                )  # fmt: skip
+            for name, (member, modality, orbit) in SERIES.items():
+                if f"{member}-data" in file:
+                    times += [info.datetime for info in _dates(file, member, orbit, stem)]
+                    assets[name] = _series_fields(href, member, modality, orbit, grid)
     return make_item(stem, assets, times=sorted(times))
+
+
+def _series_fields(href: str, member: str, modality: str, orbit: str, grid: Grid) -> AssetFields:
+    s2 = modality == "s2"
+    return AssetFields(
+        modality, href, "application/x-hdf5", MODALITIES[modality].bands, grid, level="L2A" if s2 else "", orbit=orbit,
+        unit="" if s2 else "linear", scale=1e-4 if s2 else None, nodata=0.0 if s2 else None, data_type="float32",
+        member=member, note=POSITION, format="treesatai",
+    )  # fmt: skip
 
 
 def centred_grid(hr: Grid, pixels: int) -> Grid:

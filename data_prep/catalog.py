@@ -1,0 +1,134 @@
+"""`data_prep catalog`: layouts people already have → one stac-geoparquet file that appears whole or not at all."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.errors import RunFailure, UsageError
+from cluster.progress import progress
+from cluster.storage import exists, is_local, list_names, local_path, upload
+from data_prep.sources.records import SourceFault
+
+# Each module has sites(url) -> list of tuples (cheap listing; UsageError for the wrong layout) and item(url, site) -> STAC item.
+LAYOUTS = {
+    "terramind": "data_prep.sources.terramind",
+    "treesatai": "data_prep.sources.treesatai",
+    "ssl4eo": "data_prep.sources.ssl4eo",
+    "majortom": "data_prep.sources.majortom",
+    "geotiff": "data_prep.sources.geotiff",
+}
+THREADS = 4
+
+
+@dataclass
+class Scan:
+    """Items of a layout, and what could not be used."""
+
+    items: list[dict[str, Any]] = field(default_factory=list)
+    faults: list[SourceFault] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def scan(url: str, layout: str) -> Scan:
+    """STAC items of a folder in the named layout, or of an existing STAC catalog (`stac`), in a stable order.
+
+    Raises:
+        UsageError: nothing there, or another layout.
+    """
+    if layout == "stac":
+        from data_prep.sources.stac import read_items, unique_ids
+
+        return Scan(unique_ids(read_items(url)))
+    if not exists(url):
+        raise UsageError(f"{url} does not exist")
+    url = absolute_url(url)
+    module = importlib.import_module(LAYOUTS[layout])
+    sites: list[tuple[str, ...]] = module.sites(url)
+    out = Scan()
+    with ThreadPoolExecutor(THREADS) as pool, progress(len(sites), "cataloguing") as bar:
+        for result in pool.map(functools.partial(_item, module.item, url), sites):
+            if isinstance(result, SourceFault):
+                out.faults.append(result)
+            else:
+                out.items.append(result)
+                out.warnings += result["properties"].pop("geoloom:faults", [])
+            bar.advance()
+    return out
+
+
+def _item(make: Callable[..., dict[str, Any]], url: str, site: tuple[str, ...]) -> dict[str, Any] | SourceFault:
+    try:
+        return make(url, site)
+    except SourceFault as fault:
+        return fault
+
+
+def absolute_url(url: str) -> str:
+    """Local paths absolute: a catalog is opened from other folders."""
+    return os.path.abspath(local_path(url)) if is_local(url) else url.rstrip("/")
+
+
+def detect_layout(url: str) -> str:
+    """The layout of a folder, judged by its names. Raises UsageError naming the choices."""
+    if url.endswith((".parquet", ".geoparquet", ".json", ".geojson")):
+        return "stac"
+    if not exists(url):
+        raise UsageError(f"{url} does not exist")
+    names = set(list_names(url))
+    if names & {"S2L2A", "S1RTC", "S1GRD", "S2L1C"}:
+        return "terramind"
+    if names & {"s2a", "s2c"} or {"s1", "s2"} <= names:
+        return "ssl4eo"
+    if any(name.endswith(".h5") for name in names):
+        return "treesatai"
+    for layout in ("majortom", "stac", "geotiff"):
+        try:
+            if layout == "stac":
+                from data_prep.sources.stac import read_items
+
+                next(iter(read_items(url)))
+            else:
+                importlib.import_module(LAYOUTS[layout]).sites(url)
+        except UsageError:
+            continue
+        return layout
+    raise UsageError(f"{url}: no layout recognised; name it with --layout {'|'.join(('stac', *LAYOUTS))}")
+
+
+def make_catalog(source: str, out: str, layout: str, max_faults: int = 0) -> Scan:
+    """Scans `source` and writes `out`. Nothing is written when more than `max_faults` sites cannot be used.
+
+    Raises:
+        UsageError: `out` is no .parquet name, nothing to catalog.
+        RunFailure: too many faults, all named on the way.
+    """
+    if not out.endswith((".parquet", ".geoparquet")):
+        raise UsageError(f"OUT must end in .parquet, found {out}")
+    found = scan(source, layout)
+    if len(found.faults) > max_faults:
+        listed = "; ".join(str(fault) for fault in found.faults[:3])
+        more = f"; and {len(found.faults) - 3} more" if len(found.faults) > 3 else ""
+        raise RunFailure(f"{len(found.faults)} of {len(found.faults) + len(found.items)} sites cannot be used: {listed}{more} (--max-faults {max_faults})")
+    if not found.items:
+        raise UsageError(f"{source} holds no {layout} site")
+    write_items(found.items, out)
+    return found
+
+
+def write_items(items: Sequence[dict[str, Any]], url: str) -> None:
+    """Writes STAC items as stac-geoparquet (GeoParquet 1.1), in the order given; `url` appears whole or not at all."""
+    import pyarrow.fs  # noqa: F401  (stac_geoparquet uses it without importing it)
+    import stac_geoparquet.arrow
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "catalog.parquet")
+        batches = stac_geoparquet.arrow.parse_stac_items_to_arrow(list(items))
+        stac_geoparquet.arrow.to_parquet(batches, path, compression="zstd")
+        upload(path, url)

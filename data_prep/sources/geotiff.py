@@ -1,0 +1,112 @@
+"""A plain folder of GeoTIFFs, any depth: what a file is follows from its name, band count and number type.
+
+    one file per band     `NAME_B02.tif`, `NAME_VV.tif`, or `NAME/B02.tif`: bands of one image NAME
+    one file, all bands   uint8 with 3 or 4 bands → hr (R G B N); 10, 12 or 13 bands of whole numbers → s2; 2 bands of
+                          decimals → s1 (VV VH). Band descriptions in the file win.
+    labels                `NAME_label.tif`, `…_labels`, `…_landcover`, `…_lulc`, `…_reference_map`, or below such a folder
+
+The same NAME in several folders (`hr/a.tif`, `s2/a.tif`) is one site. BigEarthNet patches of one place and MGRS tile
+(`…_T33UUP_75_43`, `…_33UUP_75_43`) are one site too. Dates and baselines are read from product names (`S2A_MSIL2A_…`,
+`S1A_IW_GRDH_…`) or from a date in the name or the file's tags; without a baseline the pixels decide about the offset.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from cluster.errors import UsageError
+from cluster.storage import exists, filesystem, is_local
+from data_prep.schema import MODALITIES
+from data_prep.sources.items import AssetFields, RasterFields, make_item, raster_fields
+from data_prep.sources.names import HR_BANDS, L1C_ORDER, L2A_ORDER, S2_BANDS, band_name, date_in, iso_datetime, s1_datetime, s2_product
+from data_prep.sources.records import SourceFault
+
+_BAND = re.compile(r"^(?:(.*)[_-])?(B\d{1,2}A?|VV|VH)$", re.IGNORECASE)
+_LABEL = re.compile(r"^(?:(.*)[_-])?(labels?|landcover|lulc|reference_map)$", re.IGNORECASE)
+_LABEL_FOLDERS = ("label", "labels", "landcover", "lulc")
+_PATCH = re.compile(r"_T?(\d{2}[A-Z]{3}_\d+_\d+)$")
+
+
+def sites(url: str) -> list[tuple[str, ...]]:
+    """(image name, kind, files …) per image or label, sorted; kind = "bands", "label NAME" or "image"."""
+    if not exists(url):
+        raise UsageError(f"{url} does not exist")
+    fs, path = filesystem(url)
+    files = [name for name in sorted(fs.find(path)) if name.lower().endswith((".tif", ".tiff"))]
+    if not files:
+        raise UsageError(f"{url} holds no GeoTIFF (*.tif, *.tiff)")
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for name in files:
+        relative = name[len(path.rstrip("/")) :].strip("/")
+        folder, _, file = relative.rpartition("/")
+        stem, parent = file.rsplit(".", 1)[0], folder.rpartition("/")[2]
+        href = name if is_local(url) else fs.unstrip_protocol(name)
+        if match := _BAND.match(stem):
+            groups.setdefault((folder, match[1] or parent or "image", "bands"), []).append(href)
+        elif match := _LABEL.match(stem):
+            groups.setdefault((folder, match[1] or parent, f"label {match[2].lower()}"), []).append(href)
+        elif parent.lower() in _LABEL_FOLDERS:
+            groups.setdefault((folder, stem, f"label {parent.lower()}"), []).append(href)
+        else:
+            groups.setdefault((folder, stem, "image"), []).append(href)
+    return [(folder, image, kind, *hrefs) for (folder, image, kind), hrefs in sorted(groups.items())]
+
+
+def item(url: str, site: tuple[str, ...]) -> dict[str, Any]:
+    """One image (or label) as a STAC item. Raises SourceFault when the sensor cannot be told."""
+    folder, image, kind, *hrefs = site
+    item_id = re.sub(r"[^A-Za-z0-9_-]+", "_", "_".join(filter(None, (folder.rpartition("/")[2], image, kind.split()[-1]))))
+    match = _PATCH.search(image)
+    name = match[1] if match else image
+    if kind.startswith("label"):
+        fields = raster_fields(hrefs[0], item_id)
+        label = AssetFields("label", hrefs[0], grid=fields.grid, nodata=fields.nodata, data_type=fields.data_type)
+        return make_item(item_id, {kind.split()[1]: label}, site=name)
+    if kind == "bands":
+        return make_item(item_id, {b: a for b, a in (_band_asset(href, image, item_id) for href in hrefs)}, site=name)
+    fields = raster_fields(hrefs[0], item_id)
+    return make_item(item_id, {"image": _image_asset(hrefs[0], image, item_id, fields)}, site=name)
+
+
+def _band_asset(href: str, image: str, item_id: str) -> tuple[str, AssetFields]:
+    stem = href.rpartition("/")[2].rsplit(".", 1)[0]
+    match = _BAND.match(stem)
+    band = band_name(match[2] if match else stem)
+    fields = raster_fields(href, f"{item_id}/{band}")
+    if fields.count != 1:
+        raise SourceFault(f"{item_id}/{band}", f"is named as one band but holds {fields.count}: {href}")
+    modality = "s1" if band in ("VV", "VH") else "s2"
+    return band, _fields(modality, (band,), href, image, fields)
+
+
+def _image_asset(href: str, image: str, item_id: str, fields: RasterFields) -> AssetFields:
+    named = [band_name(text) for text in fields.descriptions if text]
+    integer = fields.data_type in ("uint16", "int16", "uint32", "int32")
+    if len(named) == fields.count and set(MODALITIES["s2"].bands) <= set(named):
+        return _fields("s2", tuple(named), href, image, fields)
+    if len(named) == fields.count and {"VV", "VH"} <= set(named):
+        return _fields("s1", tuple(named), href, image, fields)
+    if fields.data_type == "uint8" and fields.count in (3, 4):
+        return _fields("hr", HR_BANDS[: fields.count], href, image, fields)
+    by_count = {10: MODALITIES["s2"].bands, 12: L2A_ORDER, 13: L1C_ORDER}
+    if integer and fields.count in by_count:
+        return _fields("s2", by_count[fields.count], href, image, fields)
+    if fields.count == 2 and fields.data_type.startswith("float"):
+        return _fields("s1", ("VV", "VH"), href, image, fields)
+    raise SourceFault(
+        item_id, f"{fields.count} bands of {fields.data_type} are no sensor we know; describe it in a STAC item (geoloom:modality): {href}"
+    )  # fmt: skip
+
+
+def _fields(modality: str, bands: tuple[str, ...], href: str, image: str, raster: RasterFields) -> AssetFields:
+    product = s2_product(image)
+    tagged = raster.tags.get("datetime", "") or raster.tags.get("TIFFTAG_DATETIME", "").replace(":", "-", 2)
+    moment = product.get("datetime") or s1_datetime(image) or date_in(image) or iso_datetime(tagged)
+    s2 = modality == "s2"
+    level = product.get("level") or ("L1C" if set(bands) >= {"B10"} and set(bands) <= set(S2_BANDS) else "L2A")
+    return AssetFields(
+        "s2_l1c" if s2 and level == "L1C" else modality, href, bands=bands, grid=raster.grid, datetime=moment,
+        product_id=image if product or s1_datetime(image) else "", baseline=product.get("baseline", "") if s2 else "",
+        level=level if s2 else "", nodata=raster.nodata, data_type=raster.data_type, scale=1e-4 if s2 else None,
+    )  # fmt: skip
