@@ -163,6 +163,33 @@ def open_atomic(url: str) -> Iterator[IO[bytes]]:
     _fsync_folder(os.path.dirname(path) or ".")
 
 
+def create(url: str, data: bytes) -> bool:
+    """Writes an object only if there is none: of several callers exactly one gets True. Content appears whole."""
+    fs, path = filesystem(url)
+    if not is_local(url):
+        try:
+            with explained(url):
+                fs.pipe_file(path, data, mode="create")  # S3: If-None-Match
+        except FileExistsError:
+            return False
+        return True
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.link(temporary, path)  # fails if it exists, and never shows a part
+    except FileExistsError:
+        return False
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+    _fsync_folder(os.path.dirname(path) or ".")
+    return True
+
+
 def upload(local: str, url: str) -> None:
     """Copies a finished local file to `url`, atomically."""
     if is_local(url):
@@ -184,6 +211,6 @@ def _fsync_folder(path: str) -> None:
 
 
 __all__ = [
-    "exists", "filesystem", "fsspec", "is_local", "join", "list_names", "local_path", "make_folder", "name", "open_atomic",
-    "open_read", "read_bytes", "remove", "size", "upload", "write_atomic",
+    "create", "exists", "filesystem", "fsspec", "is_local", "join", "list_names", "local_path", "make_folder", "name",
+    "open_atomic", "open_read", "read_bytes", "remove", "size", "upload", "write_atomic",
 ]  # fmt: skip

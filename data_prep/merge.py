@@ -73,7 +73,12 @@ def read_part(url: str, shard: str) -> dict[str, Any] | None:
 
 
 def merge_parts(
-    url: str, names: Sequence[str], config: BuildConfig, plan: str, extra: Mapping[str, Any] | None = None
+    url: str,
+    names: Sequence[str],
+    config: BuildConfig,
+    plan: str,
+    extra: Mapping[str, Any] | None = None,
+    plan_faults: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Writes index, faults and manifest of the shards `names` (plan order) and returns the manifest.
 
@@ -81,6 +86,7 @@ def merge_parts(
         config: what the shards were built with; only what shapes their bytes goes into the manifest.
         plan: fingerprint every part must carry.
         extra: further manifest entries known to the plan (split report, duplicates, …).
+        plan_faults: sites that the plan refused.
 
     Raises:
         RunFailure: shards unfinished or of another plan, labels whose class names disagree, no sample at all.
@@ -94,7 +100,7 @@ def merge_parts(
         raise RunFailure(
             f"{url}: {len(missing)} of {len(names)} shards are unfinished ({', '.join(missing[:3])}…): run build again"
         )
-    faults = [fault for part in parts for fault in part["faults"]]
+    faults = [*plan_faults, *(fault for part in parts for fault in part["faults"])]
     storage.write_atomic(storage.join(url, FAULTS), b"".join(dump(fault) for fault in faults))
     kept = [part for part in parts if part["samples"]]
     if not kept:

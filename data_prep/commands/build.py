@@ -1,0 +1,130 @@
+"""Catalog to shards: tars + index.parquet + manifest.json, reproducible byte for byte.
+
+Finished shards are kept and skipped: after a crash, a kill or a full disk run the same command again. With --tasks (or as
+a SLURM array, whose variables are the default) each task makes every N-th shard, and whichever finishes last merges.
+
+examples:
+  python -m data_prep build data_prep/runs/demo.yaml source.catalog=[scenes/catalog.parquet] output.url=shards
+  python -m data_prep build data_prep/runs/s3.yaml output.url=s3://bucket/set --task 3 --tasks 16
+  python -m data_prep build data_prep/runs/demo.yaml --retry-faults      # after the sources were mended
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from cluster.errors import RunFailure, UsageError
+
+if TYPE_CHECKING:
+    from data_prep.build import Outcome
+    from data_prep.config import BuildConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, e.g. data_prep/runs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that win over the file")
+    parser.add_argument("--task", type=int, metavar="I", help="make only this share of the shards, counted from 0")
+    parser.add_argument("--tasks", type=int, metavar="N", help="number of shares")
+    parser.add_argument("--retry-faults", action="store_true", help="make shards with faulty sites again")
+    parser.add_argument("--json", action="store_true", help="last line: the figures as one JSON object")
+
+
+def main(args: argparse.Namespace) -> int:
+    from cluster import config as settings
+    from data_prep.config import BuildConfig
+
+    config = settings.load(BuildConfig, args.config, args.overrides)
+    task, tasks = array_share(args.task, args.tasks, os.environ)
+    from data_prep.build import build, over_budget
+
+    outcome = build(config, task, tasks, args.retry_faults)
+    summarise(outcome, config, task, tasks)
+    failed = over_budget(outcome, config)
+    if args.json:
+        print_figures(config.output.url, outcome)
+    if failed:
+        raise RunFailure(
+            f"{len(outcome.faults)} faulty sites of {outcome.plan.num_sites + len(outcome.plan.faults)}, past "
+            f"error_budget={config.error_budget}; first: {outcome.faults[0]['site']}: {outcome.faults[0]['why']}; all are in "
+            f"{config.output.url.rstrip('/')}/faults.jsonl; mend them and add --retry-faults, or raise error_budget"
+        )
+    return 0
+
+
+def array_share(task: int | None, tasks: int | None, env: Mapping[str, str]) -> tuple[int, int]:
+    """(task, tasks) from the options, else from a SLURM array's variables, else the whole.
+
+    Raises UsageError for one without the other, or a task outside 0 … tasks-1.
+    """
+    if task is None and tasks is None and env.get("SLURM_ARRAY_TASK_ID", "").isdigit():
+        first = int(env.get("SLURM_ARRAY_TASK_MIN", "0"))
+        step = max(int(env.get("SLURM_ARRAY_TASK_STEP", "1")), 1)
+        tasks = int(env.get("SLURM_ARRAY_TASK_COUNT", "1"))
+        task = (int(env["SLURM_ARRAY_TASK_ID"]) - first) // step
+    if task is None and tasks is None:
+        return 0, 1
+    if task is None or tasks is None:
+        raise UsageError("--task I and --tasks N go together")
+    if not 0 <= task < tasks:
+        raise UsageError(f"--task {task} is not one of 0 … {tasks - 1} (--tasks {tasks})")
+    return task, tasks
+
+
+def summarise(outcome: Outcome, config: BuildConfig, task: int, tasks: int) -> None:
+    """What was made, what was left out and why."""
+    plan, url = outcome.plan, config.output.url
+    share = f"task {task} of {tasks}: " if tasks > 1 else ""
+    say(f"{share}{len(outcome.parts)} shards ({outcome.built} made now, the rest were finished)")
+    sites, splits = plan.report["sites"], plan.report["splits"]
+    if sites["duplicates"]:
+        say(f"left out {sites['duplicates']} repeats of a footprint with the same dates")
+    if any(splits["left_out"].values()):
+        say(f"left out {sum(splits['left_out'].values())} sites within {splits['buffer_m']:g} m of an evaluation site")
+    for fault in outcome.faults[:10]:
+        say(f"fault: {fault['site']}: {fault['asset']}: {fault['why']}")
+    if len(outcome.faults) > 10:
+        say(f"… and {len(outcome.faults) - 10} more faults")
+    if outcome.manifest is None:
+        say(
+            "other tasks' shards are still missing; the last one to finish merges (or: python -m data_prep merge CONFIG)"
+        )
+        return
+    counts = outcome.manifest["counts"]
+    per_split = ", ".join(
+        f"{split} {entry['samples']}" for split, entry in counts["splits"].items() if entry["samples"]
+    )
+    say(
+        f"{url}: {counts['samples']} samples in {counts['shards']} shards, {counts['bytes'] / 1e6:.1f} MB ({per_split})"
+    )
+    missing = [
+        split for split, share in config.split.fractions.items() if share and not counts["splits"][split]["samples"]
+    ]
+    if missing:
+        say(
+            f"note: no cell fell into {', '.join(missing)}; more cells, other split.fractions or another split.seed give some"
+        )
+
+
+def print_figures(url: str, outcome: Outcome) -> None:
+    from cluster.cli import print_json
+    from data_prep.shards import ShardSet
+
+    if outcome.manifest is None:
+        figures = {key: sum(part[key] for part in outcome.parts) for key in ("samples", "bytes")}
+        made = sum(1 for part in outcome.parts if part["samples"])
+        print_json({"shards": made, **figures, "faults": len(outcome.faults), "manifest_sha256": None})
+        return
+    counts = outcome.manifest["counts"]
+    print_json(
+        {
+            "shards": counts["shards"], "samples": counts["samples"], "bytes": counts["bytes"], "faults": len(outcome.faults),
+            "manifest_sha256": ShardSet.open(url).manifest_sha256, "seconds": {k: round(v, 3) for k, v in outcome.seconds.items()},
+        }
+    )  # fmt: skip
+
+
+def say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,198 @@
+"""Which site goes into which shard: a pure function of catalog and config, the same on every machine and worker count.
+
+Sites that turn out faulty while reading drop out of *their* shard only; nothing else moves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cluster.errors import UsageError
+from data_prep.config import SPLITS, BuildConfig, GridConfig
+from data_prep.merge import shaping_config
+from data_prep.schema import MODALITIES
+from data_prep.shards import shard_name
+from data_prep.sources.records import SiteRecord, SourceFault
+from data_prep.split import assign
+
+MODALITY_OF = {"cloud": "s2", "scl": "s2"}  # mask rasters go with their image
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """One task: these sites, in this order, into the tar `name`."""
+
+    name: str
+    split: str
+    records: tuple[SiteRecord, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Attributes:
+    shards: in the order of the finished set.
+    fingerprint: of everything that decides the bytes; parts of another plan are never mixed in.
+    faults: sites that the plan itself refuses ({"site", "shard", "asset", "why"}).
+    report: counts and the overlap report, for the manifest.
+    """
+
+    shards: tuple[PlannedShard, ...]
+    fingerprint: str
+    faults: tuple[dict[str, str], ...] = ()
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_sites(self) -> int:
+        return sum(len(shard.records) for shard in self.shards)
+
+    @property
+    def names(self) -> list[str]:
+        return [shard.name for shard in self.shards]
+
+
+def read_catalogs(config: BuildConfig) -> tuple[list[SiteRecord], list[SourceFault]]:
+    """Sites of all catalogs, cut to the grid, and those that cannot be placed.
+
+    Raises UsageError for a catalog that is missing, unreadable or empty.
+    """
+    from data_prep.sources import open_catalog, split_site
+
+    if not config.source.catalog:
+        raise UsageError("source.catalog names no catalog; add one: source.catalog=[scenes/catalog.parquet]")
+    records: list[SiteRecord] = []
+    faults: list[SourceFault] = []
+    for url in config.source.catalog:
+        found = open_catalog(url, faults)
+        if not found and not faults:
+            raise UsageError(f"{url} lists no site")
+        for record in found:
+            try:
+                records += split_site(record, config.grid)
+            except SourceFault as fault:
+                faults.append(fault)
+    return records, faults
+
+
+def make_plan(records: Sequence[SiteRecord], config: BuildConfig, faults: Sequence[SourceFault] = ()) -> Plan:
+    """The plan of a build. Raises UsageError if no site is left to build."""
+    listed = len(records) + len(faults)
+    chosen = [record for r in records if (record := _narrowed(r, config)) is not None]
+    unique, duplicates, clashes = _deduplicated(chosen)
+    result = assign(unique, config.split)
+    shards = []
+    for split in SPLITS:
+        members = [record for record, its in zip(unique, result.splits) if its == split]
+        if config.shards.order == "hash":
+            members.sort(key=lambda record: hashlib.sha256(f"{config.split.seed}:{record.key}".encode()).digest())
+        for number, group in enumerate(_packed(members, config)):
+            shards.append(PlannedShard(shard_name(split, number), split, tuple(group)))
+    if not shards:
+        raise UsageError(
+            f"no site to build: the catalogs list {listed}, {listed - len(faults) - len(chosen)} lie outside source.bbox or "
+            f"have none of source.modalities, {len(faults)} cannot be placed"
+            + (f" (first: {faults[0]})" if faults else "")
+        )
+    report = {
+        "sites": {
+            "listed": listed, "not_chosen": len(records) - len(chosen), "duplicates": duplicates,
+            "planned": sum(len(s.records) for s in shards),
+        },
+        "splits": result.report,
+    }  # fmt: skip
+    refused = [{"site": fault.asset, "shard": "", "asset": fault.asset, "why": fault.why} for fault in faults]
+    return Plan(tuple(shards), _fingerprint(shards, config), (*refused, *clashes), report)
+
+
+def estimate_bytes(record: SiteRecord, grid: GridConfig) -> int:
+    """Uncompressed bytes of a site's arrays, from metadata alone."""
+    xmin, ymin, xmax, ymax = record.footprint
+    total = 4096
+    for name, spec in MODALITIES.items():
+        assets = record.of(name)
+        if not assets:
+            continue
+        gsd = grid.series_gsd_m if spec.is_series else grid.hr_gsd_m
+        if gsd is None:
+            grids = [asset.grid for asset in assets if asset.grid is not None]
+            gsd = min((g.gsd_m() for g in grids), default=spec.gsd_m)
+        dated = {asset.datetime for asset in assets if asset.datetime}
+        dates = max(len(dated), len(record.datetimes) if any(not a.datetime for a in assets) else 0, 1)
+        if not spec.is_series:
+            dates = 1
+        elif grid.max_dates:
+            dates = min(dates, grid.max_dates)
+        pixels = max((xmax - xmin) / gsd, 1) * max((ymax - ymin) / gsd, 1)
+        total += int(dates * pixels * (len(spec.bands) * np.dtype(spec.dtype).itemsize + 1))
+    return total
+
+
+def _narrowed(record: SiteRecord, config: BuildConfig) -> SiteRecord | None:
+    """The record with the chosen modalities' assets only; None if it has none or lies outside the box."""
+    if config.source.bbox is not None:
+        west, south, east, north = config.source.bbox
+        w, s, e, n = record.bbox_wgs84
+        if w > east or e < west or s > north or n < south:
+            return None
+    if config.source.modalities:
+        wanted = {*config.source.modalities, "label"}
+        assets = tuple(a for a in record.assets if MODALITY_OF.get(a.modality, a.modality) in wanted)
+        record = dataclasses.replace(record, assets=assets)
+    return record if record.modalities else None
+
+
+def _deduplicated(records: Iterable[SiteRecord]) -> tuple[list[SiteRecord], int, list[dict[str, str]]]:
+    """(records, how many repeats of a footprint with the same dates were dropped, faults for keys that stand twice)."""
+    kept: dict[str, SiteRecord] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    duplicates, clashes = 0, []
+    for record in records:
+        content = _content(record)
+        if content in seen:
+            duplicates += 1
+        elif record.key in kept:
+            why = f"key {record.key} already names another site; give the sites different ids or geoloom:site values"
+            clashes.append({"site": record.key, "shard": "", "asset": record.assets[0].id, "why": why})
+        else:
+            kept[record.key] = record
+            seen[content] = record.key
+    return list(kept.values()), duplicates, clashes
+
+
+def _content(record: SiteRecord) -> tuple[Any, ...]:
+    """What makes two records the same observation: ground, and per asset its sensor, bands, date and product (or file)."""
+    assets = sorted((a.modality, a.bands, a.datetime, a.product_id or a.href, a.member) for a in record.assets)
+    return record.crs, tuple(round(v, 2) for v in record.footprint), tuple(assets)
+
+
+def _packed(records: Sequence[SiteRecord], config: BuildConfig) -> Iterable[list[SiteRecord]]:
+    group: list[SiteRecord] = []
+    size = 0
+    for record in records:
+        estimate = estimate_bytes(record, config.grid)
+        if group and (size + estimate > config.shards.max_bytes or len(group) >= config.shards.max_samples):
+            yield group
+            group, size = [], 0
+        group.append(record)
+        size += estimate
+    if group:
+        yield group
+
+
+def _fingerprint(shards: Sequence[PlannedShard], config: BuildConfig) -> str:
+    """Of config and sites, but not of folders: the same data read from another place is the same plan."""
+    digest = hashlib.sha256(json.dumps(shaping_config(config), sort_keys=True).encode())
+    for shard in shards:
+        digest.update(shard.name.encode())
+        for record in shard.records:
+            tree = record.to_dict()
+            for asset in tree["assets"]:
+                asset["href"] = asset["href"].rsplit("/", 1)[-1]
+            digest.update(json.dumps(tree, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
