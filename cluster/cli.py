@@ -35,13 +35,13 @@ def run(prog: str, main: Callable[[Sequence[str]], int | None], argv: Sequence[s
     try:
         code = main(sys.argv[1:] if argv is None else argv) or 0
     except (UsageError, RunFailure) as error:
-        _explain(prog, error)
+        explain(prog, error)
         code = error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:  # no space, no permission, no such file: the system's own words and the path
-        _explain(prog, error)
+        explain(prog, error)
         code = 1
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
@@ -77,7 +77,8 @@ def print_json(figures: Mapping[str, Any]) -> None:
     print(json.dumps(figures, allow_nan=False, default=str), flush=True)
 
 
-def _explain(prog: str, error: Exception) -> None:
+def explain(prog: str, error: Exception) -> None:
+    """Prints the one line a user sees of an error (and, for GEOLOOM_TRACEBACK=1, where it came from)."""
     if os.environ.get("GEOLOOM_TRACEBACK") == "1":
         traceback.print_exc()
     print(f"{prog}: error: {error}", file=sys.stderr, flush=True)

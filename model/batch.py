@@ -76,6 +76,11 @@ class Batch:
         """The same batch with every tensor on `device`."""
         return _map(self, lambda t: t.to(device, non_blocking=non_blocking))
 
+    def part(self, start: int, stop: int) -> Batch:
+        """Sites [start, stop) as a batch of their own (a micro-batch); tensors share memory with this one."""
+        cut = _map(self, lambda t: t[start:stop])
+        return replace(cut, keys=self.keys[start:stop])
+
 
 def _map(value: Any, move: Any) -> Any:
     if isinstance(value, Tensor):

@@ -1,0 +1,19 @@
+"""`python -m pipeline COMMAND …`: train, probe, export, embed, compare, benchmark."""
+
+from __future__ import annotations
+
+from cluster.cli import dispatch
+
+COMMANDS = {
+    "train": ("pipeline.commands.train", "pretrain: any number of processes, ZeRO and expert parallelism, resumable"),
+    "probe": ("pipeline.commands.probe", "k-NN, linear or segmentation score of a checkpoint"),
+    "export": ("pipeline.commands.export", "one safetensors file with all experts, loadable without DeepSpeed"),
+    "embed": ("pipeline.commands.embed", "features of one multi-modal site"),
+    "compare": ("pipeline.commands.compare", "runs side by side, and what makes them incomparable"),
+    "ablate": ("pipeline.commands.ablate", "one run per setting, compared"),
+    "sync": ("pipeline.commands.sync", "bring MLflow level with a run directory"),
+    "bench": ("pipeline.commands.bench", "loader, step, moe, checkpoint: throughput beside the alternatives"),
+}
+
+if __name__ == "__main__":
+    dispatch("pipeline", __doc__ or "", COMMANDS)

@@ -1,0 +1,125 @@
+"""Pretrains a model, or continues an interrupted run: the same command again.
+
+Ranks come from --processes (started here), torchrun, the deepspeed launcher or srun. SIGTERM or SIGUSR1 make it finish the
+step, write a checkpoint and exit with code 85; the same command then continues.
+
+examples:
+  python -m pipeline train pipeline/runs/demo.yaml data.url=demo_out/shards run.dir=demo_out/moe --processes 2
+  python -m pipeline train pipeline/runs/skysense_v2.yaml --dry-run
+  torchrun --nproc-per-node 8 -m pipeline train pipeline/runs/tiny.yaml data.url=s3://bucket/shards
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="YAML file of the run, such as pipeline/runs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--processes", type=int, metavar="N", help="start N ranks on this machine (default: 1, or the launcher's)")
+    parser.add_argument(
+        "--resume", default="auto", metavar="auto|never|PATH",
+        help="auto: continue run.dir if it holds a checkpoint; never: refuse to; PATH: a checkpoint or run directory",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="parameters, FLOPs and layout; starts nothing")
+    parser.add_argument("--json", action="store_true", help="print figures as a JSON last line")
+
+
+def main(args: argparse.Namespace) -> int:
+    from cluster.config import load
+    from cluster.ranks import Ranks
+    from pipeline.config import PretrainConfig
+    from pipeline.launch import launch
+
+    config = load(PretrainConfig, args.config, args.overrides)
+    if args.dry_run:
+        return dry_run(config, args.processes, args.json)
+    ranks = Ranks.from_environment()
+    check(config, args.processes, ranks)
+    if args.processes and ranks.launcher == "none" and args.processes > 1:
+        return launch(args.processes, ["train", args.config, *args.overrides, "--resume", args.resume])
+    run_rank(config, ranks, args.resume)
+
+
+def check(config: object, processes: int | None, ranks: object) -> None:
+    """What can be refused before torch is imported and ranks are started. Raises UsageError."""
+    from dataclasses import replace
+
+    from cluster.errors import UsageError
+    from cluster.ranks import Ranks
+    from data_prep.shards import ShardSet
+    from pipeline.config import PretrainConfig
+    from pipeline.parallel.layout import Layout
+
+    assert isinstance(config, PretrainConfig) and isinstance(ranks, Ranks)
+    if processes is not None and processes < 1:
+        raise UsageError(f"--processes {processes}: at least 1")
+    if processes and ranks.launcher != "none" and processes != ranks.world:
+        raise UsageError(f"--processes {processes} under a launcher that started {ranks.world}; leave --processes out")
+    if ranks.launcher == "none":
+        ranks = replace(ranks, world=processes or 1)
+    Layout.of(config, ranks)
+    urls = (config.data.url,) if isinstance(config.data.url, str) else config.data.url
+    if not urls or not all(urls):
+        raise UsageError("data.url is missing: give the shard set, such as data.url=demo_out/shards")
+    if ranks.is_first:
+        for url in urls:
+            ShardSet.open(url)
+
+
+def run_rank(config: object, ranks: object, resume: str) -> NoReturn:
+    """One rank, from its first import to its exit code; never returns (`processes.finish` says why)."""
+    from pipeline.launch import die_with_launcher
+    from pipeline.stop import StopFlag
+
+    die_with_launcher()
+    stop = StopFlag()
+    import traceback
+
+    from cluster.cli import explain
+    from cluster.errors import RunFailure, UsageError
+    from cluster.exit_codes import FAILED
+    from cluster.logs import record_failure
+    from cluster.ranks import Ranks
+    from pipeline.config import PretrainConfig
+    from pipeline.parallel.processes import finish
+    from pipeline.train import train
+
+    assert isinstance(config, PretrainConfig) and isinstance(ranks, Ranks)
+    code = FAILED
+    try:
+        code = train(config, ranks, resume, stop)
+    except (UsageError, RunFailure) as error:
+        code = error.exit_code
+        if ranks.is_first or not getattr(error, "everywhere", isinstance(error, UsageError)):
+            explain("python -m pipeline train", error)
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException as error:
+        traceback.print_exc()
+        record_failure(f"{config.run.dir}/logs", ranks.rank, -1, error)
+    finish(code)
+
+
+def dry_run(config: object, processes: int | None, as_json: bool) -> int:
+    """Parameters and FLOPs by arithmetic alone: no torch, no data."""
+    from cluster.cli import print_json
+    from cluster.ranks import Ranks
+    from model.counts import table
+    from pipeline.config import PretrainConfig
+    from pipeline.parallel.layout import Layout
+
+    assert isinstance(config, PretrainConfig)
+    figures = table(config)
+    if processes:
+        print(f"layout  {Layout.of(config, Ranks(world=processes, local_world=processes))}")
+    for name, count in figures["parameters"].items():
+        print(f"{name:<14}{count / 1e6:>12.3f} M parameters")
+    for name, flops in figures["flops_per_sample"].items():
+        if isinstance(flops, int):
+            print(f"{name:<14}{flops / 1e9:>12.3f} GFLOP per sample")
+    if as_json:
+        print_json(figures)
+    return 0

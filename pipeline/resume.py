@@ -1,0 +1,112 @@
+"""Where a run continues: the newest checkpoint that proves whole, on every rank the same one."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch.distributed as dist
+
+from cluster import storage
+from cluster.config import flatten, to_dict
+from cluster.errors import RunFailure, UsageError
+from cluster.rundir import RunDir
+from pipeline.checkpoint import store
+from pipeline.checkpoint.load import check_fits, needed_files, open_files, restore
+from pipeline.checkpoint.store import Checkpoint
+from pipeline.config import PretrainConfig
+from pipeline.health import AgreedFailure
+from pipeline.parallel.processes import agree_max
+
+log = logging.getLogger(__name__)
+
+
+def candidates(resume: str, rundir: RunDir, rank: int) -> list[str]:
+    """Checkpoint URLs to try, in order; the same on all ranks. Empty: start at step 0.
+
+    Raises:
+        UsageError: `never` where checkpoints stand, or a PATH that is none.
+    """
+    box: list[Any] = [None]
+    if rank == 0:
+        try:
+            box = [_candidates(resume, rundir)]
+        except UsageError as error:
+            box = [str(error)]
+    dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], str):
+        raise UsageError(box[0])
+    return list(box[0])
+
+
+def _candidates(resume: str, rundir: RunDir) -> list[str]:
+    own = store.committed(rundir.checkpoints_url)
+    if resume == "auto":
+        return own
+    if resume == "never":
+        if own:
+            newest = storage.name(own[0])
+            raise UsageError(
+                f"{rundir.url} holds checkpoints up to {newest}; use --resume auto to continue it, or another run.dir"
+            )
+        return []
+    chosen = store.resolve(resume)
+    later = [url for url in own if storage.name(url) > storage.name(chosen)]
+    if later:
+        raise UsageError(
+            f"{rundir.url} holds {storage.name(later[0])}, later than {resume}; remove it to go back, or use another run.dir"
+        )
+    return [chosen]
+
+
+def continue_run(engine: Any, urls: list[str], strict: bool, rank: int) -> Checkpoint | None:
+    """Loads the first of `urls` that is whole into the engine. Collective; nothing is loaded before all ranks agree.
+
+    strict: a bad first one is an error (the user named it); otherwise the one before is used, and said.
+
+    Raises:
+        AgreedFailure: checkpoints stand here but none is whole; starting over silently would hide that.
+    """
+    for url in urls:
+        checkpoint, fault = None, ""
+        try:
+            checkpoint = store.open_checkpoint(url)
+            store.check_sizes(checkpoint)
+            check_fits(checkpoint, engine)
+            with open_files(checkpoint, needed_files(checkpoint, engine)) as files:
+                if agree_max(0.0, engine.device) == 0:
+                    restore(engine, checkpoint, files)
+                    return checkpoint
+        except RunFailure as error:
+            fault = str(error)
+            agree_max(1.0, engine.device)
+        faults = _everyones(fault)
+        if strict:
+            raise AgreedFailure(f"{faults[0]}; name another checkpoint")
+        if rank == 0:
+            log.warning("%s; the checkpoint before it is used", faults[0])
+    if urls:
+        raise AgreedFailure(f"none of the {len(urls)} checkpoints is whole, the newest being {urls[0]}; remove them to start over")
+    return None
+
+
+def _everyones(fault: str) -> list[str]:
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, fault)
+    return sorted({text for text in gathered if text})
+
+
+def check_data(checkpoint: Checkpoint, manifest_sha256: str, allowed: bool) -> None:
+    """Refuses other data than the checkpoint's: the position in it would mean nothing."""
+    before = checkpoint.manifest.get("data", {}).get("manifest_sha256")
+    if before != manifest_sha256 and not allowed:
+        raise UsageError(
+            f"{checkpoint.url} was trained on a shard set with manifest {str(before)[:12]}…, data.url now holds "
+            f"{manifest_sha256[:12]}…; use the same data, or set checkpoint.allow_changed_data=true"
+        )
+
+
+def changed_settings(checkpoint: Checkpoint, config: PretrainConfig) -> list[str]:
+    """`key: before → now` for every setting that differs from the checkpoint's run."""
+    before, now = flatten(checkpoint.manifest["config"]), flatten(to_dict(config))
+    return [f"{key}: {before.get(key)} → {now.get(key)}" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]

@@ -1,0 +1,98 @@
+"""What a run says about itself: metrics.jsonl, the tracker, and the live line; throughput, waiting, MFU, cost and time left."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from cluster.progress import Progress, clock
+from cluster.rundir import RunDir
+from pipeline.engine import StepResult
+from pipeline.parallel.layout import Layout
+from pipeline.parallel.processes import agree_max
+
+log = logging.getLogger(__name__)
+
+# Dense bf16 peak, FLOP/s, by a part of the device's name (vendors' data sheets); others are measured.
+PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "H20": 148e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12}
+
+
+class StepLog:
+    """Counts time and samples on every rank; writes on the first. Figures of a step are the step's own, rates the window's.
+
+    Args:
+        flops_per_sample: useful forward + backward FLOPs of one sample, teacher included (0: unknown, no MFU).
+        device_hours: spent before this start of the run.
+    """
+
+    def __init__(
+        self, rundir: RunDir, tracker: Any, layout: Layout, device: torch.device, flops_per_sample: float,
+        start: int, steps: int, device_hours: float,
+    ) -> None:  # fmt: skip
+        self.rundir, self.tracker, self.layout, self.device = rundir, tracker, layout, device
+        self.flops_per_sample = flops_per_sample
+        self.peak = peak_flops(device, layout.precision) if flops_per_sample else 0.0
+        self._hours_before, self._start = device_hours, time.monotonic()
+        self._window = (self._start, 0.0, 0)  # since when, seconds waited for data, samples
+        self._bar = Progress(steps - start, "train") if layout.rank == 0 else None
+        self._steps_left = steps - start
+
+    @property
+    def device_hours(self) -> float:
+        """Hours of all ranks together, earlier starts of the run included."""
+        return self._hours_before + self.layout.world * (time.monotonic() - self._start) / 3600
+
+    def count(self, waited_s: float, result: StepResult) -> None:
+        """Notes one finished step."""
+        since, waited, samples = self._window
+        self._window = (since, waited + waited_s, samples + self.layout.batch)
+        self._steps_left -= 1
+        if self._bar is not None:
+            self._bar.advance(1, f"loss {result.loss:.4f}  |g| {result.grad_norm:.2f}")
+
+    def write(self, step: int, samples: int, result: StepResult, more: Mapping[str, float]) -> None:
+        """One line for this step, and a new window. Collective (the slowest reader's waiting time counts)."""
+        now = time.monotonic()
+        since, waited, seen = self._window
+        window_s = max(now - since, 1e-9)
+        waited = agree_max(waited, self.device)
+        self._window = (now, 0.0, 0)
+        if self.layout.rank != 0:
+            return
+        rate = seen / window_s
+        figures: dict[str, Any] = {
+            "step": step, "samples": samples, "loss": result.loss, **dict(sorted(result.metrics.items())), "lr": result.lr,
+            "grad_norm": result.grad_norm, "samples_per_s": rate, "data_wait": waited / window_s,
+            "gpu_hours": self.device_hours, "eta_s": self._steps_left * self.layout.batch / rate if rate else 0.0, **more,
+        }  # fmt: skip
+        if self.peak:
+            figures["mfu"] = rate * self.flops_per_sample / (self.peak * self.layout.world)
+        self.rundir.append_metrics(figures)
+        self.tracker.log(step, samples, figures)
+        log.info("step %d · loss %.4f · %.2f samples/s · %s left", step, result.loss, rate, clock(figures["eta_s"]))
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self.rundir.close()
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """FLOP/s one rank's device can do at best: a data-sheet figure for known GPUs, else a measured matrix product."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, peak in PEAK_BF16.items():
+            if part in name.split() or part in name.replace("-", " ").split():
+                return peak if dtype is torch.bfloat16 else peak / 2
+    size, best = 768, 0.0
+    a = torch.randn(size, size, device=device).to(dtype)
+    for _ in range(6):
+        start = time.perf_counter()
+        (a @ a).sum().item()
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best

@@ -1,0 +1,205 @@
+"""A pretraining run: built in one straight list, looped on one screen."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cluster import logs
+from cluster.config import fingerprint, to_dict
+from cluster.errors import UsageError
+from cluster.exit_codes import DONE, REQUEUE
+from cluster.ranks import Ranks
+from cluster.rundir import RunDir
+from model.batch import Batch
+from model.counts import table
+from model.losses.reduce import DistributedReduce
+from model.pretrain import Student, make_teacher
+from pipeline import resume
+from pipeline.checkpoint import Saver
+from pipeline.config import PretrainConfig
+from pipeline.engine import Engine
+from pipeline.health import Heartbeat, SpikeWatch, check_step
+from pipeline.parallel.layout import Layout
+from pipeline.parallel.processes import start
+from pipeline.probes.in_loop import run_probes
+from pipeline.reader import Reader
+from pipeline.steplog import StepLog
+from pipeline.stop import StopFlag
+from pipeline.tracking import Dataset, RunFacts, Tracker, open_tracker
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """Everything one rank of a run holds. `step` and `samples` are what is done so far."""
+
+    config: PretrainConfig
+    ranks: Ranks
+    layout: Layout
+    device: torch.device
+    rundir: RunDir
+    reader: Reader
+    engine: Engine
+    saver: Saver
+    tracker: Tracker | None
+    log: StepLog
+    beat: Heartbeat
+    step: int
+    samples: int
+
+
+def train(config: PretrainConfig, ranks: Ranks, resume_from: str, stop: StopFlag) -> int:
+    """Runs, or continues, one rank of a pretraining run to its last step. Returns its exit code (`cluster.exit_codes`)."""
+    run = build(config, ranks, resume_from)
+    try:
+        code = loop(run, stop)
+    except BaseException:
+        close(run, "FAILED")
+        raise
+    close(run, "FINISHED" if code == DONE else "SCHEDULED")
+    return code
+
+
+def loop(run: Run, stop: StopFlag) -> int:
+    """The loop. Everything that happens between two steps stands here, in order."""
+    config, spikes, batches = run.config, SpikeWatch(), iter(run.reader)
+    last, stopping = config.train.steps, False
+    while run.step < last and not stopping:
+        run.beat.at("data", run.step + 1)
+        began = time.monotonic()
+        micro_batches, keys = next_batches(run, batches)
+        waited = time.monotonic() - began
+
+        result = run.engine.step(micro_batches, run.samples, run.beat)
+        run.step, run.samples = run.step + 1, run.samples + run.layout.batch
+        check_step(run.step, result, keys, run.ranks)
+        run.log.count(waited, result)
+        height = spikes.spike(result.loss)
+        if height is not None and run.ranks.is_first:
+            log.warning("step %d: loss %.4f is a spike, %.0f deviations above; rank 0 saw %s", run.step, result.loss, height, keys)
+
+        run.beat.at("probe")
+        scores = probe(run) if due(run.step, config.probe.every, last) else {}
+        run.beat.at("log")
+        if scores or run.step == 1 or due(run.step, config.train.log_every, last):
+            run.log.write(run.step, run.samples, result, {**run.reader.metrics(), **scores})
+        stopping = stop.agreed(run.device)
+        run.beat.at("save")
+        run.saver.check()
+        if stopping or due(run.step, config.checkpoint.every, last):
+            save(run)
+    run.saver.wait()
+    if stopping and run.step < last:
+        if run.ranks.is_first:
+            log.warning("stopped by signal after step %d, checkpoint committed; the same command continues", run.step)
+        return REQUEUE
+    return DONE
+
+
+def build(config: PretrainConfig, ranks: Ranks, resume_from: str) -> Run:
+    """All parts of a run, in the order they need one another. Nothing is written before everything could be built."""
+    layout = Layout.of(config, ranks)
+    rundir = RunDir(config.run.dir)
+    device = start(ranks, timeout_s=2 * config.train.stall_timeout_s)
+    logs.start_logging(rundir.logs_url, ranks.rank)
+    beat = Heartbeat(ranks, config.train.stall_timeout_s, rundir.logs_url)
+
+    reader = Reader(
+        config.data, config.model, seed=config.train.seed, rank=ranks.rank, world=ranks.world,
+        batch_per_rank=layout.batch_per_rank, device=device,
+    )  # fmt: skip
+    if reader.epoch_samples < ranks.world:
+        raise UsageError(f"data.url holds {reader.epoch_samples} usable samples for {ranks.world} processes; use fewer processes")
+    statistics = {name: bands.to_dict() for name, bands in reader.statistics.items()}
+    torch.manual_seed(config.train.seed)  # equal weights on all ranks; nothing else draws from this generator
+    student = Student(config.model, config.objective, statistics, reader.classes)
+    engine = Engine(student, make_teacher(student), config, layout, device, DistributedReduce())
+
+    if ranks.is_first:
+        rundir.claim()  # from here on an earlier start of this run commits nothing
+    urls = resume.candidates(resume_from, rundir, ranks.rank)
+    found = resume.continue_run(engine, urls, strict=resume_from != "auto", rank=ranks.rank)
+    step, samples, device_hours = 0, 0, 0.0
+    if found is not None:
+        resume.check_data(found, reader.manifest_sha256, config.checkpoint.allow_changed_data)
+        reader.load_state_dict(found.manifest["reader"])
+        step, samples, device_hours = found.step, found.samples, float(found.manifest["device_hours"])
+
+    tracker = None
+    if ranks.is_first:
+        tracker = open_run(config, rundir, layout, reader, step)
+        describe(found, config, layout)
+
+    def before_commit() -> None:
+        rundir.check_claim()
+        rundir.sync()
+
+    saver = Saver(rundir.checkpoints_url, config.checkpoint, ranks.rank, ranks.world, before_commit)
+    flops = float(table(config)["flops_per_sample"]["train"])
+    step_log = StepLog(rundir, tracker, layout, device, flops, step, config.train.steps, device_hours)
+    return Run(config, ranks, layout, device, rundir, reader, engine, saver, tracker, step_log, beat, step, samples)
+
+
+def open_run(config: PretrainConfig, rundir: RunDir, layout: Layout, reader: Reader, step: int) -> Tracker:
+    """First rank: the run directory's files and the tracker, continued where the run continues."""
+    logs.clear_failures(rundir.logs_url)
+    rundir.write_resolved(config)
+    rundir.start_metrics(step)
+    urls = (config.data.url,) if isinstance(config.data.url, str) else config.data.url
+    datasets = tuple(Dataset(url, reader.manifest_sha256, split=config.data.split) for url in urls)
+    return open_tracker(config, rundir, RunFacts(layout.world, str(layout), datasets))
+
+
+def describe(found: Any, config: PretrainConfig, layout: Layout) -> None:
+    """First rank: one line of what starts."""
+    log.info("%s", layout)
+    if found is not None:
+        log.info("continuing from %s (step %d, written by %s)", found.url, found.step, found.manifest["layout"])
+        for change in resume.changed_settings(found, config):
+            log.info("setting changed since: %s", change)
+
+
+def next_batches(run: Run, batches: Iterator[Batch]) -> tuple[list[Batch], list[str]]:
+    """This rank's micro-batches of the next step, on its device, and the keys of their samples."""
+    whole = next(batches)
+    moved, size = whole.to(run.device), run.layout.micro_batch
+    return [moved.part(i, i + size) for i in range(0, run.layout.batch_per_rank, size)], whole.keys
+
+
+def probe(run: Run) -> dict[str, float]:
+    """Scores of the teacher's features; all ranks take part (experts may live on any of them)."""
+    return run_probes(run.engine.teacher.module.skysense, run.config, run.reader, run.device, run.ranks)
+
+
+def save(run: Run) -> None:
+    """Starts a checkpoint of the step just finished: with it, another start continues as if nothing had happened."""
+    state = {
+        "config": to_dict(run.config), "fingerprint": fingerprint(run.config), "reader": run.reader.state_dict(),
+        "data": {"url": run.config.data.url, "manifest_sha256": run.reader.manifest_sha256},
+        "statistics": run.engine.student.statistics, "classes": run.reader.classes, "device_hours": run.log.device_hours,
+        "run_id": run.tracker.run_id if run.tracker else None,
+        "rng": {"seed": run.config.train.seed, "how": "every draw is keyed by (seed, epoch, sample key); no generator state"},
+    }  # fmt: skip
+    run.saver.save(run.engine, run.step, run.samples, state)
+
+
+def close(run: Run, status: str) -> None:
+    """Lets go of files and threads; also on the way out of a failure."""
+    run.beat.at("end")
+    run.log.close()
+    run.reader.close()
+    if run.tracker is not None:
+        run.tracker.close(status)
+    run.beat.close()
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Every `every` steps and after the last one; never with 0."""
+    return bool(every) and (step % every == 0 or step == last)
