@@ -25,6 +25,7 @@ LAYOUTS = {
     "geotiff": "data_prep.sources.geotiff",
 }
 THREADS = 4
+IMAGES = ("hr", "s2", "s2_l1c", "s1")
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Scan:
     items: list[dict[str, Any]] = field(default_factory=list)
     faults: list[SourceFault] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def scan(url: str, layout: str) -> Scan:
@@ -60,7 +62,22 @@ def scan(url: str, layout: str) -> Scan:
                 out.items.append(result)
                 out.warnings += result["properties"].pop("geoloom:faults", [])
             bar.advance()
+    _drop_lone_labels(out)
     return out
+
+
+def _drop_lone_labels(found: Scan) -> None:
+    """Labels and masks without any image at their place cannot become a site; they are left out and said so."""
+    sites = {
+        _site(item) for item in found.items if any(a["geoloom:modality"] in IMAGES for a in item["assets"].values())
+    }
+    lone = [item for item in found.items if _site(item) not in sites]
+    found.items = [item for item in found.items if _site(item) in sites]
+    found.notes += [f"{item['id']} has labels or masks, but no image of its site {_site(item)}" for item in lone]
+
+
+def _site(item: dict[str, Any]) -> str:
+    return str(item["properties"]["geoloom:site"])
 
 
 def _item(make: Callable[..., dict[str, Any]], url: str, site: tuple[str, ...]) -> dict[str, Any] | SourceFault:
@@ -115,7 +132,9 @@ def make_catalog(source: str, out: str, layout: str, max_faults: int = 0) -> Sca
     if len(found.faults) > max_faults:
         listed = "; ".join(str(fault) for fault in found.faults[:3])
         more = f"; and {len(found.faults) - 3} more" if len(found.faults) > 3 else ""
-        raise RunFailure(f"{len(found.faults)} of {len(found.faults) + len(found.items)} sites cannot be used: {listed}{more} (--max-faults {max_faults})")
+        raise RunFailure(
+            f"{len(found.faults)} of {len(found.faults) + len(found.items)} sites cannot be used: {listed}{more} (--max-faults {max_faults})"
+        )
     if not found.items:
         raise UsageError(f"{source} holds no {layout} site")
     write_items(found.items, out)

@@ -28,6 +28,8 @@ MIN_EVIDENCE_PIXELS = 500
 SCL_NODATA = (0, 1)
 SCL_CLOUD = (3, 8, 9, 10)
 CLOUD_PROBABILITY = 50
+# Far below any sensor's noise floor (-22 to -30 dB): border pixels interpolated towards nothing, seen in real series (-118 dB).
+LOWEST_DB = -60.0
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,8 @@ def backscatter_unit(sample: np.ndarray, declared: str, asset_id: str) -> tuple[
 def backscatter(raw_CHW: np.ndarray, unit: str, nodata: float | None) -> tuple[np.ndarray, np.ndarray]:
     """Stored Sentinel-1 numbers: dB as float32 (rounded to float16 when stored), NaN where invalid.
 
-    Linear values <= 0 are invalid, not tiny. Exactly 0 dB in both bands is the usual fill of dB files and invalid too.
+    Linear values <= 0 are invalid, not tiny, and so is anything below LOWEST_DB. Exactly 0 dB in both bands is the usual fill
+    of dB files and invalid too.
 
     Returns:
         dB float32 [C, H, W], valid bool [H, W] (every band valid).
@@ -206,7 +209,7 @@ def backscatter(raw_CHW: np.ndarray, unit: str, nodata: float | None) -> tuple[n
     if unit == "linear":
         valid_CHW &= values_CHW > 0
         values_CHW = np.float32(10) * np.log10(np.where(valid_CHW, values_CHW, 1).astype(np.float32))
-    valid_HW = valid_CHW.all(axis=0)
+    valid_HW = (valid_CHW & (values_CHW >= LOWEST_DB)).all(axis=0)
     if unit == "dB":
         valid_HW &= ~(values_CHW == 0).all(axis=0)
     values_CHW[:, ~valid_HW] = np.nan

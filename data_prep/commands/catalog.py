@@ -13,10 +13,16 @@ LAYOUTS = ("stac", "terramind", "treesatai", "ssl4eo", "majortom", "geotiff")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLE
     parser.add_argument("source", metavar="SRC", help="folder (any fsspec URL) in one of the layouts")
-    parser.add_argument("out", metavar="OUT.parquet", help="catalog to write, any fsspec URL; appears whole or not at all")
+    parser.add_argument(
+        "out", metavar="OUT.parquet", help="catalog to write, any fsspec URL; appears whole or not at all"
+    )
     parser.add_argument("--layout", required=True, choices=LAYOUTS, help="how SRC is laid out")
     parser.add_argument(
-        "--max-faults", type=int, default=0, metavar="N", help="sites that may be unusable before nothing is written (default 0)"
+        "--max-faults",
+        type=int,
+        default=0,
+        metavar="N",
+        help="sites that may be unusable before nothing is written (default 0)",
     )
     parser.add_argument("--json", action="store_true", help="print the figures as a JSON last line")
 
@@ -29,7 +35,10 @@ def main(args: argparse.Namespace) -> int:
     from data_prep.sources.sites import group_items
 
     found = make_catalog(args.source, args.out, args.layout, args.max_faults)
-    for line in [*(f"left out: {fault}" for fault in found.faults), *(f"kept, but faulty: {text}" for text in found.warnings)]:
+    for line in [
+        *(f"left out: {fault}" for fault in found.faults),
+        *(f"kept, but faulty: {text}" for text in found.warnings),
+    ]:
         print(line, file=sys.stderr)
     figures = {
         "sites": len(group_items(found.items)),

@@ -19,7 +19,17 @@ from cluster.errors import UsageError
 from cluster.storage import exists, filesystem, is_local
 from data_prep.schema import MODALITIES
 from data_prep.sources.items import AssetFields, RasterFields, make_item, raster_fields
-from data_prep.sources.names import HR_BANDS, L1C_ORDER, L2A_ORDER, S2_BANDS, band_name, date_in, iso_datetime, s1_datetime, s2_product
+from data_prep.sources.names import (
+    HR_BANDS,
+    L1C_ORDER,
+    L2A_ORDER,
+    S2_BANDS,
+    band_name,
+    date_in,
+    iso_datetime,
+    s1_datetime,
+    s2_product,
+)
 from data_prep.sources.records import SourceFault
 
 _BAND = re.compile(r"^(?:(.*)[_-])?(B\d{1,2}A?|VV|VH)$", re.IGNORECASE)
@@ -56,7 +66,9 @@ def sites(url: str) -> list[tuple[str, ...]]:
 def item(url: str, site: tuple[str, ...]) -> dict[str, Any]:
     """One image (or label) as a STAC item. Raises SourceFault when the sensor cannot be told."""
     folder, image, kind, *hrefs = site
-    item_id = re.sub(r"[^A-Za-z0-9_-]+", "_", "_".join(filter(None, (folder.rpartition("/")[2], image, kind.split()[-1]))))
+    item_id = re.sub(
+        r"[^A-Za-z0-9_-]+", "_", "_".join(filter(None, (folder.rpartition("/")[2], image, kind.split()[-1])))
+    )
     match = _PATCH.search(image)
     name = match[1] if match else image
     if kind.startswith("label"):

@@ -63,7 +63,9 @@ def raster_fields(href: str, name: str) -> RasterFields:
     """Header of a raster file. Raises SourceFault."""
     with open_raster(href, name) as dataset:
         grid = raster_grid(dataset, name)
-        return RasterFields(grid, dataset.count, dataset.dtypes[0], dataset.nodata, dict(dataset.tags()), dataset.descriptions)
+        return RasterFields(
+            grid, dataset.count, dataset.dtypes[0], dataset.nodata, dict(dataset.tags()), dataset.descriptions
+        )
 
 
 def make_item(

@@ -31,7 +31,9 @@ def sites(url: str) -> list[tuple[str, ...]]:
             folder = folder if is_local(url) else fs.unstrip_protocol(folder)
             products.setdefault((match[1], match[2], folder), []).append(match[3])
     if not products:
-        raise UsageError(f"{url} is no majortom folder: wanted <row>/<cell>/<product>/<band>.tif, e.g. 0U/0U_199R/S2A_…/B02.tif")
+        raise UsageError(
+            f"{url} is no majortom folder: wanted <row>/<cell>/<product>/<band>.tif, e.g. 0U/0U_199R/S2A_…/B02.tif"
+        )
     return [(*key, *files) for key, files in sorted(products.items())]
 
 

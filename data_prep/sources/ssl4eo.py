@@ -28,7 +28,9 @@ def sites(url: str) -> list[tuple[str, ...]]:
         for product in list_names(join(url, folder, location))
     ]
     if not found:
-        raise UsageError(f"{url} is no ssl4eo folder: wanted s2a, s2c or s1 with <location>/<product>/<band>.tif inside")
+        raise UsageError(
+            f"{url} is no ssl4eo folder: wanted s2a, s2c or s1 with <location>/<product>/<band>.tif inside"
+        )
     return sorted(found, key=lambda entry: (entry[1], entry[0], entry[2]))
 
 

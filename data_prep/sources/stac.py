@@ -249,8 +249,6 @@ def _asset(item: dict[str, Any], name: str, fields: dict[str, Any]) -> Asset | N
         if own_dates
         else fields.get("datetime") or properties.get("datetime") or parsed.get("datetime") or s1_datetime(product)
     )
-    if not own_dates and not moment and not properties.get("geoloom:date_unknown"):
-        moment = properties.get("start_datetime") or ""
     return Asset(
         id=f"{item['id']}/{name}",
         modality=modality,

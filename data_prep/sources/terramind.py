@@ -97,4 +97,6 @@ def _s2_date(url: str, stem: str, folders: list[str]) -> str:
 
 
 def _some(names: list[str]) -> str:
-    return f"found {', '.join(names[:5])}{', …' if len(names) > 5 else ''}" if names else "it is empty or does not exist"
+    return (
+        f"found {', '.join(names[:5])}{', …' if len(names) > 5 else ''}" if names else "it is empty or does not exist"
+    )

@@ -46,7 +46,9 @@ def sites(url: str) -> list[tuple[str, ...]]:
         if name.endswith((".tif", ".h5")):
             held.setdefault(name.rsplit(".", 1)[0], []).append(name.rsplit(".", 1)[1])
     if not any("tif" in extensions for extensions in held.values()):
-        raise UsageError(f"{url} is no treesatai folder: it holds no aerial tile <stem>.tif (with its series <stem>.h5 beside it)")
+        raise UsageError(
+            f"{url} is no treesatai folder: it holds no aerial tile <stem>.tif (with its series <stem>.h5 beside it)"
+        )
     return [(stem, *extensions) for stem, extensions in sorted(held.items())]
 
 
@@ -57,7 +59,9 @@ def item(url: str, site: tuple[str, ...]) -> dict[str, Any]:
         raise SourceFault(f"{stem}.h5", f"has no aerial tile {stem}.tif beside it, so its place is unknown")
     hr = raster_fields(join(url, f"{stem}.tif"), stem)
     bands = ("R", "G", "B", "N")[: hr.count]
-    tile = AssetFields("hr", join(url, f"{stem}.tif"), bands=bands, grid=hr.grid, data_type=hr.data_type, nodata=hr.nodata)
+    tile = AssetFields(
+        "hr", join(url, f"{stem}.tif"), bands=bands, grid=hr.grid, data_type=hr.data_type, nodata=hr.nodata
+    )
     assets: dict[str, AssetFields] = {"hr": tile}
     times: list[str] = []
     if "h5" in extensions:
