@@ -8,13 +8,17 @@ the buffer itself. Object storage is in `pipeline.reader.read_ahead`, behind the
 from __future__ import annotations
 
 import collections
+import dataclasses
+import functools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from cluster import storage
+from pipeline.config import DataConfig
 from pipeline.reader.faults import BadSample, FaultLog, RetryPolicy, TransientFault, with_retries
+from pipeline.reader.table import Table
 
 OPEN_FILES = 64
 
@@ -91,19 +95,34 @@ def read_into(files: OpenFiles, path: str, offset: int, view: memoryview) -> Non
         raise TransientFault("disk", f"{path}: {error}") from None
 
 
+@dataclasses.dataclass(frozen=True)
+class Spans:
+    """Where each sample lies: bytes [start, stop) of the shard `urls[shard]`. Plain lists: they are read one by one."""
+
+    urls: list[str]
+    shard: list[int]
+    start: list[int]
+    stop: list[int]
+
+    def what(self, row: int) -> str:
+        """Object and range in words, for errors."""
+        return f"{self.urls[self.shard[row]]}, bytes {self.start[row]} to {self.stop[row]}"
+
+
+def open_fetcher(
+    table: Table, modalities: Sequence[str], data: DataConfig, policy: RetryPolicy, faults: FaultLog
+) -> Fetcher:
+    """The fetcher that suits where the shard sets lie."""
+    start, stop = table.spans(modalities)
+    spans = Spans(table.shard_urls, table.shard_N.tolist(), start.tolist(), stop.tolist())
+    return LocalFetcher(spans, policy, faults)
+
+
 class LocalFetcher:
     """Shard sets on mounted file systems."""
 
-    def __init__(
-        self,
-        urls: list[str],
-        shard_of: list[int],
-        spans: tuple[list[int], list[int]],
-        policy: RetryPolicy,
-        faults: FaultLog,
-    ) -> None:
-        self._paths = [storage.local_path(url) for url in urls]
-        self._shard_of, (self._start, self._stop) = shard_of, spans
+    def __init__(self, spans: Spans, policy: RetryPolicy, faults: FaultLog) -> None:
+        self._spans, self._paths = spans, [storage.local_path(url) for url in spans.urls]
         self._policy, self._faults, self._stopping = policy, faults, threading.Event()
         self._files, self._thread = OpenFiles(), threading.local()
         self.bytes_read = 0
@@ -112,15 +131,10 @@ class LocalFetcher:
         """Nothing to do: the kernel's page cache reads ahead."""
 
     def get(self, ticket: int, row: int) -> memoryview:
-        path, start = self._paths[self._shard_of[row]], self._start[row]
-        view = self._memory(self._stop[row] - start)
-        try:
-            read_into(self._files, path, start, view)
-        except TransientFault:
-            what = f"{path}, bytes {start} to {start + len(view)}"
-            with_retries(
-                lambda: read_into(self._files, path, start, view), what, self._policy, self._faults, self._stopping
-            )
+        path, start = self._paths[self._spans.shard[row]], self._spans.start[row]
+        view = self._memory(self._spans.stop[row] - start)
+        read = functools.partial(read_into, self._files, path, start, view)
+        with_retries(read, self._spans.what(row), self._policy, self._faults, self._stopping)
         self.bytes_read += len(view)
         return view
 

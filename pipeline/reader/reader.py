@@ -8,6 +8,7 @@ batches. Threads decode straight into re-used batch memory; they beat processes 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
 from collections import deque
@@ -24,9 +25,10 @@ from model.batch import Batch
 from model.config import ModelConfig
 from pipeline.config import DataConfig
 from pipeline.reader import table as tables
-from pipeline.reader.buffers import BatchBuffers, tensors
+from pipeline.reader.buffers import BatchBuffers
+from pipeline.reader.device import DeviceStage
 from pipeline.reader.faults import FaultLog, RetryPolicy
-from pipeline.reader.fetch import Fetcher, LocalFetcher
+from pipeline.reader.fetch import open_fetcher
 from pipeline.reader.meter import Meter, pooled
 from pipeline.reader.order import Drawn, Stream, rank_part
 from pipeline.reader.sample import SampleReader
@@ -76,7 +78,7 @@ class Reader:
         self._device = torch.device(device) if device is not None and torch.device(device).type == "cuda" else None
         self.faults = FaultLog(int(data.error_budget * len(self.table) / world))
         policy = policy or RetryPolicy(retries=data.retries, timeout_s=data.timeout_s)
-        self._fetcher = _open_fetcher(self.table, model.modalities, data, policy, self.faults)
+        self._fetcher = open_fetcher(self.table, model.modalities, data, policy, self.faults)
         self._samples = SampleReader(self.table, data, model.modalities, seed, self._fetcher, self.faults, views)
         configs = self._samples.configs
         self._ring = [
@@ -88,7 +90,6 @@ class Reader:
         self._pool = ThreadPoolExecutor(data.threads, "reader") if data.threads else None
         self._base = 0  # stream number of the first batch
         self._meter = Meter()
-        self._copies = torch.cuda.Stream(self._device) if self._device is not None else None
         self._restart()
 
     # --- what it is
@@ -167,9 +168,10 @@ class Reader:
         return self
 
     def __next__(self) -> Batch:
-        if self._device is not None:
-            return self._next_on_device()
-        batch, self._next, _ = self._take()
+        if self._stage is None:
+            batch, self._next, _ = self._take()
+        else:
+            batch, self._next = self._stage.next(self._take)
         return batch
 
     def _restart(self) -> None:
@@ -178,7 +180,7 @@ class Reader:
         self._ahead: deque[tuple[BatchBuffers, list[Future[None]], int]] = deque()
         self._free = deque(self._ring)
         self._held: deque[BatchBuffers] = deque()
-        self._staged: deque[tuple[Batch, Any, int]] = deque()
+        self._stage: DeviceStage | None = None if self._device is None else DeviceStage(self._device)
         self._ticket = 0
         self._fetcher.follow(self._rows_ahead())
 
@@ -220,7 +222,7 @@ class Reader:
             cuts = [count * n // number for n in range(number + 1)]
             futures = [
                 self._pool.submit(self._fill, buffers, drawn, a, b, self._ticket + a)
-                for a, b in zip(cuts, cuts[1:])
+                for a, b in itertools.pairwise(cuts)
                 if b > a
             ]
         self._ticket += count
@@ -255,31 +257,6 @@ class Reader:
         self._meter.batch(buffers.filled, batch.metrics["data_wait_s"])
         return batch, end, buffers
 
-    def _stage(self) -> bool:
-        """Starts the copy of one more batch to the device, on a stream of its own; false at the end."""
-        try:
-            batch, end, buffers = self._take()
-        except StopIteration:
-            return False
-        with torch.cuda.stream(self._copies):
-            moved = batch.to(self._device, non_blocking=True)
-            buffers.copied = torch.cuda.Event()
-            buffers.copied.record(self._copies)
-        self._staged.append((moved, end, buffers.copied))
-        return True
-
-    def _next_on_device(self) -> Batch:
-        while len(self._staged) < 2 and self._stage():
-            pass
-        if not self._staged:
-            raise StopIteration
-        batch, self._next, copied = self._staged.popleft()
-        compute = torch.cuda.current_stream(self._device)
-        compute.wait_event(copied)
-        for tensor in tensors(batch):
-            tensor.record_stream(compute)
-        return batch
-
     # --- figures and end
 
     def metrics(self) -> dict[str, float]:
@@ -310,12 +287,3 @@ class Reader:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _open_fetcher(
-    table: tables.Table, modalities: tuple[str, ...], data: DataConfig, policy: RetryPolicy, faults: FaultLog
-) -> Fetcher:
-    start, stop = table.spans(modalities)
-    spans = (start.tolist(), stop.tolist())
-    shard_of = table.shard_N.tolist()
-    return LocalFetcher(table.shard_urls, shard_of, spans, policy, faults)
