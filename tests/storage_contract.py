@@ -45,12 +45,17 @@ def a_failed_write_leaves_the_old(url: str) -> None:
         if old is not None:
             storage.write_atomic(path, old)
         for size in (1, BIG):
-            with pytest.raises(RuntimeError, match="half"), storage.open_atomic(path) as stream:
-                stream.write(b"n" * size)
-                raise RuntimeError("half written")
+            with pytest.raises(RuntimeError, match="half"):
+                _write_half(path, size)
             assert storage.exists(path) == (old is not None)
             assert old is None or storage.read_bytes(path) == old
         assert storage.list_names(url) == ([] if old is None else ["a"])
+
+
+def _write_half(path: str, size: int) -> None:
+    with storage.open_atomic(path) as stream:
+        stream.write(b"n" * size)
+        raise RuntimeError("half written")
 
 
 def nothing_shows_before_the_end(url: str) -> None:

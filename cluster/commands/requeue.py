@@ -14,7 +14,7 @@ from cluster import logs, storage
 from cluster.exit_codes import REQUEUE
 from cluster.rundir import RunDir
 from cluster.slurm.commands import call, job_fields
-from cluster.slurm.requeue import Attempt, decide, read_attempts, record_attempt
+from cluster.slurm.requeue import Attempt, decide, is_ended_by_slurm, read_attempts, record_attempt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,14 +29,14 @@ def main(args: argparse.Namespace) -> int:
     run = RunDir(record["run_dir"])
     job = os.environ.get("SLURM_JOB_ID", "")
     attempt = read_attempt(run, args.job_dir, job, args.code, args.asked_to_stop)
-    state = job_fields(job).get("JobState", "UNKNOWN") if job else "UNKNOWN"
-    decision = decide(attempt, read_attempts(args.job_dir), state, record.get("max_requeues"))
+    ended = is_ended_by_slurm(job_fields(job)) if job else False
+    decision = decide(attempt, read_attempts(args.job_dir), ended, record.get("max_requeues"))
     record_attempt(args.job_dir, attempt, decision)
     print(f"{decision.action}: {decision.why}", flush=True)
     _upload_logs(record, run)
     if decision.action == "done":
         return 0
-    if decision.action == "stop":
+    if decision.action in ("stop", "leave"):
         return attempt.code or 1
     if args.chained:
         print("the next job of the chain continues", flush=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from cluster import storage
@@ -37,20 +37,24 @@ class Attempt:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """action: `done`, `requeue` or `stop`; why: one line for the log."""
+    """action: `done`, `requeue`, `stop` (for good), `leave` (SLURM itself ends or requeues the job); why: one line."""
 
-    action: Literal["done", "requeue", "stop"]
+    action: Literal["done", "requeue", "stop", "leave"]
     why: str
 
 
-def decide(attempt: Attempt, earlier: Sequence[Attempt], job_state: str, max_requeues: int | None = None) -> Decision:
-    """What to do after `attempt`, given the attempts before it (oldest first) and the job's state in the queue."""
-    if job_state.startswith("CANCELLED"):
-        return Decision("stop", "the job was cancelled")
+def decide(
+    attempt: Attempt, earlier: Sequence[Attempt], ended_by_slurm: bool = False, max_requeues: int | None = None
+) -> Decision:
+    """What to do after `attempt`, given the attempts before it (oldest first)."""
     if attempt.code == DONE and not attempt.checkpointed:
         return Decision("done", f"finished at step {attempt.step}")
     if attempt.code == USAGE:
         return Decision("stop", f"bad configuration, starting again cannot help: {attempt.error}")
+    if ended_by_slurm:
+        return Decision(
+            "leave", "SLURM is ending this start itself: cancelled, or put back into the queue by someone else"
+        )
     if max_requeues is not None and len(earlier) >= max_requeues:
         return Decision("stop", f"the limit of {max_requeues} requeues is reached")
     if not attempt.failed:
@@ -62,6 +66,16 @@ def decide(attempt: Attempt, earlier: Sequence[Attempt], job_state: str, max_req
     if any(same_failure(attempt, other) for other in earlier):
         return Decision("stop", f"failed twice at step {attempt.step} with the same error: {attempt.error}")
     return Decision("requeue", f"failed at step {attempt.step} for the first time like this: {attempt.error}")
+
+
+def is_ended_by_slurm(fields: Mapping[str, str]) -> bool:
+    """Whether a job (as `scontrol show job` has it) was cancelled or requeued from outside while its script still runs.
+
+    SLURM shows both as COMPLETING; requeueing again would bring a cancelled job back. A job at its time limit looks the
+    same but for the reason, and does want to come back.
+    """
+    state = fields.get("JobState", "")
+    return state.startswith("CANCELLED") or (state == "COMPLETING" and fields.get("Reason") != "TimeLimit")
 
 
 def same_failure(a: Attempt, b: Attempt) -> bool:

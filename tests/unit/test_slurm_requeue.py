@@ -13,15 +13,23 @@ from cluster import logs
 from cluster.commands.requeue import read_attempt
 from cluster.exit_codes import REQUEUE, USAGE
 from cluster.rundir import RunDir
-from cluster.slurm.requeue import NO_PROGRESS_LIMIT, Attempt, decide, read_attempts, record_attempt, signature
+from cluster.slurm.requeue import (
+    NO_PROGRESS_LIMIT,
+    Attempt,
+    decide,
+    is_ended_by_slurm,
+    read_attempts,
+    record_attempt,
+    signature,
+)
 
 
 def attempt(code: int = 1, step: int = 10, error: str = "boom", checkpointed: bool = False) -> Attempt:
     return Attempt("1", 0, code, step, error, checkpointed)
 
 
-def action(last: Attempt, *earlier: Attempt, state: str = "RUNNING", limit: int | None = None) -> str:
-    return decide(last, earlier, state, limit).action
+def action(last: Attempt, *earlier: Attempt, ended: bool = False, limit: int | None = None) -> str:
+    return decide(last, earlier, ended, limit).action
 
 
 def test_each_ending_has_its_decision() -> None:
@@ -31,8 +39,12 @@ def test_each_ending_has_its_decision() -> None:
     assert action(attempt(code=137, error="killed")) == "requeue"
 
 
-def test_cancelled_jobs_stay_cancelled() -> None:
-    assert action(attempt(code=0, checkpointed=True), state="CANCELLED+") == "stop"
+def test_what_slurm_ends_itself_is_left_to_it() -> None:
+    assert action(attempt(code=0, checkpointed=True), ended=True) == "leave"
+    assert action(attempt(), attempt(), ended=True) == "leave"
+    ended = {"CANCELLED": True, "COMPLETING": True, "RUNNING": False, "": False}
+    assert {state: is_ended_by_slurm({"JobState": state, "Reason": "None"}) for state in ended} == ended
+    assert not is_ended_by_slurm({"JobState": "COMPLETING", "Reason": "TimeLimit"})
 
 
 def test_twice_at_the_same_step_with_the_same_error_stops() -> None:
@@ -76,7 +88,7 @@ def test_a_run_that_makes_no_progress_ends(starts: list[tuple[int, str, bool]]) 
 def test_attempts_are_kept_and_the_end_is_marked(tmp_path: Path) -> None:
     folder = str(tmp_path)
     for last in (attempt(step=1), attempt(step=1)):
-        record_attempt(folder, last, decide(last, read_attempts(folder), "RUNNING"))
+        record_attempt(folder, last, decide(last, read_attempts(folder)))
     assert [a["action"] for a in json.loads((tmp_path / "attempts.json").read_text())] == ["requeue", "stop"]
     assert "failed twice at step 1" in (tmp_path / "stopped").read_text()
     assert read_attempts(folder) == [attempt(step=1)] * 2

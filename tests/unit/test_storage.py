@@ -63,7 +63,8 @@ def test_kill_at_any_moment_leaves_a_whole_version(tmp_path: Path) -> None:
     whole = 64 * 65536
     for _ in range(8):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, env=ENVIRONMENT)
-        assert writer.stdout and writer.stdout.readline() == b"ready\n"
+        assert writer.stdout
+        assert writer.stdout.readline() == b"ready\n"
         time.sleep(chance.uniform(0, 0.05))  # the moment itself is what is varied
         writer.send_signal(signal.SIGKILL)
         writer.wait()

@@ -1,0 +1,139 @@
+"""What a job and its run look like now: the queue's view, the run directory's view, and the log that explains a failure."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from cluster import logs, storage
+from cluster.errors import RunFailure, UsageError
+from cluster.rundir import RunDir
+from cluster.slurm.commands import call, job_fields
+
+
+def find_record(job_or_folder: str) -> tuple[str, dict[str, Any]]:
+    """(job folder, its `job.json`) of a SLURM job number, a run or shard directory, or a job folder itself.
+
+    Raises:
+        UsageError: nothing of ours is known under that name.
+    """
+    for folder in (
+        job_or_folder,
+        *_latest(storage.join(job_or_folder, "jobs")),
+        *_latest(f"{job_or_folder.rstrip('/')}.jobs"),
+    ):
+        record = _read(storage.join(folder, "job.json"))
+        if record:
+            return folder, record
+    if not job_or_folder.split("_")[0].isdigit():
+        raise UsageError(
+            f"{job_or_folder} is neither a job number nor a folder with a submission in it (jobs/NNN/job.json)"
+        )
+    fields = job_fields(job_or_folder)
+    if not fields:
+        raise UsageError(f"SLURM does not know job {job_or_folder} (any more); give its run directory instead")
+    folder = os.path.dirname(fields.get("Command", ""))
+    record = _read(storage.join(folder, "job.json")) if folder else None
+    if not record:
+        raise UsageError(f"job {job_or_folder} ({fields.get('JobName')}) was not submitted by `cluster submit`")
+    return folder, record
+
+
+def list_jobs() -> list[str]:
+    """Numbers of this user's jobs in the queue whose scripts are ours, oldest first."""
+    found = []
+    for number in call(["squeue", "--me", "--noheader", "--sort=i", "--format=%F"]).split():
+        if number not in found and _is_ours(number):
+            found.append(number)
+    return found
+
+
+def report(folder: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything `cluster status` shows, as plain JSON types."""
+    run = RunDir(record["run_dir"])
+    attempts = _read(storage.join(folder, "attempts.json")) or []
+    queue = [_queue_row(job) for job in record.get("jobs", [])]
+    return {
+        "kind": record["kind"], "run_dir": record["run_dir"], "job_dir": folder, "code": record["code"].get("revision"),
+        "jobs": queue, "starts": len(attempts) + any(row["state"] == "RUNNING" for row in queue),
+        "last_decision": f"{attempts[-1]['action']}: {attempts[-1]['why']}" if attempts else None,
+        **(_run_view(run) if record["kind"] == "train" else _build_view(record["run_dir"])),
+        "failure": _failure(run, record, attempts),
+    }  # fmt: skip
+
+
+def _run_view(run: RunDir) -> dict[str, Any]:
+    lines = run.read_metrics()
+    last = lines[-1] if lines else {}
+    checkpoints = [name for name in storage.list_names(run.checkpoints_url) if name.startswith("step-")]
+    resolved = (run.read_resolved() or {}).get("config", {})
+    return {
+        "step": last.get("step"), "steps": resolved.get("train", {}).get("steps"), "loss": last.get("loss"),
+        "samples_per_s": last.get("samples_per_s"), "last_checkpoint": _latest_checkpoint(run, checkpoints),
+        "mlflow_run": run.run_id,
+    }  # fmt: skip
+
+
+def _build_view(url: str) -> dict[str, Any]:
+    names = storage.list_names(url)
+    return {"shards": sum(name.endswith(".tar") for name in names), "merged": "manifest.json" in names}
+
+
+def _latest_checkpoint(run: RunDir, names: list[str]) -> str | None:
+    """What LATEST points at; it moves only when a checkpoint is complete."""
+    try:
+        text = storage.read_bytes(storage.join(run.checkpoints_url, "LATEST")).decode().strip()
+    except FileNotFoundError:
+        return None
+    return next((name for name in names if name in text), text)
+
+
+def _queue_row(job: str) -> dict[str, Any]:
+    try:
+        fields = job_fields(job)
+    except RunFailure as failure:
+        return {"job": job, "state": "UNKNOWN", "reason": str(failure), "nodes": None, "restarts": None}
+    if not fields:
+        return {"job": job, "state": "GONE", "reason": "no longer in the queue", "nodes": None, "restarts": None}
+    reason = fields.get("Reason")
+    return {
+        "job": job, "state": fields.get("JobState"), "reason": None if reason in ("None", None) else reason,
+        "nodes": fields.get("NodeList") or None, "restarts": int(fields.get("Restarts", "0")),
+    }  # fmt: skip
+
+
+def _failure(run: RunDir, record: Mapping[str, Any], attempts: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The rank that failed first in the last start that failed, and the end of its log; None while all is well."""
+    recorded = logs.read_failures(run.logs_url) if record["kind"] == "train" else []
+    if not recorded and not (attempts and attempts[-1]["action"] == "stop"):
+        return None
+    rank = recorded[0]["rank"] if recorded else 0
+    logs_dir = record["logs_dir"] if os.path.isdir(record["logs_dir"]) else run.logs_url
+    error = recorded[0]["error"] if recorded else attempts[-1]["error"]
+    return {"rank": rank, "error": error, "tail": logs.tail(storage.join(logs_dir, logs.rank_log_name(rank)))}
+
+
+def _is_ours(job: str) -> bool:
+    try:
+        find_record(job)
+    except (UsageError, RunFailure):
+        return False
+    return True
+
+
+def _latest(jobs_dir: str) -> list[str]:
+    """The newest submission folder under `jobs_dir`, as a list of one or none."""
+    try:
+        numbers = [name for name in storage.list_names(jobs_dir) if name.isdigit()]
+    except OSError:
+        return []
+    return [storage.join(jobs_dir, max(numbers))] if numbers else []
+
+
+def _read(url: str) -> Any:
+    try:
+        return json.loads(storage.read_bytes(url))
+    except (OSError, ValueError):
+        return None
