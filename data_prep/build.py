@@ -28,18 +28,19 @@ from cluster.config import to_dict
 from cluster.errors import RunFailure, UsageError
 from cluster.progress import Progress
 from data_prep import merge
-from data_prep.config import BuildConfig
+from data_prep.config import BuildConfig, GridConfig
 from data_prep.plan import Plan, PlannedShard, make_plan, read_catalogs
 from data_prep.pool import run_jobs
 from data_prep.sample import SampleError
 from data_prep.schema import CLEAR, SiteArrays
 from data_prep.shards import FAULTS, ShardWriter
+from data_prep.sources import read_site
 from data_prep.sources.records import SiteRecord, SourceFault
 from data_prep.split import cell_of
 
 PLAN = "plan.json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-Read = Callable[[SiteRecord, Any], SiteArrays]
+Read = Callable[[SiteRecord, GridConfig], SiteArrays]
 
 
 @dataclass(frozen=True)
@@ -158,9 +159,7 @@ def build_shard(
 
     Raises RunFailure when there is no space left.
     """
-    if read is None:
-        from data_prep.sources import read_site as read
-    reading: Read = read
+    reading = read or read_site
     url, name, config = job.config.output.url, job.shard.name, job.config
     clock = Stages()
     faults: list[dict[str, str]] = []

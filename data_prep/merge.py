@@ -112,6 +112,7 @@ def merge_parts(
     manifest = _manifest(url, kept, config, classes) | dict(extra or {})
     manifest["index"] = {"sha256": index_sha256, "bytes": index_bytes}
     manifest["faults"] = len(faults)
+    manifest["plan"] = plan
     storage.write_atomic(storage.join(url, MANIFEST), dump(manifest, indent=1))
     return manifest
 

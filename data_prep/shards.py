@@ -14,7 +14,7 @@ import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +28,7 @@ from data_prep.index import row_of
 from data_prep.sample import check_site, decode_members, encode_members, load_json
 from data_prep.schema import CLEAR, CLOUD, SCHEMA_VERSION, BandStatistics, SiteArrays
 from data_prep.statistics import Histograms, statistics_from_json
-from data_prep.tar import TarWriter
+from data_prep.tar import TarWriter, Writable
 
 MANIFEST, INDEX, FAULTS = "manifest.json", "index.parquet", "faults.jsonl"
 
@@ -40,16 +40,13 @@ def shard_name(split: str, number: int) -> str:
 class ShardWriter:
     """Turns sites into one tar, its index rows and its statistics."""
 
-    def __init__(self, stream: IO[bytes], name: str, split: str, codecs: CodecsConfig) -> None:
+    def __init__(self, stream: Writable, name: str, split: str, codecs: CodecsConfig) -> None:
         self._tar, self._name, self._split, self._codecs = TarWriter(stream), name, split, codecs
+        self.bytes_written = 0
         self.rows: list[dict[str, Any]] = []
         self.histograms = Histograms()
         self.classes: dict[str, list[str]] = {}
         self.radiometry: dict[str, int] = {}
-
-    @property
-    def bytes_written(self) -> int:
-        return self._tar.position
 
     def encode(self, site: SiteArrays) -> list[tuple[str, bytes]]:
         """Checks a site and encodes its members. Raises SampleError; nothing is written yet."""
@@ -64,10 +61,13 @@ class ShardWriter:
         self.histograms.add(site)
         self.classes |= site.classes
         count_radiometry(self.radiometry, info)
+        self.bytes_written = self._tar.position
 
     def close(self) -> str:
         """Ends the tar; returns its sha256."""
-        return self._tar.close()
+        sha256 = self._tar.close()
+        self.bytes_written = self._tar.position
+        return sha256
 
 
 def cloud_share(site: SiteArrays) -> float | None:
@@ -90,7 +90,7 @@ def count_radiometry(counts: dict[str, int], info: Mapping[str, Any]) -> None:
             counts[line] = counts.get(line, 0) + 1
 
 
-RADIOMETRY_KEYS = ("offset_applied", "gain", "baseline", "basis", "unit", "converted", "flags")
+RADIOMETRY_KEYS = ("offset_applied", "gain", "baseline", "basis", "source_unit", "calibration", "position", "flags")
 
 
 @dataclass(frozen=True)

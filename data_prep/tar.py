@@ -6,12 +6,24 @@ import hashlib
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO
+from typing import Protocol
 
 import google_crc32c
 
 BLOCK = 512
 END = bytes(2 * BLOCK)
+
+
+class Readable(Protocol):
+    """Anything that reads forward."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
+class Writable(Protocol):
+    """Anything that takes bytes."""
+
+    def write(self, data: bytes, /) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,7 @@ class Entry:
 class TarWriter:
     """Appends files to a stream; `sha256` and `position` describe everything written so far."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    def __init__(self, stream: Writable) -> None:
         self._stream, self._digest, self.position = stream, hashlib.sha256(), 0
 
     def add(self, name: str, data: bytes) -> Entry:
@@ -41,7 +53,9 @@ class TarWriter:
         info.size = len(data)
         start = self.position
         self._write(info.tobuf(tarfile.USTAR_FORMAT))
-        entry = Entry(name, start, self.position, len(data), hashlib.sha256(data).hexdigest(), google_crc32c.value(data))
+        entry = Entry(
+            name, start, self.position, len(data), hashlib.sha256(data).hexdigest(), google_crc32c.value(data)
+        )
         self._write(data)
         self._write(bytes(-len(data) % BLOCK))
         return entry
@@ -57,7 +71,7 @@ class TarWriter:
         self.position += len(data)
 
 
-def walk(stream: IO[bytes]) -> Iterator[tuple[Entry, bytes]]:
+def walk(stream: Readable) -> Iterator[tuple[Entry, bytes]]:
     """(entry, data) of every file of a tar that we wrote, in order, with sha256 computed.
 
     Raises ValueError for a tar that is cut short, has no end marker, or holds anything but plain files.
@@ -87,7 +101,7 @@ def walk(stream: IO[bytes]) -> Iterator[tuple[Entry, bytes]]:
         position += BLOCK + padded
 
 
-def samples(stream: IO[bytes]) -> Iterator[tuple[str, list[Entry], dict[str, bytes]]]:
+def samples(stream: Readable) -> Iterator[tuple[str, list[Entry], dict[str, bytes]]]:
     """(key, entries, data by suffix) of every sample of a shard: adjacent files that share the name up to the first dot."""
     key: str = ""
     entries: list[Entry] = []

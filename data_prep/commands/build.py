@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", type=int, metavar="I", help="make only this share of the shards, counted from 0")
     parser.add_argument("--tasks", type=int, metavar="N", help="number of shares")
     parser.add_argument("--retry-faults", action="store_true", help="make shards with faulty sites again")
+    parser.add_argument("--dry-run", action="store_true", help="check and resolve the config; read and write nothing else")
     parser.add_argument("--json", action="store_true", help="last line: the figures as one JSON object")
 
 
@@ -37,6 +38,8 @@ def main(args: argparse.Namespace) -> int:
     from data_prep.config import BuildConfig
 
     config = settings.load(BuildConfig, args.config, args.overrides)
+    if args.dry_run:
+        return dry_run(config, args.json)
     task, tasks = array_share(args.task, args.tasks, os.environ)
     from data_prep.build import build, over_budget
 
@@ -51,6 +54,19 @@ def main(args: argparse.Namespace) -> int:
             f"error_budget={config.error_budget}; first: {outcome.faults[0]['site']}: {outcome.faults[0]['why']}; all are in "
             f"{config.output.url.rstrip('/')}/faults.jsonl; mend them and add --retry-faults, or raise error_budget"
         )
+    return 0
+
+
+def dry_run(config: BuildConfig, as_json: bool) -> int:
+    """What the config resolves to (`cluster submit build` freezes it)."""
+    import json
+
+    from cluster.cli import print_json
+    from cluster.config import fingerprint, to_dict
+
+    print(json.dumps(to_dict(config), indent=1))
+    if as_json:
+        print_json({"fingerprint": fingerprint(config), "resolved": to_dict(config)})
     return 0
 
 
