@@ -67,11 +67,11 @@ class Grid:
         return size * METRES_PER_DEGREE * math.sqrt(max(math.cos(math.radians(latitude)), 1e-6))
 
 
-def grid_over(crs: str, bounds: Bounds, gsd: float) -> Grid:
+def grid_over(crs: str, bounds: Bounds, gsd: float, gsd_y: float | None = None) -> Grid:
     """The north-up grid that covers `bounds` exactly with pixels of about `gsd` (exactly, when the side is a multiple)."""
     xmin, ymin, xmax, ymax = bounds
     width = max(round((xmax - xmin) / gsd), 1)
-    height = max(round((ymax - ymin) / gsd), 1)
+    height = max(round((ymax - ymin) / (gsd_y or gsd)), 1)
     return Grid(crs, ((xmax - xmin) / width, 0.0, xmin, 0.0, -(ymax - ymin) / height, ymax), width, height)
 
 

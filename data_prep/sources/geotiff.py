@@ -66,9 +66,9 @@ def sites(url: str) -> list[tuple[str, ...]]:
 def item(url: str, site: tuple[str, ...]) -> dict[str, Any]:
     """One image (or label) as a STAC item. Raises SourceFault when the sensor cannot be told."""
     folder, image, kind, *hrefs = site
-    item_id = re.sub(
-        r"[^A-Za-z0-9_-]+", "_", "_".join(filter(None, (folder.rpartition("/")[2], image, kind.split()[-1])))
-    )
+    parent = folder.rpartition("/")[2]
+    parts = (parent if parent != image else "", image, kind.split()[1] if kind.startswith("label") else "")
+    item_id = re.sub(r"[^A-Za-z0-9_-]+", "_", "_".join(filter(None, parts)))
     match = _PATCH.search(image)
     name = match[1] if match else image
     if kind.startswith("label"):
@@ -76,7 +76,7 @@ def item(url: str, site: tuple[str, ...]) -> dict[str, Any]:
         label = AssetFields("label", hrefs[0], grid=fields.grid, nodata=fields.nodata, data_type=fields.data_type)
         return make_item(item_id, {kind.split()[1]: label}, site=name)
     if kind == "bands":
-        return make_item(item_id, {b: a for b, a in (_band_asset(href, image, item_id) for href in hrefs)}, site=name)
+        return make_item(item_id, dict(_band_asset(href, image, item_id) for href in hrefs), site=name)
     fields = raster_fields(hrefs[0], item_id)
     return make_item(item_id, {"image": _image_asset(hrefs[0], image, item_id, fields)}, site=name)
 

@@ -89,9 +89,9 @@ class RasterCube:
             self._places.setdefault(band, (dataset, index, asset))
 
     def _grid_of(self, dataset: Any, asset: Asset) -> Grid:
-        if dataset.crs is None or dataset.transform.is_identity:
-            if asset.grid is not None and asset.grid.shape == (dataset.height, dataset.width):
-                return asset.grid
+        placed = dataset.crs is not None and not dataset.transform.is_identity
+        if not placed and asset.grid is not None and asset.grid.shape == (dataset.height, dataset.width):
+            return asset.grid
         return raster_grid(dataset, asset.id)
 
     def _layers(self, wanted: tuple[str, ...]) -> list[Layer]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep.geo import Grid, grid_over
+from data_prep.geo import Grid, grid_over, same_crs
 from data_prep.harmonise import (
     Decision,
     backscatter,
@@ -96,24 +97,14 @@ def image_groups(record: SiteRecord, modality: str) -> list[tuple[list[Asset], A
     return [(assets, clouds.get(assets[0].id.rsplit("/", 1)[0])) for assets in groups.values()]
 
 
-def _target(record: SiteRecord, modality: str, native: Grid, grid: GridConfig) -> Grid:
-    """The modality's pixel grid over the footprint: the configured pixel size, else the source's own."""
+def target_grid(record: SiteRecord, modality: str, native: Grid, grid: GridConfig) -> Grid:
+    """The modality's pixel grid over the footprint: the configured pixel size, else the source's own (even if not square)."""
     gsd = grid.hr_gsd_m if modality == "hr" else grid.series_gsd_m
-    if gsd is None:
-        if is_copy(
-            native, dataclasses.replace(native, crs=record.crs)
-        ):  # same CRS: keep even pixels that are not square
-            return _native_over(record, native)
-        gsd = native.gsd_m()
-    return grid_over(record.crs, record.footprint, gsd)
-
-
-def _native_over(record: SiteRecord, native: Grid) -> Grid:
-    """The source's own pixels where its grid meets the footprint's corners, else pixels of its size counted from the corner."""
-    xmin, ymin, xmax, ymax = record.footprint
-    a, _, c, _, e, f = native.transform
-    width, height = max(round((xmax - xmin) / abs(a)), 1), max(round((ymax - ymin) / abs(e)), 1)
-    return Grid(record.crs, ((xmax - xmin) / width, 0.0, xmin, 0.0, -(ymax - ymin) / height, ymax), width, height)
+    if gsd is not None:
+        return grid_over(record.crs, record.footprint, gsd)
+    if same_crs(native.crs, record.crs) and native.is_north_up:
+        return grid_over(record.crs, record.footprint, native.transform[0], -native.transform[4])
+    return grid_over(record.crs, record.footprint, native.gsd_m())
 
 
 def _read_modality(record: SiteRecord, modality: str, grid: GridConfig) -> Series | None:
@@ -126,7 +117,9 @@ def _read_modality(record: SiteRecord, modality: str, grid: GridConfig) -> Serie
         wanted = MODALITIES[modality].bands
         with contextlib.closing(open_cube(assets, wanted, cloud)) as cube:
             if target is None:
-                target = _target(record, modality, min((y.grid for y in cube.layers), key=lambda g: g.gsd_m()), grid)
+                target = target_grid(
+                    record, modality, min((y.grid for y in cube.layers), key=lambda g: g.gsd_m()), grid
+                )
             _check_overlap(cube, target)
             dates = [d for d in range(len(cube.dates)) if keep is None or (number, d) in keep]
             frames += _frames(tuple(assets), cube, modality, dates, target)
@@ -173,7 +166,7 @@ def _check_overlap(cube: Cube, target: Grid) -> None:
 
 
 def _refuse_repeats(record: SiteRecord, modality: str, frames: list[Frame]) -> None:
-    for before, after in zip(frames, frames[1:]):
+    for before, after in itertools.pairwise(frames):
         if before.datetime and (before.datetime, before.product_id) == (after.datetime, after.product_id):
             raise SourceFault(
                 f"{record.key}/{modality}",

@@ -54,6 +54,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow
+import pyarrow.fs  # (stac_geoparquet uses it without importing it)
 import pyarrow.parquet
 
 from cluster.errors import UsageError
@@ -126,7 +127,6 @@ def _json_items(url: str, strict: bool = True) -> Iterator[dict[str, Any]]:
 
 
 def _parquet_items(url: str) -> Iterator[dict[str, Any]]:
-    import pyarrow.fs  # (stac_geoparquet uses it without importing it)
     import stac_geoparquet.arrow  # slow to import, and only catalogs in parquet need it
 
     try:
@@ -232,7 +232,7 @@ def _asset(item: dict[str, Any], name: str, fields: dict[str, Any]) -> Asset | N
     raw_names = [
         str(band.get("name") or band.get("eo:common_name") or band.get("common_name") or "") for band in listed
     ]
-    modality = _modality(fields, name, raw_names)
+    modality = _modality(fields, properties, name, raw_names)
     if modality is None:
         return None
     product = str(said(*PRODUCT_FIELDS[:-1]) or "")
@@ -275,7 +275,7 @@ def _asset(item: dict[str, Any], name: str, fields: dict[str, Any]) -> Asset | N
     )
 
 
-def _modality(fields: dict[str, Any], name: str, bands: list[str]) -> str | None:
+def _modality(fields: dict[str, Any], properties: dict[str, Any], name: str, bands: list[str]) -> str | None:
     explicit = fields.get("geoloom:modality")
     if explicit is not None:
         if explicit not in MODALITY_ROLES:
@@ -299,15 +299,11 @@ def _modality(fields: dict[str, Any], name: str, bands: list[str]) -> str | None
     known = {band_name(band) for band in bands or [name]}
     if known & {"VV", "VH"}:
         return "s1"
-    if (
-        key in ("visual", "image", "hr", "rgb", "rgbn")
-        or set(bands)
-        and all(b.lower() in HR_ALIASES or b in HR_BANDS for b in bands)
-    ):
-        # one file of red, green, blue is an aerial image; red alone is a Sentinel-2 band
-        return (
-            "hr" if len(bands) in (0, 3, 4) and (key != "visual" or not bands) else ("s2" if len(bands) == 1 else "hr")
-        )
+    colours = len(bands) in (3, 4) and all(band.lower() in HR_ALIASES or band in HR_BANDS for band in bands)
+    if colours or (not bands and key in ("visual", "image", "hr", "rgb", "rgbn")):
+        # one file of red, green, blue is an aerial image, unless it is the 10 m preview of a Sentinel-2 scene
+        sentinel = "sentinel-2" in f"{properties.get('constellation', '')} {properties.get('platform', '')}".lower()
+        return None if sentinel else "hr"
     if known & set(S2_BANDS):
         return "s2"
     return None

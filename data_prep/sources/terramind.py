@@ -55,8 +55,8 @@ def item(url: str, site: tuple[str, ...]) -> dict[str, Any]:
         assets[name] = fields
     if not assets:
         raise faults[0]
-    for fault in faults:  # stays in the catalog without a grid, so that the build meets and counts it
-        folder = fault.asset.rsplit("/", 1)[1]
+    for unread in faults:  # stays in the catalog without a grid, so that the build meets and counts it
+        folder = unread.asset.rsplit("/", 1)[1]
         modality = {"S2L2A": "s2", "S2L1C": "s2_l1c", "LULC": "label"}.get(folder, "s1")
         assets[modality if modality != "label" else "lulc"] = AssetFields(modality, join(url, folder, f"{stem}.tif"))
     has_label = "lulc" in assets
