@@ -164,9 +164,9 @@ class SlurmCluster:
         self.wait(lambda: self.job(job).get("JobState") in states, f"job {job} {' or '.join(states)}", timeout)
         return self.job(job)
 
-    def task_processes(self, name: str | None = None) -> list[int]:
-        """Processes of jobs on a node (None: on all), without SLURM's own step daemons."""
-        return [p for p in self._processes_of(name) if _comm(p) not in ("slurmstepd", "slurmd", "srun")]
+    def task_processes(self, name: str, job: str) -> list[int]:
+        """Processes of a job's tasks on a node, shells first, without SLURM's own."""
+        return [p for p in self._processes_of(name, job) if _comm(p) not in ("slurmstepd", "slurmd", "srun")]
 
     # --- inside
 
@@ -240,14 +240,18 @@ class SlurmCluster:
             daemon.kill()
             daemon.wait()
 
-    def _processes_of(self, name: str | None) -> list[int]:
-        """Processes that carry this cluster's SLURM_CONF (and the node's name), and the step daemons above them."""
+    def _processes_of(self, name: str | None, job: str | None = None) -> list[int]:
+        """Processes that carry this cluster's SLURM_CONF (the node's name, the job), and the step daemons above them."""
         found: set[int] = set()
         for process, environment in _environments():
             inside = (
                 environment.get("SLURM_CONF") == self.environment["SLURM_CONF"] and "SLURMD_NODENAME" in environment
             )
-            if inside and name in (None, environment["SLURMD_NODENAME"]):
+            if (
+                inside
+                and name in (None, environment["SLURMD_NODENAME"])
+                and job in (None, environment.get("SLURM_JOB_ID"))
+            ):
                 found.add(process)
                 parent = _parent(process)
                 if _comm(parent) == "slurmstepd":

@@ -60,13 +60,14 @@ def build_script(job: Job, tasks: int) -> str:
     return _head(job, settings, {"TASKS": str(tasks)}) + BUILD_BODY.replace("@SRUN@", _srun(job))
 
 
-def merge_script(job: Job, tasks: int) -> str:
-    """The job that joins the array tasks' parts, submitted with a dependency on the array."""
+def merge_script(job: Job) -> str:
+    """The job that writes index and manifest, submitted with a dependency on the array. (The last array task to finish does
+    so too; this job succeeds only if all shards are there.)"""
     settings: dict[str, str | None] = {
         "nodes": "1", "ntasks": "1", "open-mode": "append", "requeue": None, "kill-on-invalid-dep": "yes",
         **_resources(dataclasses.replace(job, gpus_per_node=0)),
     }  # fmt: skip
-    head = _head(dataclasses.replace(job, name=f"{job.name}-merge"), settings, {"TASKS": str(tasks)})
+    head = _head(dataclasses.replace(job, name=f"{job.name}-merge"), settings, {})
     return head + MERGE_BODY.replace("@SRUN@", _srun(job))
 
 
@@ -247,7 +248,7 @@ MERGE_BODY = (
 """
     + COMMON_BODY
     + r"""
-srun --export=ALL --ntasks=1@SRUN@ "$PYTHON" -m data_prep build "$JOB_DIR/config.json" --merge --tasks "$TASKS"
+srun --export=ALL --ntasks=1@SRUN@ "$PYTHON" -m data_prep merge "$JOB_DIR/config.json"
 exit $?
 """
 )

@@ -88,7 +88,7 @@ def _scripts(submission: Submission, folder: str) -> dict[str, str]:
         )
     return {
         "job.sbatch": script.build_script(job, submission.tasks),
-        "merge.sbatch": script.merge_script(job, submission.tasks),
+        "merge.sbatch": script.merge_script(job),
     }
 
 

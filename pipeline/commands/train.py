@@ -106,6 +106,7 @@ def run_rank(config: object, ranks: object, resume: str) -> NoReturn:
 def dry_run(config: object, processes: int | None, as_json: bool) -> int:
     """Parameters and FLOPs by arithmetic alone: no torch, no data."""
     from cluster.cli import print_json
+    from cluster.config import fingerprint, to_dict
     from cluster.ranks import Ranks
     from model.counts import table
     from pipeline.config import PretrainConfig
@@ -120,6 +121,6 @@ def dry_run(config: object, processes: int | None, as_json: bool) -> int:
     for name, flops in figures["flops_per_sample"].items():
         if isinstance(flops, int):
             print(f"{name:<14}{flops / 1e9:>12.3f} GFLOP per sample")
-    if as_json:
-        print_json(figures)
+    if as_json:  # `cluster submit` and `cluster plan` read the resolved tree from here
+        print_json({**figures, "fingerprint": fingerprint(config), "resolved": to_dict(config)})
     return 0

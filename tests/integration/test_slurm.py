@@ -137,9 +137,8 @@ def test_a_chain_hands_over(slurm: SlurmCluster, tmp_path: Path) -> None:
 
 def test_a_killed_rank_ends_the_job_at_once_and_it_comes_back(slurm: SlurmCluster, tmp_path: Path) -> None:
     sent = Sent(slurm, tmp_path / "run", step_s=0.2).at_step(3)
-    victims = [
-        p for p in slurm.task_processes("node2") if b"standin_trainer" in Path(f"/proc/{p}/cmdline").read_bytes()
-    ]
+    tasks = slurm.task_processes("node2", sent.job)
+    victims = [p for p in tasks if b"standin_trainer" in Path(f"/proc/{p}/cmdline").read_bytes()]
     os.kill(victims[0], 9)
     sent.ends().assert_every_step_once()
     assert [a["action"] for a in sent.attempts] == ["requeue", "done"]

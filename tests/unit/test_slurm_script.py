@@ -84,7 +84,7 @@ def test_no_value_changes_what_the_script_does(run: str, work: str, name: str, t
         for script, box in (
             (train_script(job), "pipeline"),
             (build_script(job, 4), "data_prep"),
-            (merge_script(job, 4), ""),
+            (merge_script(job), ""),
         ):
             record.unlink(missing_ok=True)
             (folder / "record.srun").unlink(missing_ok=True)
@@ -100,7 +100,7 @@ def test_no_value_changes_what_the_script_does(run: str, work: str, name: str, t
             elif box == "data_prep":
                 assert called[0][2:] == ["-m", "data_prep", "build", config, "--task", "2", "--tasks", "4"]
             else:
-                assert called[0][2:] == ["-m", "data_prep", "build", config, "--merge", "--tasks", "4"]
+                assert called[0][2:] == ["-m", "data_prep", "merge", config]
             assert f"--comment={srun_value}".encode() in (folder / "record.srun").read_bytes().split(b"\0")
         assert not list(folder.rglob("PWNED"))
 
