@@ -32,19 +32,20 @@ from model.batch import Batch, View
 from model.config import ModelConfig, ObjectiveConfig
 from model.decoder import QueryDecoder
 from model.heads import ProjectionHead
-from model.inputs import Validity, normalise, router_layers, view_validity
+from model.inputs import normalise
 from model.losses import qsacl
-from model.losses.correspondence import Grid
 from model.losses.dino import teacher_temperature
 from model.losses.ita import IGNORE, token_classes
-from model.losses.mgcl import ViewTokens, pair_views, pool_student
+from model.losses.mgcl import pair_views, pool_student
 from model.losses.reduce import Reduce
 from model.losses.router import router_terms
-from model.moe.balance import MoEStats, add_stats, describe
+from model.moe.balance import MoEStats, add_stats, describe, reduce_stats
 from model.objective_plan import head_dims, head_of, uses_ita
 from model.skysense import Features, SkySense
 from model.targets import Rows, TeacherScores, TeacherTargets, center
 from model.text import TextAlignment, load_embeddings
+from model.validity import routed_tokens
+from model.view_tokens import view_tokens, view_validity
 
 
 class Student(nn.Module):
@@ -84,7 +85,9 @@ class Student(nn.Module):
             self.alignment = TextAlignment(model.fusion_dim, text_CE, objective.ita_temperature)
         self.spaces = (*model.modalities, "fused") if objective.mgcl_weight else ()
         self.head_of_group = self._groups()
-        self.num_routers = len(router_layers(model))
+        self.num_routers = len(model.moe.placed(sum(model.depths[2:]))) * (
+            len(model.modalities) if model.separate else 1
+        )
         self.register_buffer("load_LE", torch.zeros(self.num_routers, model.moe.experts, dtype=torch.int64))
         self._step_stats: list[list[MoEStats]] = []
         self._step_hits: dict[str, Tensor] = {}
@@ -106,12 +109,12 @@ class Student(nn.Module):
         """The teacher's view of one micro-batch: v and the local views; of u only masks and geometry are used."""
         views = [batch.v, *(batch.local if self.decoder else [])]
         features = [self.features(view) for view in views] if self.head_of_group else []
-        valid_u = view_validity(batch.u, self.model)
+        valid_u, valid_v = view_validity(self.model, batch.u), view_validity(self.model, batch.v)
         rows: dict[str, Rows] = {}
         pairings = {}
         for space in self.spaces:
-            u = self._tokens(batch.u, space, valid_u)
-            v = self._tokens_of(batch.v, space, features[0])
+            u = view_tokens(self.model, batch.u, space, valid_u)
+            v = view_tokens(self.model, batch.v, space, valid_v, features[0])
             pairings[space], pooled = pair_views(
                 u, v, batch.position_B, self.objective.pixel_pairs, self.objective.object_clusters,
                 self.objective.sinkhorn_iterations,
@@ -121,7 +124,9 @@ class Student(nn.Module):
                 rows[f"{space}/{level}"] = Rows(z_Nd, pairings[space].valid(level))
         if self.decoder:
             rows["query"] = self._teacher_queries(batch, features, valid_u.fused)
-        return TeacherScores(rows, pairings, self._classes(batch.u, valid_u.fused), self._router_tokens(batch))
+        tokens_KL = torch.stack([routed_tokens(self.model, view) for view in self._student_views(batch)])
+        tokens_L = tokens_KL.sum(0).to(batch.position_B.device)
+        return TeacherScores(rows, pairings, self._classes(batch.u, valid_u.fused), tokens_L)
 
     @torch.no_grad()
     def center(self, scores: list[TeacherScores], samples_seen: int, reduce: Reduce) -> list[TeacherTargets]:
@@ -146,11 +151,6 @@ class Student(nn.Module):
             return None
         return torch.where(valid_Bhw, token_classes(u.classes_BHW, (valid_Bhw.shape[1], valid_Bhw.shape[2])), IGNORE)
 
-    def _router_tokens(self, batch: Batch) -> Tensor:
-        """Tokens that each layer with experts will see in the student's pass."""
-        views = [view_validity(view, self.model) for view in self._student_views(batch)]
-        return torch.stack([v.routed_LM.sum(1) for v in views]).sum(0)
-
     # ---- student side
 
     def forward(self, batch: Batch, targets: TeacherTargets, diagnose: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
@@ -163,7 +163,8 @@ class Student(nn.Module):
         metrics: dict[str, Tensor] = {}
         loss = self._contrast(batch, u, local, targets, metrics)
         if self.alignment is not None:
-            ita = self.alignment(u.fused, targets.class_Bhw) * targets.ita_scale
+            ita = self.alignment(u.fused, targets.class_Bhw)
+            ita = ita * targets.ita_scale.to(ita.dtype)
             loss = loss + self.objective.ita_weight * ita
             metrics["loss/ita"] = ita.detach()
         loss = loss + self._router(features, targets, metrics)
@@ -184,8 +185,10 @@ class Student(nn.Module):
     ) -> Tensor:
         """MGCL and QSACL: rows of every group to their head, one call per head."""
         rows: dict[str, Tensor] = {}
+        validity = view_validity(self.model, batch.u)
         for space in self.spaces:
-            pooled = pool_student(self._tokens_of(batch.u, space, u), targets.pairings[space])
+            tokens = view_tokens(self.model, batch.u, space, validity, u)
+            pooled = pool_student(tokens, targets.pairings[space])
             rows.update({f"{space}/{level}": getattr(pooled, level) for level in self.objective.mgcl_levels})
         if self.decoder is not None:
             outputs = [self.decoder(f.fused, f.fused_valid) for f in (u, *local)]
@@ -208,7 +211,7 @@ class Student(nn.Module):
         stats = add_stats([f.moe for f in features])
         if self.training:
             self._step_stats.append([MoEStats(*(x.detach() for x in layer)) for layer in stats])
-        balance_L, z_L = router_terms(stats, self.load_LE, targets.router_scale_L, targets.reduce)
+        balance_L, z_L = router_terms(stats, self.load_LE, targets.router_tokens_L, targets.parts, targets.reduce)
         metrics["loss/balance"], metrics["loss/z"] = balance_L.detach().mean(), z_L.detach().mean()
         return self.model.moe.balance_weight * balance_L.sum() + self.model.moe.z_weight * z_L.sum()
 
@@ -217,14 +220,7 @@ class Student(nn.Module):
         """Once per optimiser step, on all ranks: sums loads and prototype hits over the step; metrics `moe/…`, `prototypes/…`."""
         metrics: dict[str, Tensor] = {}
         if self._step_stats:
-            summed = add_stats(self._step_stats)
-            sizes = [x.numel() for x in summed[0]]
-            flat = reduce.sum(torch.cat([x.flatten().double() for layer in summed for x in layer])).split(
-                sizes * len(summed)
-            )
-            shapes = [x.shape for x in summed[0]] * len(summed)
-            tables = [x.view(shape) for x, shape in zip(flat, shapes)]
-            stats = [MoEStats(*tables[i : i + len(sizes)]) for i in range(0, len(tables), len(sizes))]
+            stats = reduce_stats(add_stats(self._step_stats), reduce)
             self.load_LE.copy_(torch.stack([layer.load_ME.sum(0) for layer in stats]).round().long())
             metrics.update(describe(stats, self.model.modalities))
         for name, head in self._heads().items():
@@ -252,20 +248,6 @@ class Student(nn.Module):
     def _note_hits(self, name: str, best_N: Tensor, head: ProjectionHead) -> None:
         hits = self._step_hits.setdefault(name, torch.zeros_like(head.prototypes.age_K))
         hits[best_N] = 1
-
-    def _tokens_of(self, view: View, space: str, features: Features) -> ViewTokens:
-        tokens = self._tokens(view, space, view_validity(view, self.model))
-        values = features.fused[:, None] if space == "fused" else features.dense[space]
-        return replace(tokens, features_BThwD=values)
-
-    def _tokens(self, view: View, space: str, validity: Validity) -> ViewTokens:
-        """Validity, dates and place of one modality's tokens; the fused ones are one date on their leader's grid."""
-        name = validity.fused_like if space == "fused" else space
-        m = view.modalities[name]
-        valid = validity.fused[:, None] if space == "fused" else validity.dense[name]
-        doy_BT = torch.zeros_like(m.doy_BT[:, :1]) if space == "fused" else m.doy_BT
-        canvas, stride = (m.x_BTCHW.shape[-2], m.x_BTCHW.shape[-1]), float(self.model.stride(name))
-        return ViewTokens(valid, doy_BT, Grid(m.affine_B23, (valid.shape[2], valid.shape[3]), (stride, stride), canvas))
 
 
 def make_teacher(student: Student) -> Student:

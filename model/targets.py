@@ -47,6 +47,7 @@ class TeacherTargets:
     """One micro-batch of a centred step. Scales are W·A/N of their term.
 
     Attributes:
+        router_tokens_L: tokens that each layer with experts routes in the whole step; parts: W·A.
         heads: by head; `weight_N` of a row is its group's scale, 0 if invalid.
         groups: names of the head's groups, index = `group_N`.
         samples_seen: of the run so far; the same for all micro-batches of the step.
@@ -58,7 +59,8 @@ class TeacherTargets:
     pairings: dict[str, Pairing]
     class_Bhw: Tensor | None
     ita_scale: Tensor
-    router_scale_L: Tensor
+    router_tokens_L: Tensor
+    parts: int
     samples_seen: int = 0
     reduce: Reduce | None = None
 
@@ -76,7 +78,7 @@ def center(
         prototypes: unit rows [K, d] of the teacher's heads.
     """
     parts = reduce.world * len(scores)
-    scale, ita_scale, router_scale_L = _scales(scores, list(head_of_group), parts, reduce)
+    scale, ita_scale, router_tokens_L = _scales(scores, list(head_of_group), parts, reduce)
     groups = {head: [g for g, h in head_of_group.items() if h == head] for head in prototypes}
     heads: list[dict[str, HeadTargets]] = [{} for _ in scores]
     for head, names in groups.items():
@@ -90,7 +92,7 @@ def center(
             weight = scale_G[group] * valid.to(log_v_GK.dtype)
             targets[head] = HeadTargets(z, group, weight, prototypes[head], log_v_GK, temperature)
     return [
-        TeacherTargets(by_head, groups, score.pairings, score.class_Bhw, ita_scale, router_scale_L)
+        TeacherTargets(by_head, groups, score.pairings, score.class_Bhw, ita_scale, router_tokens_L, parts)
         for by_head, score in zip(heads, scores)
     ]
 
@@ -98,15 +100,15 @@ def center(
 def _scales(
     scores: list[TeacherScores], groups: list[str], parts: int, reduce: Reduce
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """W·A/N per group, of ITA and of the router layers; 0 where nothing is valid anywhere."""
+    """W·A/N per group and of ITA, 0 where nothing is valid anywhere; tokens per router layer."""
     device = scores[0].tokens_L.device
     labelled = [0 if s.class_Bhw is None else (s.class_Bhw >= 0).sum() for s in scores]
     rows = [torch.as_tensor(sum(s.rows[name].valid_N.sum() for s in scores), device=device) for name in groups]
     counts = torch.stack([*rows, torch.as_tensor(sum(labelled), device=device)]).to(torch.float64)
     tokens_L = torch.stack([s.tokens_L.to(torch.float64) for s in scores]).sum(0)
     total = reduce.sum(torch.cat([counts, tokens_L]))
-    scale = torch.where(total > 0, parts / total.clamp_min(1), 0.0).float()
-    return dict(zip(groups, scale)), scale[len(groups)], scale[len(groups) + 1 :]
+    scale = torch.where(total > 0, parts / total.clamp_min(1), 0.0)
+    return dict(zip(groups, scale)), scale[len(groups)], total[len(groups) + 1 :]
 
 
 def _stack(score: TeacherScores, names: list[str]) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,6 @@ Every pixel is a smooth function of its place on the site, its date and the site
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -103,18 +102,4 @@ def make_batch(sites: int, seed: int = 0, local_views: int = 1, missing: float =
 def split(batch: Batch, parts: int) -> list[Batch]:
     """The batch in `parts` equal runs of sites, as ranks or micro-batches get it."""
     size = len(batch.keys) // parts
-    return [take(batch, slice(i * size, (i + 1) * size)) for i in range(parts)]
-
-
-def take(item: object, rows: slice) -> object:
-    """Rows of everything that has a site dimension (the first, everywhere)."""
-    if isinstance(item, Tensor):
-        return item[rows]
-    if isinstance(item, ModalityView | View | Batch):
-        kept = ("metrics",)
-        return replace(item, **{f.name: take(getattr(item, f.name), rows) for f in fields(item) if f.name not in kept})
-    if isinstance(item, dict):
-        return {key: take(value, rows) for key, value in item.items()}
-    if isinstance(item, list):
-        return item[rows] if item and isinstance(item[0], str) else [take(value, rows) for value in item]
-    return item
+    return [batch.part(i * size, (i + 1) * size) for i in range(parts)]

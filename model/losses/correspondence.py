@@ -72,7 +72,7 @@ def bilinear_taps(token_BL2: Tensor, hw: tuple[int, int]) -> tuple[Tensor, Tenso
             row, col = (y0_BL + dy).clamp_max(h - 1), (x0_BL + dx).clamp_max(w - 1)
             indices.append((row * w + col).to(torch.int64))
             weights.append((fy_BL if dy else 1 - fy_BL) * (fx_BL if dx else 1 - fx_BL))
-    return torch.stack(indices, dim=-1), torch.stack(weights, dim=-1).to(torch.float32)
+    return torch.stack(indices, dim=-1), torch.stack(weights, dim=-1)
 
 
 def match_dates(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.losses.sinkhorn import CHUNK_ROWS, _work_dtype
+from model.losses.sinkhorn import chunk_rows, work_dtype
 
 
 def teacher_temperature(samples_seen: int, limits: tuple[float, float], warmup_samples: int) -> float:
@@ -31,7 +31,7 @@ def target_probabilities(
 def prototype_cross_entropy(
     student_ND: Tensor, student_prototypes_KD: Tensor, teacher_ND: Tensor, teacher_prototypes_KD: Tensor,
     log_v_GK: Tensor, group_N: Tensor, weight_N: Tensor, student_temperature: float, temperature: float,
-    chunk: int = CHUNK_ROWS,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(Σ_n weight_n · ce_n, ce_N, best_N) with ce_n = −Σ_k q_nk log softmax_k(z_n·w_k / τ_s).
 
@@ -41,7 +41,7 @@ def prototype_cross_entropy(
     """
     return _FusedCrossEntropy.apply(
         student_ND, student_prototypes_KD, teacher_ND, teacher_prototypes_KD, log_v_GK, group_N, weight_N,
-        student_temperature, temperature, chunk,
+        student_temperature, temperature, chunk or chunk_rows(student_prototypes_KD.shape[0]),
     )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         ctx: Any, student_ND: Tensor, student_prototypes_KD: Tensor, teacher_ND: Tensor, teacher_prototypes_KD: Tensor,
         log_v_GK: Tensor, group_N: Tensor, weight_N: Tensor, student_temperature: float, temperature: float, chunk: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        dtype = _work_dtype(student_ND)
+        dtype = work_dtype(student_ND)
         weight_N = weight_N.to(dtype)
         ce_N = torch.zeros(student_ND.shape[0], device=student_ND.device, dtype=dtype)
         best_N = torch.zeros(student_ND.shape[0], device=student_ND.device, dtype=torch.int64)

@@ -128,7 +128,7 @@ def _gather_bilinear(v: ViewTokens, tap_BTP4: Tensor, weight_BTP4: Tensor) -> Te
     total_BTPD: Tensor | None = None
     for corner in range(4):
         index_BXD = tap_BTP4[..., corner].reshape(B, -1, 1).expand(-1, -1, D)
-        part = torch.gather(features_BXD, 1, index_BXD).reshape(*tap_BTP4.shape[:3], D)
+        part = torch.gather(features_BXD, 1, index_BXD).reshape(*tap_BTP4.shape[:3], D).to(_sum_dtype(features_BXD))
         part = part * weight_BTP4[..., corner, None].to(part.dtype)
         total_BTPD = part if total_BTPD is None else total_BTPD + part
     assert total_BTPD is not None

@@ -14,35 +14,30 @@ import torch
 from torch import Tensor
 
 from model.losses.reduce import Reduce
-from model.moe.balance import MoEStats
+from model.moe.balance import MoEStats, balance_term, reduce_stats, z_term
 
 
 def router_terms(
-    stats: list[MoEStats], previous_LE: Tensor, scale_L: Tensor, reduce: Reduce | None
+    stats: list[MoEStats], previous_LE: Tensor, tokens_L: Tensor, parts: int, reduce: Reduce | None
 ) -> tuple[Tensor, Tensor]:
-    """(balance_L, z_L): this micro-batch's part, to be averaged over the step's ranks and micro-batches.
-
-    balance_l = E · Σ_e f_e · Σ_t p_te · scale_l (arXiv 2101.03961, eq. 4-6; 1 when uniform), z_l = Σ_t logsumexp² · scale_l
-    (arXiv 2202.08906, eq. 5); scale_l = W·A / tokens of the step in layer l.
+    """(balance_L, z_L) of this micro-batch, such that their mean over the step's ranks and micro-batches is the loss.
 
     Args:
-        previous_LE: counts of the previous step; a layer without any (the first step) counts as uniform.
-        reduce: given → f and token count are those of the current micro-batch over all ranks (a collective).
+        previous_LE: counts of the previous step; a layer without any (the first step) counts as uniform: no pull.
+        tokens_L: tokens of the whole step per layer. parts: its ranks × micro-batches.
+        reduce: given → loads and token counts are those of the current micro-batch over all ranks (a collective).
     """
-    balance, z = [], []
-    if reduce is not None and stats:
-        load_LE = torch.stack([layer.load_ME.detach().sum(0) for layer in stats])
-        tokens_L = torch.stack([layer.tokens_M.detach().sum() for layer in stats])
-        summed = reduce.sum(torch.cat([load_LE, tokens_L[:, None]], dim=1))
-        previous_LE, scale_L = summed[:, :-1], reduce.world / summed[:, -1].clamp_min(1)
-    for layer, counts_E, scale in zip(stats, previous_LE, scale_L):
-        prob_E = layer.prob_ME.sum(0)
-        counts_E = counts_E.to(prob_E.dtype)
-        num_experts = prob_E.shape[0]
-        share_E = torch.where(counts_E.sum() > 0, counts_E / counts_E.sum().clamp_min(1), 1.0 / num_experts)
-        balance.append(num_experts * (share_E * prob_E).sum() * scale)
-        z.append(layer.z_M.sum() * scale)
-    if not stats:
-        empty = scale_L.new_zeros(0)
-        return empty, empty
+    totals = _of_previous_step(stats, previous_LE, tokens_L) if reduce is None else reduce_stats(stats, reduce)
+    factor = parts if reduce is None else reduce.world
+    balance = [balance_term(local, total) * factor for local, total in zip(stats, totals)]
+    z = [z_term(local, total) * factor for local, total in zip(stats, totals)]
     return torch.stack(balance), torch.stack(z)
+
+
+def _of_previous_step(stats: list[MoEStats], previous_LE: Tensor, tokens_L: Tensor) -> list[MoEStats]:
+    """Totals with the previous step's loads and this step's token counts (one row: modalities are pooled anyway)."""
+    totals = []
+    for layer, counts_E, tokens in zip(stats, previous_LE, tokens_L):
+        load_E = torch.where(counts_E.sum() > 0, counts_E, 1).to(layer.prob_ME.dtype)
+        totals.append(layer._replace(load_ME=load_E[None], tokens_M=tokens.to(layer.prob_ME.dtype)[None]))
+    return totals

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from model.losses.reduce import Reduce
 
-CHUNK_ROWS = 2048
+CHUNK_NUMBERS = 1 << 25  # rows × prototypes held at a time: 128 MiB in float32
 TINY = 1e-30  # a prototype nobody is near: its scaling stays finite (reached only below temperature 0.03)
 
 
 def prototype_scaling(
     z_ND: Tensor, prototypes_KD: Tensor, group_N: Tensor, valid_N: Tensor, num_groups: int, temperature: float,
-    iterations: int, reduce: Reduce, chunk: int = CHUNK_ROWS,
+    iterations: int, reduce: Reduce, chunk: int | None = None,
 ) -> Tensor:  # fmt: skip
     """log v_GK such that the centred target of row n in group g is softmax_k(z_n·w_k / τ + log v_gk).
 
@@ -30,8 +30,10 @@ def prototype_scaling(
     Args:
         valid_N: bool; invalid rows take no part.
         num_groups: G; rows of different groups never meet.
+        chunk: rows at a time; None: as many as CHUNK_NUMBERS allows.
     """
-    log_v_GK = torch.zeros(num_groups, prototypes_KD.shape[0], device=z_ND.device, dtype=_work_dtype(z_ND))
+    chunk = chunk or chunk_rows(prototypes_KD.shape[0])
+    log_v_GK = torch.zeros(num_groups, prototypes_KD.shape[0], device=z_ND.device, dtype=work_dtype(z_ND))
     member_GN = F.one_hot(group_N, num_groups).T.to(log_v_GK.dtype) * valid_N.to(log_v_GK.dtype)
     for iteration in range(iterations):
         total_GK = torch.zeros_like(log_v_GK)
@@ -48,6 +50,11 @@ def prototype_scaling(
     return log_v_GK
 
 
+def chunk_rows(num_prototypes: int) -> int:
+    """Rows of scores to hold at a time."""
+    return max(CHUNK_NUMBERS // num_prototypes, 16)
+
+
 def cluster_weights(
     x_IPD: Tensor, valid_IP: Tensor, clusters: int, iterations: int = 3, temperature: float = 0.05
 ) -> Tensor:
@@ -60,7 +67,7 @@ def cluster_weights(
     positions has no objects (all weights 0).
     """
     usable_I = valid_IP.sum(dim=-1) >= clusters
-    valid_IP1 = (valid_IP & usable_I[:, None]).to(_work_dtype(x_IPD))[..., None]
+    valid_IP1 = (valid_IP & usable_I[:, None]).to(work_dtype(x_IPD))[..., None]
     x_IPD = F.normalize(torch.where(valid_IP[..., None], x_IPD, 0).to(valid_IP1.dtype), dim=-1)
     weight_IPC = _seeds(valid_IP1, clusters)
     for _ in range(iterations):
@@ -82,6 +89,6 @@ def _seeds(valid_IP1: Tensor, clusters: int) -> Tensor:
     return chosen_IPC / chosen_IPC.sum(dim=1, keepdim=True).clamp_min(1)
 
 
-def _work_dtype(x: Tensor) -> torch.dtype:
+def work_dtype(x: Tensor) -> torch.dtype:
     """Half precisions are lifted to float32; float64 stays (references in tests)."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

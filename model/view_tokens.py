@@ -1,0 +1,63 @@
+"""Tokens of a view as the losses see them: validity, dates and place on the ground, with or without features.
+
+A *space* is a modality, or "fused". Legend: B sites · T dates · h, w tokens · D feature dim.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.batch import View
+from model.config import ModelConfig
+from model.fusion import fused_validity
+from model.losses.correspondence import Grid
+from model.losses.mgcl import ViewTokens
+from model.skysense import Features
+from model.validity import dense_validity
+
+
+class Validity(NamedTuple):
+    """Which tokens will be valid, from the masks alone. fused_like: the modality whose token grid the fused one is."""
+
+    dense: dict[str, Tensor]
+    fused: Tensor
+    fused_like: str
+
+
+def view_validity(model: ModelConfig, view: View) -> Validity:
+    return Validity(dense_validity(model, view), *fused_validity(model, view))
+
+
+def view_tokens(
+    model: ModelConfig, view: View, space: str, validity: Validity, features: Features | None = None
+) -> ViewTokens:
+    """Tokens of one space; the fused ones are one date (of unknown day) on their leader's grid."""
+    is_fused = space == "fused"
+    name = validity.fused_like if is_fused else space
+    m, stride = view.modalities[name], float(model.stride(name))
+    valid_BThw = validity.fused[:, None] if is_fused else validity.dense[name]
+    doy_BT = torch.zeros_like(m.doy_BT[:, :1]) if is_fused else m.doy_BT
+    affine_B23 = view_affine(view, name) if is_fused else m.affine_B23
+    canvas = (m.valid_BTHW.shape[2], m.valid_BTHW.shape[3])
+    grid = Grid(affine_B23, (valid_BThw.shape[2], valid_BThw.shape[3]), (stride, stride), canvas)
+    if features is None:
+        return ViewTokens(valid_BThw, doy_BT, grid)
+    return ViewTokens(valid_BThw, doy_BT, grid, features.fused[:, None] if is_fused else features.dense[name])
+
+
+def view_affine(view: View, name: str) -> Tensor:
+    """Canvas pixel of modality `name` → site metres, [B, 2, 3], also at sites that lack the modality (affine all zero).
+
+    All modalities of a view show the same ground square, so another one's map serves after scaling to this canvas.
+    """
+    height, width = view.modalities[name].valid_BTHW.shape[2:]
+    affine_B23 = view.modalities[name].affine_B23.to(torch.float64)
+    for other in view.modalities.values():
+        ratio = [other.valid_BTHW.shape[3] / width, other.valid_BTHW.shape[2] / height, 1.0]
+        scaled_B23 = other.affine_B23.to(torch.float64) * affine_B23.new_tensor(ratio)
+        known_B = (affine_B23[:, :, :2] != 0).flatten(1).any(1)
+        affine_B23 = torch.where(known_B[:, None, None], affine_B23, scaled_B23)
+    return affine_B23
