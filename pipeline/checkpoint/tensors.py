@@ -78,5 +78,5 @@ class TensorFile:
         if end is not None:
             a, b = a + start * dtype.itemsize, a + end * dtype.itemsize
         raw = torch.from_numpy(np.array(self._map[self._data + a : self._data + b]))
-        tensor = raw.view(dtype)
+        tensor = raw.view(dtype) if b > a else torch.empty(0, dtype=dtype)
         return tensor if end is not None else tensor.reshape(entry["shape"])

@@ -55,10 +55,8 @@ class Layout:
         parallel, train = config.parallel, config.train
         per_rank, left = divmod(train.batch, ranks.world)
         if left or not per_rank:
-            raise UsageError(
-                f"train.batch={train.batch} is not divisible by {ranks.world} processes; "
-                f"use {max(per_rank, 1) * ranks.world} or {(per_rank + 1) * ranks.world}"
-            )
+            near = [str(n * ranks.world) for n in (per_rank, per_rank + 1) if n]
+            raise UsageError(f"train.batch={train.batch} is not divisible by {ranks.world} processes; use {' or '.join(near)}")
         micro = train.micro_batch or per_rank
         if micro < 1 or per_rank % micro:
             raise UsageError(f"train.micro_batch={micro} does not divide the {per_rank} samples of a rank's step")

@@ -1,0 +1,131 @@
+"""The tensor format, what counts as a checkpoint, and what damage is recognised."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from cluster.errors import RunFailure, UsageError
+from pipeline.checkpoint import store
+from pipeline.checkpoint.load import consolidated, open_files
+from pipeline.checkpoint.tensors import DTYPES, TensorFile, file_digest, write_tensors
+
+
+def test_stock_safetensors_reads_what_we_write(tmp_path: Path) -> None:
+    tensors = {f"t/{name}": (torch.arange(6) % 2).reshape(2, 3).to(dtype) for dtype, name in DTYPES.items()}
+    tensors["empty"] = torch.zeros(0)
+    facts = write_tensors(str(tmp_path / "f.safetensors"), tensors)
+    assert facts == {"bytes": (tmp_path / "f.safetensors").stat().st_size, "sha256": file_digest(str(tmp_path / "f.safetensors"))}
+    for name, tensor in load_file(tmp_path / "f.safetensors").items():
+        assert torch.equal(tensor, tensors[name])
+        assert torch.equal(TensorFile(str(tmp_path / "f.safetensors")).read(name), tensors[name])
+
+
+def write(url: str, step: int, cuts: list[int], token: str = "t") -> torch.Tensor:
+    """A one-parameter checkpoint `w` [4, 5], cut at `cuts`, one file per piece."""
+    w = torch.arange(20.0) + step
+    edges = sorted({0, 20, *cuts})
+    pieces, files = [], {}
+    for i, (a, b) in enumerate(zip(edges, edges[1:])):
+        name = f"rank-{i:05d}.safetensors"
+        kinds = {f"{kind}/w@{a}": w[a:b] + k for k, kind in enumerate(("student", "exp_avg", "exp_avg_sq", "teacher"))}
+        files[name] = write_tensors(f"{store.work_url(url, step, token)}/{name}", kinds)
+        pieces.append([a, b - a, name])
+    manifest: dict[str, Any] = {
+        "format": store.FORMAT, "step": step, "samples": step, "adam_step": step, "config": {}, "files": files,
+        "parameters": {"w": {"shape": [4, 5], "pieces": pieces}},
+    }  # fmt: skip
+    store.commit(url, step, token, manifest)
+    return w
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 19), max_size=6), st.integers(0, 19), st.integers(1, 20))
+def test_any_range_from_any_cut(tmp_path_factory: pytest.TempPathFactory, cuts: list[int], start: int, size: int) -> None:
+    url = str(tmp_path_factory.mktemp("c"))
+    w = write(url, 1, cuts)
+    size = min(size, 20 - start)
+    with open_files(store.open_checkpoint(store.committed(url)[0])) as files:
+        assert torch.equal(files.read("student", "w", start, size), w[start : start + size])
+        assert torch.equal(files.read("teacher", "w", start, size), w[start : start + size] + 3)
+
+
+def test_consolidated_from_a_run_directory(tmp_path: Path) -> None:
+    w = write(str(tmp_path / "checkpoints"), 3, [7])
+    weights, checkpoint = consolidated(str(tmp_path))
+    assert checkpoint.step == 3
+    assert torch.equal(weights["w"], (w + 3).reshape(4, 5))
+
+
+def test_newest_first_and_leftovers_are_no_checkpoints(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    for step in (100, 5, 20):
+        write(url, step, [])
+    (tmp_path / "step-00000200").mkdir()
+    (tmp_path / ".writing-step-00000300-x").mkdir()
+    assert [store.open_checkpoint(u).step for u in store.committed(url)] == [100, 20, 5]
+    assert (tmp_path / "LATEST").read_text() == "step-00000020\n"
+    store.clear_leftovers(url)
+    assert not (tmp_path / ".writing-step-00000300-x").exists()
+
+
+def test_retention(tmp_path: Path) -> None:
+    for step in range(10, 80, 10):
+        write(str(tmp_path), step, [])
+    store.retain(str(tmp_path), 2, 30)
+    assert [store.open_checkpoint(u).step for u in store.committed(str(tmp_path))] == [70, 60, 30]
+
+
+def test_rewriting_a_step_replaces_it(tmp_path: Path) -> None:
+    write(str(tmp_path), 10, [3, 9])
+    write(str(tmp_path), 10, [], token="u")
+    assert sorted(p.name for p in (tmp_path / "step-00000010").iterdir()) == ["manifest.json", "rank-00000.safetensors"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "manifest", "gap", "no manifest"])
+def test_damage_is_recognised(tmp_path: Path, damage: str) -> None:
+    write(str(tmp_path), 10, [6])
+    folder = tmp_path / "step-00000010"
+    file, manifest = folder / "rank-00001.safetensors", folder / "manifest.json"
+    data = bytearray(file.read_bytes())
+    if damage == "flip":
+        data[-3] ^= 1
+        file.write_bytes(data)
+    elif damage == "cut":
+        file.write_bytes(data[:-8])
+    elif damage == "gone":
+        file.unlink()
+    elif damage == "manifest":
+        manifest.write_bytes(manifest.read_bytes()[:-20])
+    elif damage == "gap":
+        tree = json.loads(manifest.read_text())
+        tree["parameters"]["w"]["pieces"].pop()
+        manifest.write_text(json.dumps(tree))
+    else:
+        manifest.unlink()
+    with pytest.raises(RunFailure) as caught:
+        checkpoint = store.open_checkpoint(str(folder))
+        store.check_sizes(checkpoint)
+        with open_files(checkpoint):
+            pass
+    assert "step-00000010" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_checkpoint_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no committed checkpoint"):
+        store.resolve(str(tmp_path))
+
+
+def test_memory_and_object_stores_commit_by_manifest() -> None:
+    url = "memory://bucket/run/checkpoints"
+    w = write(url, 4, [11])
+    assert torch.equal(consolidated("memory://bucket/run", "student")[0]["w"], w.reshape(4, 5))
+    store.remove(store.committed(url)[0])
+    assert store.committed(url) == []
