@@ -14,6 +14,7 @@ from cluster.rundir import RunDir
 from pipeline.engine import StepResult
 from pipeline.parallel.layout import Layout
 from pipeline.parallel.processes import agree_max
+from pipeline.tracking.system import SystemSampler
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class StepLog:
         self._window = (self._start, 0.0, 0)  # since when, seconds waited for data, samples
         self._bar = Progress(steps - start, "train") if layout.rank == 0 else None
         self._steps_left = steps - start
+        self._system = SystemSampler()
 
     @property
     def device_hours(self) -> float:
@@ -67,7 +69,7 @@ class StepLog:
         figures: dict[str, Any] = {
             "step": step, "samples": samples, "loss": result.loss, **dict(sorted(result.metrics.items())), "lr": result.lr,
             "grad_norm": result.grad_norm, "samples_per_s": rate, "data_wait": waited / window_s,
-            "gpu_hours": self.device_hours, "eta_s": self._steps_left * self.layout.batch / rate if rate else 0.0, **more,
+            "time": time.time(), "gpu_hours": self.device_hours, "eta_s": self._steps_left * self.layout.batch / rate if rate else 0.0, **self._system.sample(), **more,
         }  # fmt: skip
         if self.peak:
             figures["mfu"] = rate * self.flops_per_sample / (self.peak * self.layout.world)

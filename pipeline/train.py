@@ -27,11 +27,11 @@ from pipeline.engine import Engine
 from pipeline.health import Heartbeat, SpikeWatch, check_step
 from pipeline.parallel.layout import Layout
 from pipeline.parallel.processes import start
-from pipeline.probes.in_loop import run_probes
+from pipeline.probes.in_loop import probe_set, run_probes
 from pipeline.reader import Reader
 from pipeline.steplog import StepLog
 from pipeline.stop import StopFlag
-from pipeline.tracking import Dataset, RunFacts, Tracker, open_tracker
+from pipeline.tracking import RunFacts, Tracker, datasets_of, open_tracker
 
 log = logging.getLogger(__name__)
 
@@ -152,9 +152,7 @@ def open_run(config: PretrainConfig, rundir: RunDir, layout: Layout, reader: Rea
     logs.clear_failures(rundir.logs_url)
     rundir.write_resolved(config)
     rundir.start_metrics(step)
-    urls = (config.data.url,) if isinstance(config.data.url, str) else config.data.url
-    datasets = tuple(Dataset(url, reader.manifest_sha256, split=config.data.split) for url in urls)
-    return open_tracker(config, rundir, RunFacts(layout.world, str(layout), datasets))
+    return open_tracker(config, rundir, RunFacts(layout.world, str(layout), datasets_of(config.data)))
 
 
 def describe(found: Any, config: PretrainConfig, layout: Layout) -> None:
@@ -175,7 +173,7 @@ def next_batches(run: Run, batches: Iterator[Batch]) -> tuple[list[Batch], list[
 
 def probe(run: Run) -> dict[str, float]:
     """Scores of the teacher's features; all ranks take part (experts may live on any of them)."""
-    return run_probes(run.engine.teacher.module.skysense, run.config, run.reader, run.device, run.ranks)
+    return run_probes(run.engine.teacher.module.skysense, run.config, probe_set(run.config), run.device)
 
 
 def save(run: Run) -> None:

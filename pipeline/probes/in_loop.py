@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,22 +14,29 @@ from cluster.errors import UsageError
 from data_prep.index import LABEL_PREFIX
 from data_prep.shards import ShardSet
 from pipeline.config import PretrainConfig
-from pipeline.probes.features import SiteFeatures, extract
+from pipeline.probes.features import extract
 from pipeline.probes.scores import Score
-from pipeline.probes.split import ProbeSplit, split_of
+from pipeline.probes.split import split_of
 from pipeline.probes.tasks import TASKS, segment_scores, site_scores, spread
 
 
-def run_probes(
-    skysense: nn.Module,
-    cfg: PretrainConfig,
-    shardset: ShardSet,
-    device: torch.device | str = "cpu",
-    ranks: object = None,
-) -> dict[str, float]:
-    """`probe/<task>/<modality|fused>`, with `…/low` and `…/high`, collapse figures, and `probe/seconds`, the cost of all.
+@functools.lru_cache(maxsize=2)
+def _opened(url: str) -> ShardSet:
+    return ShardSet.open(url)
 
-    `cfg.probe` says which tasks, which label and how many sites. `ranks` is not needed: torch.distributed knows.
+
+def probe_set(cfg: PretrainConfig) -> ShardSet:
+    """The shard set whose labels are probed: the first one the run reads. Its index is read once per process."""
+    return _opened(cfg.data.url if isinstance(cfg.data.url, str) else cfg.data.url[0])
+
+
+def run_probes(
+    skysense: nn.Module, cfg: PretrainConfig, shardset: ShardSet, device: torch.device | str = "cpu"
+) -> dict[str, float]:
+    """`probe/<task>/<modality|fused>`, with `…/low` and `…/high`, collapse figures, `probe/split` (a number that names
+    the split: equal numbers, equal sites and labels) and `probe/seconds`, the cost of all.
+
+    `cfg.probe` says which tasks, which label and how many sites.
 
     Raises:
         UsageError: the set has no such label, or no sites to test on.
@@ -54,24 +63,25 @@ def probe_scores(
     if unknown:
         raise UsageError(f"probe.tasks holds {unknown[0]!r}; known ones are {', '.join(TASKS)}")
     scores: dict[str, Score] = {}
-    figures: dict[str, float] = {}
     by_site = [task for task in tasks if task != "segment"]
-    if by_site:
-        split = split_of(shardset, cfg.probe.samples, cfg.probe.label)
-        features = _features(skysense, cfg, shardset, split, None, device)
-        labels = _labels(shardset, cfg.probe.label, split)
-        figures |= spread(features)
+    label = cfg.probe.label if by_site else None
+    raster = raster_name(shardset, cfg) if "segment" in tasks else None
+    split = split_of(shardset, cfg.probe.samples, label, raster)
+    rows, num_train = (*split.train, *split.test), len(split.train)
+    features = extract(
+        skysense, shardset.read_sample, rows, cfg.data.views_global, statistics_dict(shardset), raster, device=device
+    )
+    if label is not None:
+        labels = _labels(shardset, label, rows)
         for task in by_site:
-            scores |= {
-                f"{task}/{name}": score for name, score in site_scores(task, features, labels, len(split.train)).items()
-            }
-    if "segment" in tasks:
-        raster = raster_name(shardset, cfg)
-        split = split_of(shardset, cfg.probe.samples, None, raster)
-        features = _features(skysense, cfg, shardset, split, raster, device)
+            scores |= {f"{task}/{name}": s for name, s in site_scores(task, features, labels, num_train).items()}
+    if raster is not None:
         num_classes = len(shardset.classes.get(raster, ())) or int(features.classes.max()) + 1  # type: ignore[union-attr]
-        scores |= {f"segment/{name}": s for name, s in segment_scores(features, len(split.train), num_classes).items()}
-    return scores, figures
+        scores |= {f"segment/{name}": s for name, s in segment_scores(features, num_train, num_classes).items()}
+    return scores, spread(features) | {
+        "probe/split": float(int(split.digest[:12], 16)),
+        "probe/sites": float(len(rows)),
+    }
 
 
 def statistics_dict(shardset: ShardSet) -> dict[str, dict[str, object]]:
@@ -91,20 +101,6 @@ def raster_name(shardset: ShardSet, cfg: PretrainConfig) -> str:
     )
 
 
-def _features(
-    skysense: nn.Module,
-    cfg: PretrainConfig,
-    shardset: ShardSet,
-    split: ProbeSplit,
-    raster: str | None,
-    device: torch.device | str,
-) -> SiteFeatures:
-    rows = (*split.train, *split.test)
-    return extract(
-        skysense, shardset.read_sample, rows, cfg.data.views_global, statistics_dict(shardset), raster, device=device
-    )
-
-
-def _labels(shardset: ShardSet, label: str, split: ProbeSplit) -> np.ndarray:
+def _labels(shardset: ShardSet, label: str, rows: Sequence[int]) -> np.ndarray:
     column = np.asarray(shardset.read_index([f"{LABEL_PREFIX}{label}"])[f"{LABEL_PREFIX}{label}"].to_pylist())
-    return column[[*split.train, *split.test]].astype(np.int64)
+    return column[list(rows)].astype(np.int64)

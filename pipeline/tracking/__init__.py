@@ -5,7 +5,7 @@ level with it: live from a thread of rank 0 (`Tracker`), or later by `python -m 
 a slow, failing or absent server costs nothing and loses nothing. mlflow is imported in `mlflow_store.py` alone.
 """
 
-from pipeline.tracking.facts import Dataset, RunFacts
+from pipeline.tracking.facts import Dataset, RunFacts, datasets_of
 from pipeline.tracking.tracker import Tracker, open_tracker
 
-__all__ = ["Dataset", "RunFacts", "Tracker", "open_tracker"]
+__all__ = ["Dataset", "RunFacts", "Tracker", "datasets_of", "open_tracker"]

@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.shards import ShardSet
+from pipeline.config import DataConfig
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAX_DIFF_BYTES = 1 << 20
 _SLURM = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES", "SLURM_RESTART_COUNT", "SLURM_ARRAY_JOB_ID",
@@ -43,6 +46,15 @@ class RunFacts:
     def from_dict(tree: Mapping[str, Any]) -> RunFacts:
         datasets = tuple(Dataset(**dataset) for dataset in tree.get("datasets", ()))
         return RunFacts(int(tree.get("world", 1)), str(tree.get("layout", "")), datasets, tree.get("parent"))
+
+
+def datasets_of(data: DataConfig) -> tuple[Dataset, ...]:
+    """The shard sets a run reads, with the hashes of their manifests."""
+    urls = (data.url,) if isinstance(data.url, str) else data.url
+    sets = [ShardSet.open(url) for url in urls]
+    return tuple(
+        Dataset(s.url, s.manifest_sha256, s.manifest["statistics_sha256"], data.split, s.num_samples) for s in sets
+    )
 
 
 def describe(facts: RunFacts, run_url: str, fingerprint: str, env: Mapping[str, str] | None = None) -> dict[str, str]:

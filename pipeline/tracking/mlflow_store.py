@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from cluster.errors import UsageError
-from pipeline.tracking.facts import Dataset
+from pipeline.tracking.facts import Dataset, RunFacts
 from pipeline.tracking.store import Point, StoreUnavailable
 
 for _name, _value in {
@@ -49,6 +50,18 @@ def _guarded(method: F) -> F:
             raise StoreUnavailable(" ".join(str(error).split())[:300] or type(error).__name__) from error
 
     return call  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """A run as the store has it; histories: (step, value) by metric."""
+
+    run_id: str
+    name: str
+    params: dict[str, str]
+    tags: dict[str, str]
+    facts: RunFacts
+    histories: dict[str, list[tuple[int, float]]]
 
 
 class MlflowStore:
@@ -151,13 +164,36 @@ class MlflowStore:
         else:
             self.client.set_terminated(run_id, status)
 
+    @_guarded
+    def find_run(self, name: str) -> FoundRun | None:
+        """A run by id, else the newest one of that name in any experiment; None without one."""
+        run = self.client.get_run(name) if self._has_run(name) else None
+        if run is None:
+            experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
+            quoted = name.replace("'", "")
+            found = self.client.search_runs(experiments, f"run_name = '{quoted}'", max_results=1)
+            run = found[0] if found else None
+        if run is None:
+            return None
+        datasets = tuple(
+            Dataset(entry.dataset.source, tags.get("manifest_sha256", entry.dataset.digest), tags.get("statistics_sha256", ""))
+            for entry in run.inputs.dataset_inputs for tags in [{tag.key: tag.value for tag in entry.tags}]
+        )  # fmt: skip
+        tags = dict(run.data.tags)
+        histories = {key: self.history(run.info.run_id, key) for key in run.data.metrics}
+        facts = RunFacts(int(tags.get("geoloom.world", 1)), tags.get("geoloom.layout", ""), datasets)
+        return FoundRun(run.info.run_id, run.info.run_name or name, dict(run.data.params), tags, facts, histories)
+
     def _has_run(self, run_id: str) -> bool:
         from mlflow.exceptions import MlflowException
 
         try:
             self.client.get_run(run_id)
         except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            if error.error_code in (
+                "RESOURCE_DOES_NOT_EXIST",
+                "INVALID_PARAMETER_VALUE",
+            ):  # the latter: no form of an id
                 return False
             raise
         return True

@@ -1,0 +1,49 @@
+"""`python -m pipeline compare RUN [RUN …]`: what differs, whether the comparison is fair, and who is better.
+
+A RUN is a run directory (any fsspec URL), an MLflow run id, or a run name.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+EXAMPLE = """examples:
+  python -m pipeline compare demo_out/moe demo_out/dense --out report.html
+  python -m pipeline compare --ablation runs_out/ablate/base runs_out/ablate/*"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXAMPLE
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, MLflow run id or run name")
+    parser.add_argument("--out", metavar="REPORT.html", help="also write an HTML report that opens without network")
+    parser.add_argument(
+        "--ablation", action="store_true", help="the first run is the base, each other changes one key of it"
+    )
+    parser.add_argument("--uri", help="MLflow tracking store for run ids and names (default: MLFLOW_TRACKING_URI)")
+    parser.add_argument("--json", action="store_true", help="print the verdict as a JSON last line")
+
+
+def main(args: argparse.Namespace) -> int:
+    from cluster import storage
+    from cluster.cli import print_json
+    from pipeline.compare.figures import summarise
+    from pipeline.compare.load import load_runs
+    from pipeline.compare.terminal import show
+    from pipeline.compare.verdict import judge
+
+    runs = load_runs(args.runs, args.uri)
+    verdict, summaries = judge(runs), summarise(runs)
+    show(runs, verdict, summaries)
+    if args.ablation:
+        from pipeline.compare.ablation import show_ablation
+
+        show_ablation(runs, summaries)
+    if args.out:
+        from pipeline.compare.report import html_report
+
+        storage.write_atomic(args.out, html_report(runs, verdict, summaries, args.ablation).encode())
+        print(f"report: {args.out}")
+    if args.json:
+        print_json({"comparable": verdict.comparable, "reasons": verdict.reasons, "differs": verdict.differs,
+                    "notes": verdict.notes})  # fmt: skip
+    return 0

@@ -1,0 +1,120 @@
+"""From metrics lines to the figures people compare: all read at the same number of samples seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.compare.load import RunData
+from pipeline.compare.verdict import samples_seen
+
+CURVES = (
+    "loss",
+    "loss/",
+    "probe/",
+    "lr",
+    "grad_norm",
+    "samples_per_s",
+    "data_wait",
+    "moe/imbalance",
+    "moe/entropy",
+    "feature/",
+)
+BASICS = ("samples_per_s", "data_wait", "mfu")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A probe score with its bootstrap interval (None where the run logged none)."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One run at `samples` samples seen.
+
+    Attributes:
+        losses: `loss` and its terms, mean of the last tenth of what it logged up to there.
+        probes: last score of each probe up to there.
+        speed: median of samples_per_s, data_wait and mfu, the first tenth left out.
+        gpu_hours: ranks times training time up to there.
+    """
+
+    samples: int
+    losses: dict[str, float]
+    probes: dict[str, Interval]
+    speed: dict[str, float]
+    gpu_hours: float
+
+
+def summarise(runs: Sequence[RunData]) -> list[Summary]:
+    """One summary per run, all at the samples that the shortest run has seen."""
+    common = min(samples_seen(run) for run in runs)
+    return [_summary(run, common) for run in runs]
+
+
+def curve(run: RunData, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(samples seen, value) of one metric, lines without it left out."""
+    points = [(line["samples"], line[key]) for line in run.lines if _is_number(line.get(key)) and "samples" in line]
+    return np.array([x for x, _ in points], float), np.array([y for _, y in points], float)
+
+
+def curve_names(runs: Sequence[RunData]) -> list[str]:
+    """Metrics worth a plot: logged at least twice by some run, intervals and bookkeeping left out."""
+    counts: dict[str, int] = {}
+    for run in runs:
+        seen: dict[str, int] = {}
+        for line in run.lines:
+            for key, value in line.items():
+                if _is_number(value):
+                    seen[key] = seen.get(key, 0) + 1
+        counts = {key: max(counts.get(key, 0), n) for key, n in (counts | seen).items()}
+    chosen = [key for key, n in counts.items() if n > 1 and _is_curve(key)]
+    return sorted(chosen, key=lambda key: (next(i for i, c in enumerate(CURVES) if key.startswith(c)), key))
+
+
+def _is_curve(key: str) -> bool:
+    return key.startswith(CURVES) and not key.endswith(("/low", "/high", "/split", "/sites", "/seconds"))
+
+
+def _summary(run: RunData, samples: int) -> Summary:
+    lines = [line for line in run.lines if line.get("samples", 0) <= samples] or run.lines[:1]
+    tail, body = lines[-max(1, len(lines) // 10) :], lines[len(lines) // 10 :]
+    losses = {key: np.mean(values) for key, values in _columns(tail, lambda key: key.split("/")[0] == "loss").items()}
+    speed = {key: float(np.median(values)) for key, values in _columns(body, lambda key: key in BASICS).items()}
+    probes: dict[str, Interval] = {}
+    for line in lines:
+        for key, value in line.items():
+            if key.startswith("probe/") and _is_curve(key) and _is_number(value) and key.count("/") == 2:
+                probes[key] = Interval(float(value), line.get(f"{key}/low"), line.get(f"{key}/high"))
+    return Summary(samples, {key: float(value) for key, value in losses.items()}, probes, speed, _gpu_hours(run, lines))
+
+
+def _columns(lines: Sequence[dict[str, Any]], wanted: Any) -> dict[str, list[float]]:
+    columns: dict[str, list[float]] = {}
+    for line in lines:
+        for key, value in line.items():
+            if wanted(key) and _is_number(value):
+                columns.setdefault(key, []).append(float(value))
+    return columns
+
+
+def _gpu_hours(run: RunData, lines: Sequence[dict[str, Any]]) -> float:
+    """Samples over throughput, times ranks; time between restarts does not count."""
+    seconds, before = 0.0, 0
+    for line in lines:
+        rate = line.get("samples_per_s")
+        if rate and _is_number(rate):
+            seconds += (line["samples"] - before) / rate
+        before = line.get("samples", before)
+    return seconds * run.facts.world / 3600
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
