@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from data_prep.schema import CLEAR, MODALITIES, Series, SiteArrays
 from model.batch import ModalityView, View
-from pipeline.config import ViewConfig
+from pipeline.config import DataConfig, ViewConfig
 from pipeline.reader.geometry import GRID_M
 from pipeline.reader.views import NEUTRAL, SiteFacts, dates_wanted, plan_whole
 
@@ -59,7 +59,7 @@ def _one_modality(
     if series is None:
         return x, valid, doy, (x0, y0)
     clear_T = (series.mask_THW == CLEAR).mean((1, 2))
-    chosen = plan_whole(SiteFacts(width_m, height_m, {name: clear_T}), view, min_clear=0.2).dates[name][:dates]
+    chosen = plan_whole(SiteFacts(width_m, height_m, {name: clear_T}), view, min_clear=DataConfig().min_clear).dates[name][:dates]
     for t, date in enumerate(chosen):
         x[t], valid[t] = _canvas(series, int(date), x0, y0, side_m, pixels, dtype)
         doy[t] = _day_of_year(series.datetimes[date])

@@ -48,7 +48,7 @@ class SampleReader:
         """The view plans of a sample in an epoch; no pixels are read."""
         facts = self._table.facts(row, self._modalities)
         if self._whole:
-            return [plan_whole(facts, self._data.views_global)]
+            return [plan_whole(facts, self._data.views_global, self._data.min_clear)]
         return plan(facts, self._data, self._seed, epoch, self._table.keys[row])
 
     def fill(self, buffers: BatchBuffers, i: int, row: int, epoch: int, position: int, ticket: int) -> None:

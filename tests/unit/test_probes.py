@@ -1,0 +1,160 @@
+"""Probes: classifiers, intervals, splits by place, and features that depend on nothing but the site and the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.errors import UsageError
+from data_prep.build import build
+from data_prep.config import BuildConfig, OutputConfig, SourceConfig, SplitConfig
+from data_prep.schema import SiteArrays
+from data_prep.shards import ShardSet
+from data_prep.simulate.write import simulate
+from model.config import ModelConfig, MoEConfig
+from model.skysense import SkySense
+from pipeline.config import DataConfig, PretrainConfig, ProbeConfig, ViewConfig
+from pipeline.probes.classify import knn, ridge
+from pipeline.probes.features import extract
+from pipeline.probes.in_loop import run_probes, statistics_dict
+from pipeline.probes.scores import accuracy, confusion, mean_iou
+from pipeline.probes.sites import view_of_sites
+from pipeline.probes.split import split_of
+from pipeline.reader.whole import whole_site_view
+
+VIEW = ViewConfig(hr_px=64, series_px=8, s2_dates=3, s1_dates=2)
+MODALITIES = ("hr", "s2", "s1")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    folder = tmp_path_factory.mktemp("probes")
+    catalog = simulate(str(folder / "sites"), 24, seed=1, side_m=80)
+    split = SplitConfig(fractions={"train": 0.5, "val": 0.0, "probe": 0.5})
+    build(BuildConfig(SourceConfig((catalog,)), OutputConfig(str(folder / "shards")), split=split, workers=1))
+    return ShardSet.open(str(folder / "shards"))
+
+
+@pytest.fixture(scope="module")
+def skysense() -> SkySense:
+    torch.manual_seed(0)
+    return SkySense(ModelConfig(size="debug", moe=MoEConfig(experts=2, blocks=1)))
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), classes=st.integers(2, 5))
+def test_both_classifiers_separate_what_is_separable(seed: int, classes: int) -> None:
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(0, 1, (classes, 16))
+    centres /= np.linalg.norm(centres, axis=1, keepdims=True)
+    labels = np.arange(classes * 12) % classes
+    x = 10 * centres[labels] + rng.normal(0, 0.05, (len(labels), 16))
+    for classifier in (knn, ridge):
+        np.testing.assert_array_equal(
+            classifier(x[: classes * 8], labels[: classes * 8], x[classes * 8 :]), labels[classes * 8 :]
+        )
+
+
+def test_knn_ignores_scale_and_shift_ridge_any_invertible_axis_scaling() -> None:
+    rng = np.random.default_rng(0)
+    x, labels, y = rng.normal(size=(40, 8)), rng.integers(0, 3, 40), rng.normal(size=(20, 8))
+    np.testing.assert_array_equal(knn(x, labels, y), knn(3 * x + 7, labels, 3 * y + 7))
+    scale = rng.uniform(0.5, 2, 8)
+    np.testing.assert_array_equal(ridge(x, labels, y), ridge(x * scale, labels, y * scale))
+
+
+def test_intervals_hold_the_score_and_shrink_with_sites() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 2, 400)
+    predicted = np.where(rng.random(400) < 0.8, truth, 1 - truth)
+    few, many = accuracy(predicted[:40], truth[:40], 0), accuracy(predicted, truth, 0)
+    for score in (few, many):
+        assert score.low <= score.value <= score.high
+    assert many.high - many.low < few.high - few.low
+    assert many.chance == pytest.approx((truth == 0).mean())
+
+
+def test_mean_iou_against_counts_done_by_hand() -> None:
+    counts = confusion(np.array([0, 0, 1, 1, 1]), np.array([0, 1, 1, 1, -1]), 3)
+    np.testing.assert_array_equal(counts, [[1, 0, 0], [1, 2, 0], [0, 0, 0]])
+    assert mean_iou(counts[None], 0).value == pytest.approx((1 / 2 + 2 / 3) / 2)  # class 2 does not occur
+
+
+def test_split_is_by_place_bounded_and_named(shards: ShardSet) -> None:
+    split = split_of(shards, 100, "scene")
+    cells = shards.read_index(["cell"])["cell"].to_pylist()
+    assert not {cells[row] for row in split.train} & {cells[row] for row in split.test}
+    assert split.digest == split_of(shards, 100, "scene").digest
+    fewer = split_of(shards, 3, "scene")
+    assert len(fewer.train) == len(fewer.test) == 3
+    assert fewer.digest != split.digest
+    with pytest.raises(UsageError, match="no scalar label 'biome'; it has scene"):
+        split_of(shards, 10, "biome")
+
+
+def test_views_equal_the_readers(shards: ShardSet) -> None:
+    view = ViewConfig(hr_px=256, series_px=8, s2_dates=3, s1_dates=2)
+    ours = view_of_sites([shards.read_sample(row) for row in (0, 5)], view, MODALITIES)
+    theirs = whole_site_view(shards, [0, 5], MODALITIES, view)
+    for name in MODALITIES:
+        a, b = ours.modalities[name], theirs.modalities[name]
+        assert torch.equal(a.valid_BTHW, b.valid_BTHW), name
+        seen = a.valid_BTHW[:, :, None].expand_as(a.x_BTCHW)
+        assert torch.equal(a.x_BTCHW[seen].float(), b.x_BTCHW[seen].float()), name
+        assert torch.equal(a.doy_BT, b.doy_BT)
+        torch.testing.assert_close(a.affine_B23, b.affine_B23)
+
+
+def test_features_do_not_depend_on_the_batch(shards: ShardSet, skysense: SkySense) -> None:
+    rows, statistics = list(range(5)), statistics_dict(shards)
+    one = extract(skysense, shards.read_sample, rows, VIEW, statistics, "landcover", batch=1)
+    three = extract(skysense, shards.read_sample, rows, VIEW, statistics, "landcover", batch=3)
+    for name in (*MODALITIES, "fused"):
+        torch.testing.assert_close(one.pooled[name], three.pooled[name], atol=1e-5, rtol=1e-4)
+        assert torch.equal(one.present[name], three.present[name])
+        assert torch.equal(one.pixel_valid[name], three.pixel_valid[name])
+    assert torch.equal(one.classes, three.classes)  # type: ignore[arg-type]
+
+
+def test_a_missing_modality_is_absent_from_features(shards: ShardSet, skysense: SkySense) -> None:
+    def read(row: int) -> SiteArrays:
+        site = shards.read_sample(row)
+        del site.series["s1"]
+        return site
+
+    features = extract(skysense, read, [0, 1], VIEW, statistics_dict(shards))
+    assert features.present["hr"].all()
+    assert not features.present["s1"].any()
+
+
+def test_run_probes_names_scores_and_costs(shards: ShardSet, skysense: SkySense) -> None:
+    cfg = PretrainConfig(
+        probe=ProbeConfig(tasks=("knn", "linear", "segment"), samples=12), data=DataConfig(views_global=VIEW)
+    )
+    was_training = skysense.train().training
+    figures = run_probes(skysense, cfg, shards)
+    assert skysense.training == was_training
+    for task in ("knn", "linear", "segment"):
+        for name in (*MODALITIES, "fused"):
+            low, value, high = (figures[f"probe/{task}/{name}{end}"] for end in ("/low", "", "/high"))
+            assert 0 <= low <= high <= 1
+            assert 0 <= value <= 1
+    assert {key: figures[key] for key in figures if key != "probe/seconds"} == {
+        key: value for key, value in run_probes(skysense, cfg, shards).items() if key != "probe/seconds"
+    }
+
+
+def test_unknown_task_is_refused(shards: ShardSet, skysense: SkySense) -> None:
+    with pytest.raises(UsageError, match="'kmeans'"):
+        run_probes(skysense, PretrainConfig(probe=ProbeConfig(tasks=("kmeans",))), shards)
+
+
+def test_rasters_are_found_by_themselves(shards: ShardSet, tmp_path: Path) -> None:
+    from pipeline.probes.in_loop import raster_name
+
+    assert raster_name(shards, PretrainConfig()) == "landcover"
