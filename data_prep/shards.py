@@ -138,7 +138,8 @@ class ShardSet:
         place = storage.join(self.url, INDEX)
         try:
             data = storage.read_bytes(place)
-            return pq.read_table(io.BytesIO(data), columns=None if columns is None else list(columns))
+            # pre_buffer would start Arrow's I/O threads, which abort a process that ends soon after (seen with pyarrow 22)
+            return pq.read_table(io.BytesIO(data), columns=None if columns is None else list(columns), pre_buffer=False)
         except (OSError, pa.ArrowException) as error:
             raise UsageError(
                 f"{place} cannot be read ({error}); rebuild it with python -m data_prep verify {self.url} --repair"

@@ -64,7 +64,7 @@ class Histograms:
     @staticmethod
     def from_bytes(data: bytes) -> Histograms:
         histograms = Histograms()
-        table = pq.read_table(io.BytesIO(data), schema=_SCHEMA)
+        table = pq.read_table(io.BytesIO(data), schema=_SCHEMA, pre_buffer=False)
         names = np.asarray(table["modality"])
         band, code, count = (table[column].to_numpy() for column in ("band", "code", "count"))
         for name in MODALITIES:

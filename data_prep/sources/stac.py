@@ -131,7 +131,7 @@ def _parquet_items(url: str) -> Iterator[dict[str, Any]]:
 
     try:
         source: Any = local_path(url) if is_local(url) else io.BytesIO(read_bytes(url))
-        table = pyarrow.parquet.read_table(source)
+        table = pyarrow.parquet.read_table(source, pre_buffer=False)
     except FileNotFoundError:
         raise UsageError(f"{url} does not exist") from None
     except (pyarrow.ArrowInvalid, OSError) as error:
