@@ -209,9 +209,9 @@ def backscatter(raw_CHW: np.ndarray, unit: str, nodata: float | None) -> tuple[n
     if unit == "linear":
         valid_CHW &= values_CHW > 0
         values_CHW = np.float32(10) * np.log10(np.where(valid_CHW, values_CHW, 1).astype(np.float32))
-    valid_HW: np.ndarray = (valid_CHW & (values_CHW >= LOWEST_DB)).all(axis=0)
+    valid_HW = np.all(valid_CHW & (values_CHW >= LOWEST_DB), axis=0)
     if unit == "dB":
-        valid_HW &= ~(values_CHW == 0).all(axis=0)
+        valid_HW = valid_HW & np.any(values_CHW != 0, axis=0)
     values_CHW[:, ~valid_HW] = np.nan
     return values_CHW, valid_HW
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
+import itertools
+import os
 import re
 from typing import Any
 
@@ -20,6 +22,7 @@ from data_prep.sources.records import Asset, SourceFault
 
 DIMS = ("time", "band", "y", "x")
 CACHE_BYTES = 256 << 20
+BLOSC_HEADER_BYTES = 16
 
 
 class ZarrCube:
@@ -44,6 +47,7 @@ class ZarrCube:
         self.layers = [Layer(wanted, self._grid)]
         self._mask, self._mask_is_scl = _mask_array(group, (times, height, width), asset)
         self.cloud = self._grid if self._mask is not None else None
+        self._is_local_blosc = is_local(asset.href) and not asset.href.endswith(".zip") and _uses_blosc(self._data)
         self._cached: tuple[Any, np.ndarray] | None = None
 
     def read(self, date: int, layer: int, window: Window) -> np.ndarray:
@@ -61,10 +65,33 @@ class ZarrCube:
     def _get(self, times: slice, window: Window) -> np.ndarray:
         row0, row1, col0, col1 = window
         try:
+            self._refuse_cut_blosc(times, window)
             block = np.asarray(self._data[times, :, row0:row1, col0:col1])
         except Exception as error:  # codecs raise what they like on damaged bytes
             raise SourceFault(self.asset.id, f"corrupt chunk in {self.asset.href}: {first_line(error)}") from None
         return block[:, self._indices]
+
+    def _refuse_cut_blosc(self, times: slice, window: Window) -> None:
+        """Raises ValueError for a chunk file shorter than its Blosc header says: the decoder would make pixels up.
+
+        Only for local folders: object stores show no half-written objects, zips carry checksums, other codecs notice.
+        """
+        if not self._is_local_blosc:
+            return
+        row0, row1, col0, col1 = window
+        stop = min(times.stop, self._data.shape[0])
+        ranges = [(times.start, stop), (0, self._data.shape[1]), (row0, row1), (col0, col1)]
+        spans = [range(a // size, -(-b // size)) for (a, b), size in zip(ranges, self._data.chunks)]
+        folder = os.path.join(local_path(self.asset.href), self._data.path)
+        for place in itertools.product(*spans):
+            path = os.path.join(folder, self._data.metadata.encode_chunk_key(place))
+            if not os.path.exists(path):
+                continue  # absent chunks are the fill value, by the format's rules
+            with open(path, "rb") as stream:
+                header = stream.read(BLOSC_HEADER_BYTES)
+            promised = int.from_bytes(header[12:16], "little")
+            if len(header) < BLOSC_HEADER_BYTES or os.path.getsize(path) < promised:
+                raise ValueError(f"chunk {place} has {os.path.getsize(path)} of {promised} bytes")
 
     def read_valid(self, date: int, layer: int, window: Window) -> np.ndarray | None:
         return None
@@ -126,6 +153,13 @@ def _data_array(group: Any, asset: Asset) -> Any:
     if array.dtype.kind not in "uif":
         raise SourceFault(asset.id, f"array holds {array.dtype}, wanted numbers: {asset.href}")
     return array
+
+
+def _uses_blosc(array: Any) -> bool:
+    """Whether a chunk file is one Blosc frame (not a shard of several)."""
+    metadata = array.metadata
+    codecs = [getattr(metadata, "compressor", None), *(getattr(metadata, "codecs", None) or ())]
+    return any("blosc" in type(codec).__name__.lower() for codec in codecs)
 
 
 def _listed(attributes: dict[str, Any], name: str, group: Any, coordinate: str, asset: Asset) -> list[Any]:
