@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import zipfile
 
 import numpy as np
 import torch
@@ -80,7 +81,7 @@ def read_embeddings(url: str) -> tuple[list[str], np.ndarray]:
             vectors = load_safetensors(data)["vectors"]
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             names = json.loads(header["__metadata__"]["names"])
-    except (ValueError, KeyError, OSError, SafetensorError) as error:
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
         raise UsageError(
             f"text embeddings {url}: not a file of names and vectors ({' '.join(str(error).split())})"
         ) from None

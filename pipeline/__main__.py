@@ -11,6 +11,7 @@ COMMANDS = {
     "embed": ("pipeline.commands.embed", "features of one multi-modal site"),
     "compare": ("pipeline.commands.compare", "runs side by side, and what makes them incomparable"),
     "ablate": ("pipeline.commands.ablate", "one run per setting, compared"),
+    "text-embeddings": ("pipeline.commands.text_embeddings", "vectors of class names, for image-text alignment"),
     "sync": ("pipeline.commands.sync", "bring MLflow level with a run directory"),
     "bench": ("pipeline.commands.bench", "loader, step, moe, checkpoint: throughput beside the alternatives"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,13 +19,16 @@ from tests.thread_ranks import ThreadReduce, run_ranks
 MODEL = ModelConfig(size="debug", drop_path=0.2, moe=MoEConfig(experts=4, blocks=2, balance_weight=0.5, z_weight=0.1))
 OBJECTIVE = ObjectiveConfig(
     prototypes=32, head_hidden=16, head_bottleneck=8, pixel_pairs=12, object_clusters=3, queries=4,
-    teacher_warmup_samples=100,
+    teacher_warmup_samples=100, ita_embeddings=str(Path(__file__).parents[2] / "pipeline/runs/text_embeddings.safetensors"),
 )  # fmt: skip
 
 
-def build(model: ModelConfig = MODEL, objective: ObjectiveConfig = OBJECTIVE, **kwargs: object) -> Student:
+CLASSES = ["water", "crop", "grass", "built"]
+
+
+def build(model: ModelConfig = MODEL, objective: ObjectiveConfig = OBJECTIVE) -> Student:
     torch.manual_seed(0)
-    return Student(model, objective, STATISTICS, **kwargs).double()
+    return Student(model, objective, STATISTICS, CLASSES).double()
 
 
 def one_step(student: Student, teacher: Student, batches: list, reduce, samples_seen: int = 40):
@@ -98,6 +102,7 @@ def test_absent_modalities_contribute_nothing_and_break_nothing() -> None:
     metrics, grads, _ = one_step(student, teacher, [batch], SingleProcess())
     assert float(metrics["loss/mgcl_s1"]) == 0.0
     assert float(metrics["loss/mgcl_s2"]) > 0.0
+    assert float(metrics["loss/ita"]) > 0.0
     assert all(torch.isfinite(value).all() for value in metrics.values())
     for name, grad in grads.items():
         assert grad is not None, name
@@ -123,24 +128,27 @@ def test_values_of_invalid_pixels_change_nothing() -> None:
         torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("off", ["mgcl_weight", "qsacl_weight"])
+@pytest.mark.parametrize("off", ["mgcl_weight", "qsacl_weight", "ita_weight"])
 def test_a_term_with_weight_zero_is_not_computed(off: str) -> None:
     objective = replace(OBJECTIVE, **{off: 0.0})
     student = build(objective=objective)
     metrics, _, _ = one_step(student, make_teacher(student), [make_batch(2)], SingleProcess())
-    absent = "loss/mgcl_hr" if off == "mgcl_weight" else "loss/qsacl"
-    assert absent not in metrics
-    assert set(student.heads) == ({"query"} if off == "mgcl_weight" else {"dense", "fused"})
+    assert {"mgcl_weight": "loss/mgcl_hr", "qsacl_weight": "loss/qsacl", "ita_weight": "loss/ita"}[off] not in metrics
+    heads = {"mgcl_weight": {"query"}, "qsacl_weight": {"dense", "fused"}, "ita_weight": {"dense", "fused", "query"}}
+    assert set(student.heads) == heads[off]
+    assert (student.alignment is None) == (off == "ita_weight")
 
 
 @pytest.mark.parametrize("heads", ["shared", "per_level"])
 def test_parameter_counts_equal_the_closed_formula(heads: str) -> None:
     objective = replace(OBJECTIVE, heads=heads)
-    student = Student(MODEL, objective, STATISTICS)
+    student = Student(MODEL, objective, STATISTICS, CLASSES)
     counted = count_parameters(MODEL, objective)
     assert counted["heads"] == sum(p.numel() for p in student.heads.parameters())
     assert student.decoder is not None
     assert counted["decoder"] == sum(p.numel() for p in student.decoder.parameters())
+    assert student.alignment is not None
+    assert counted["ita"] == sum(p.numel() for p in student.alignment.parameters())
 
 
 def test_softmax_centering_and_no_local_views_run() -> None:
