@@ -17,11 +17,11 @@ from model.config import ModelConfig
 from model.droppath import keep_factors
 from model.merging import AdaptivePatchMerging
 from model.moe.balance import CallStats
-from model.positions import LearnedPosition, rotary_angles, token_centres_m
+from model.positions import LearnedPosition, rotary_angles, token_centres_m, window_layouts
 from model.prompts import Prompts
 from model.swin import SwinBlock
 from model.tokenizers import Tokenizer
-from model.transformer import Layout, build_block
+from model.transformer import Block, Layout, build_block
 
 
 @dataclass
@@ -59,14 +59,14 @@ class Backbone(nn.Module):
         for s in range(4):
             blocks: list[nn.Module] = []
             for i in range(depths[s]):
-                shift = cfg.window // 2 if i % 2 else 0
+                shifted = i % 2 == 1
                 heads = dims[s] // cfg.head_dim
                 if s < 2:
-                    blocks.append(SwinBlock(dims[s], heads, cfg.window, shift))
+                    blocks.append(SwinBlock(dims[s], heads, shifted))
                     continue
                 place = i if s == 2 else depths[2] + i
                 moe = (cfg.moe.experts, cfg.moe.top_k, cfg.moe.grouped) if place in experts else None
-                blocks.append(build_block(dims[s], heads, moe, cfg.window * (cfg.attention == "window"), shift))
+                blocks.append(build_block(dims[s], heads, moe, shifted))
             stages.append(nn.ModuleList(blocks))
         self.stages = nn.ModuleList(stages)
         self.merges = nn.ModuleList([AdaptivePatchMerging(dims[s]) for s in range(3)])
@@ -116,9 +116,9 @@ class Backbone(nn.Module):
         return tokens
 
     def _swin_stage(self, s: int, tokens: Tokens, all_valid: bool, seed_N: Tensor | None) -> None:
-        valid = None if all_valid else tokens.valid_Nhw
+        layouts = window_layouts(tokens.valid_Nhw, all_valid, self.cfg.window)
         for i, block in enumerate(self._blocks(s)):
-            tokens.feat_NhwD = self._run(block, tokens.feat_NhwD, valid, self._keep(s, i, seed_N))
+            tokens.feat_NhwD = self._run(block, tokens.feat_NhwD, layouts, self._keep(s, i, seed_N))
 
     def _transformer_stage(
         self, s: int, modality: str, tokens: Tokens, all_valid: bool, gsd_N: Tensor, seed_N: Tensor | None
@@ -135,7 +135,10 @@ class Backbone(nn.Module):
             angles = nn.functional.pad(angles, (0, 0, num_prompts, 0))
         any_N1 = valid_NL.any(1, keepdim=True)
         valid_NJ = torch.cat([any_N1.expand(-1, num_prompts), valid_NL], dim=1)
-        layout = Layout((height, width), num_prompts, valid_NJ, all_valid, angles)
+        windows = None
+        if self.cfg.attention == "window":
+            windows = window_layouts(tokens.valid_Nhw, all_valid, self.cfg.window)
+        layout = Layout((height, width), num_prompts, valid_NJ, all_valid, angles, windows)
         x_NJD = self.prompts[s - 2](modality, x_NLD)
         for i, block in enumerate(self._blocks(s)):
             x_NJD, stats = self._run(block, x_NJD, layout, self._keep(s, i, seed_N))
@@ -163,10 +166,13 @@ class Backbone(nn.Module):
         return keep_factors(seed_N, layer, rate)
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compiles every block in place (`nn.Module.compile`): parameter names and checkpoints stay as they are."""
+        """Compiles every block in place (`nn.Module.compile`): parameter names and checkpoints stay as they are.
+
+        Call it last, after expert parallelism was applied.
+        """
         for s in range(4):
             for block in self._blocks(s):
-                block.compile(**options)
+                block.compile_in_place(**options) if isinstance(block, Block) else block.compile(**options)
 
 
 class SeparateBackbones(nn.Module):

@@ -122,7 +122,10 @@ def forward_flops(cfg: ModelConfig, view: ViewSize) -> dict[str, int]:
 def image_flops(cfg: ModelConfig, modality: str, side_px: int) -> dict[str, int]:
     """Backbone forward of one image, by part."""
     sides = stage_sides(side_px, cfg.patch, cfg.merges(modality))
-    part = {"tokenizers": 2 * sides[0] ** 2 * cfg.patch**2 * len(MODALITIES[modality].bands) * cfg.dims[0], "merging": 0}
+    part = {
+        "tokenizers": 2 * sides[0] ** 2 * cfg.patch**2 * len(MODALITIES[modality].bands) * cfg.dims[0],
+        "merging": 0,
+    }
     experts = cfg.moe.placed(cfg.depths[2] + cfg.depths[3])
     for s, (c, depth, side) in enumerate(zip(cfg.dims, cfg.depths, sides)):
         part[f"stage_{s + 1}"] = 0

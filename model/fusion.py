@@ -121,7 +121,7 @@ class Fusion(nn.Module):
             x_XSF, valid_XS = x_XSF.index_select(1, columns), valid_XS.index_select(1, columns)
         x_XJF = torch.cat([self.extra_F.to(x_XSF.dtype).expand(x_XSF.shape[0], 1, -1), x_XSF], dim=1)
         valid_XJ = F.pad(valid_XS, (1, 0), value=True)
-        layout = Layout((0, 0), 1, valid_XJ, bool(valid_XS.all()), None)
+        layout = Layout((0, 0), 1, valid_XJ, bool(valid_XS.all()))
         for block in self.blocks[:-1]:
             x_XJF, _ = self._run(block, x_XJF, layout)
         fused_XF = self._run(first_token_block, self.blocks[-1], x_XJF, layout)

@@ -24,38 +24,73 @@ MASKED = -3.0e4
 
 
 class Windows(NamedTuple):
-    """How one block cuts a grid of H x W tokens into windows.
+    """How a block cuts a grid of H x W tokens into windows; the same for all images of that size.
 
     Attributes:
         size: window rows, columns. padded: grid after padding at the bottom and right. roll: cyclic shift up and left.
         index_SS: entry of the (2w-1)² bias table for each (query, key) pair of a window.
-        region_KS: int64 region of each token after the cyclic shift; tokens of different regions do not see each
-            other. None where every window is one region.
+        coordinates_R2: log-spaced offsets of that table's entries, float64.
+        apart_K1SS: bool, true where query and key come from different regions of the cyclic shift; None where every window is
+            one region.
     """
 
     size: tuple[int, int]
     padded: tuple[int, int]
     roll: tuple[int, int]
     index_SS: Tensor
-    region_KS: Tensor | None
+    coordinates_R2: Tensor
+    apart_K1SS: Tensor | None
+
+
+class WindowLayout(NamedTuple):
+    """Windows and what may see what in them, for the images of one call.
+
+    Attributes:
+        see_X1SS: bool, the query may see the key; one entry per window of every image, or per window of one image where all
+            tokens are valid. None: everything is seen.
+    """
+
+    windows: Windows
+    see_X1SS: Tensor | None
 
 
 @functools.lru_cache(maxsize=256)
 def plan_windows(height: int, width: int, window: int, shift: int, device: torch.device) -> Windows:
-    """The windows of one block on one grid size; built once."""
+    """The windows of one grid size; built once."""
     (win_h, pad_h, roll_h), (win_w, pad_w, roll_w) = (axis_windows(n, window, shift) for n in (height, width))
-    with torch.inference_mode(False):
+    with torch.inference_mode(False):  # what inference makes first, training must be able to use
         rows_S = torch.arange(win_h, device=device).repeat_interleave(win_w)
         cols_S = torch.arange(win_w, device=device).repeat(win_h)
         dy_SS = rows_S[:, None] - rows_S[None, :] + window - 1
         dx_SS = cols_S[:, None] - cols_S[None, :] + window - 1
         index_SS = dy_SS * (2 * window - 1) + dx_SS
-        region_KS = None
+        apart_K1SS = None
         if roll_h or roll_w:
             rows_H = (torch.arange(pad_h, device=device) >= pad_h - roll_h).long()
             cols_W = (torch.arange(pad_w, device=device) >= pad_w - roll_w).long()
             region_KS = partition((rows_H[:, None] * 2 + cols_W)[None, :, :, None], (win_h, win_w))[:, :, 0]
-    return Windows((win_h, win_w), (pad_h, pad_w), (roll_h, roll_w), index_SS, region_KS)
+            apart_K1SS = (region_KS[:, :, None] != region_KS[:, None, :])[:, None]
+        coordinates_R2 = cpb_coordinates(window).to(device)
+    return Windows((win_h, win_w), (pad_h, pad_w), (roll_h, roll_w), index_SS, coordinates_R2, apart_K1SS)
+
+
+def cpb_coordinates(window: int) -> Tensor:
+    """Log-spaced relative coordinates of SwinV2's continuous position bias, float64 [(2w-1)², 2] (arXiv 2111.09883 eq. 4):
+    8 · Δ / (w-1), then sign(Δ) · log2(1 + |Δ|) / log2(8).
+    """
+    axis = torch.arange(-(window - 1), window, dtype=torch.float64) * (8.0 / max(window - 1, 1))
+    axis = axis.sign() * (axis.abs() + 1.0).log2() / math.log2(8.0)
+    return torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1).flatten(0, 1)
+
+
+def window_layouts(valid_NHW: Tensor, all_valid: bool, window: int) -> tuple[WindowLayout, WindowLayout]:
+    """Layouts of the unshifted and the shifted blocks of a stage, made once for all of them."""
+    height, width = valid_NHW.shape[1:]
+    found = []
+    for shift in (0, window // 2):
+        windows = plan_windows(height, width, window, shift, valid_NHW.device)
+        found.append(WindowLayout(windows, window_mask(windows, None if all_valid else valid_NHW, height, width)))
+    return found[0], found[1]
 
 
 def partition(x_NHWC: Tensor, size: tuple[int, int]) -> Tensor:
@@ -90,36 +125,20 @@ def from_windows(x_XSC: Tensor, plan: Windows, height: int, width: int) -> Tenso
     return x_NHWC[:, :height, :width]
 
 
-def window_mask(plan: Windows, valid_NHW: Tensor | None, height: int, width: int, num_images: int) -> Tensor | None:
-    """bool [N·K, 1, S, S] (or [K, 1, S, S] when all tokens are valid): may the query see the key? None: always.
+def window_mask(windows: Windows, valid_NHW: Tensor | None, height: int, width: int) -> Tensor | None:
+    """bool [N·K, 1, 1 or S, S] (or [K, 1, 1 or S, S] when all tokens are valid): may the query see the key? None: always.
 
     Padding cells are keys to nobody; regions of a cyclic shift are kept apart.
     """
-    same_K1SS = None
-    if plan.region_KS is not None:
-        same_K1SS = (plan.region_KS[:, :, None] == plan.region_KS[:, None, :])[:, None]
-    if valid_NHW is None and plan.padded == (height, width):
-        return same_K1SS
+    together_K1SS = None if windows.apart_K1SS is None else ~windows.apart_K1SS
+    if valid_NHW is None and windows.padded == (height, width):
+        return together_K1SS
     if valid_NHW is None:
-        valid_NHW = torch.ones(1, height, width, dtype=torch.bool, device=plan.index_SS.device)
-    key_X11S = to_windows(valid_NHW[..., None], plan)[:, None, None, :, 0]
-    if same_K1SS is not None:
-        num_windows = same_K1SS.shape[0]
-        keep = key_X11S.unflatten(0, (-1, num_windows)) & same_K1SS
-        return keep.flatten(0, 1)
-    return key_X11S
-
-
-@functools.lru_cache(maxsize=32)
-def cpb_coordinates(window: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Log-spaced relative coordinates of SwinV2's continuous position bias, [(2w-1)², 2] (arXiv 2111.09883 eq. 4):
-    8 · Δ / (w-1), then sign(Δ) · log2(1 + |Δ|) / log2(8).
-    """
-    with torch.inference_mode(False):
-        axis = torch.arange(-(window - 1), window, device=device, dtype=torch.float64) * (8.0 / max(window - 1, 1))
-        axis = axis.sign() * (axis.abs() + 1.0).log2() / math.log2(8.0)
-        grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1)
-        return grid.flatten(0, 1).to(dtype)
+        valid_NHW = torch.ones(1, height, width, dtype=torch.bool, device=windows.index_SS.device)
+    key_X11S = to_windows(valid_NHW[..., None], windows)[:, None, None, :, 0]
+    if together_K1SS is None:
+        return key_X11S
+    return (key_X11S.unflatten(0, (-1, together_K1SS.shape[0])) & together_K1SS).flatten(0, 1)
 
 
 def token_centres_m(height: int, width: int, stride: int, gsd_N: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Dimension legend: B sites · T dates · N = B·T images · h, w tokens · D back
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from model.config import ModelConfig
 from model.droppath import image_seeds
 from model.fusion import Frames, Fusion, TokenGrid, at_least_one, fusion_leader
 from model.moe.balance import CallStats, MoEStats, stack_modalities
+from model.transformer import Block
 
 
 @dataclass
@@ -119,8 +121,12 @@ class SkySense(nn.Module):
                 layers.append(stack_modalities([stats if i == m else zeros for i in range(len(calls))]))
         return layers
 
-    def compile_blocks(self, **options: object) -> None:
-        """`torch.compile` of every block of backbone and fusion, in place."""
+    def compile_blocks(self, **options: Any) -> None:
+        """`torch.compile` of every block of backbone and fusion, in place. Blocks of one kind share their compiled code; each kind
+        meets several grids (modalities, views), hence the higher limit on recompilations.
+        """
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         self.backbone.compile_blocks(**options)
         for block in self.fusion.blocks[:-1]:
-            block.compile(**options)
+            assert isinstance(block, Block)
+            block.compile_in_place(**options)

@@ -12,52 +12,53 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.droppath import drop
-from model.positions import MASKED, Windows, cpb_coordinates, from_windows, plan_windows, to_windows, window_mask
+from model.positions import MASKED, WindowLayout, Windows, from_windows, to_windows
 
 
 class PositionBias(nn.Module):
     """Continuous position bias: 16 · sigmoid(MLP(log-spaced offsets)), MLP 2 → 512 → heads (eq. 3)."""
 
-    def __init__(self, window: int, heads: int) -> None:
+    def __init__(self, heads: int) -> None:
         super().__init__()
-        self.window = window
         self.hidden = nn.Linear(2, 512)
         self.out = nn.Linear(512, heads, bias=False)
 
-    def forward(self, index_SS: Tensor) -> Tensor:
-        """[A, S, S]: one pass over the (2w-1)² offsets, shared by all windows of the call."""
-        weight = self.hidden.weight
-        coordinates = cpb_coordinates(self.window, weight.device, weight.dtype)
-        table_RA = 16.0 * torch.sigmoid(self.out(F.relu(self.hidden(coordinates))))
-        return table_RA[index_SS.flatten()].unflatten(0, index_SS.shape).permute(2, 0, 1)
+    def forward(self, windows: Windows) -> Tensor:
+        """[A, S, S], float32 at least: one pass over the (2w-1)² offsets, shared by all windows of the call."""
+        dtype = torch.promote_types(self.hidden.weight.dtype, torch.float32)
+        with torch.autocast(windows.index_SS.device.type, enabled=False):
+            h = F.linear(windows.coordinates_R2.to(dtype), self.hidden.weight.to(dtype), self.hidden.bias.to(dtype))
+            table_RA = 16.0 * torch.sigmoid(F.linear(F.relu(h), self.out.weight.to(dtype)))
+        return table_RA[windows.index_SS.flatten()].unflatten(0, windows.index_SS.shape).permute(2, 0, 1)
 
 
 class WindowAttention(nn.Module):
     """Scaled cosine attention within windows; learned logit scale per head, clamped at ln 100. Keys have no bias."""
 
-    def __init__(self, dim: int, heads: int, window: int) -> None:
+    def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.logit_scale_A = nn.Parameter(torch.full((heads,), math.log(10.0)))
-        self.bias = PositionBias(window, heads)
+        self.bias = PositionBias(heads)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x_NHWC: Tensor, plan: Windows, mask_X1SS: Tensor | None) -> Tensor:
+    def forward(self, x_NHWC: Tensor, layout: WindowLayout) -> Tensor:
+        windows, see_X1SS = layout
         height, width = x_NHWC.shape[1:3]
         bias_3C = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv_XSC = to_windows(F.linear(x_NHWC, self.qkv.weight, bias_3C), plan)
+        qkv_XSC = to_windows(F.linear(x_NHWC, self.qkv.weight, bias_3C), windows)
         q_XASD, k_XASD, v_XASD = qkv_XSC.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         scale_A11 = self.logit_scale_A.clamp(max=math.log(100.0)).exp()[:, None, None]
         q_XASD = (F.normalize(q_XASD, dim=-1) * scale_A11).to(v_XASD.dtype)
         k_XASD = F.normalize(k_XASD, dim=-1).to(v_XASD.dtype)
-        bias_XASS = self.bias(plan.index_SS)[None].to(v_XASD.dtype)
-        if mask_X1SS is not None:
-            bias_XASS = torch.where(mask_X1SS, bias_XASS, MASKED)
+        bias_XASS = self.bias(windows)[None].to(v_XASD.dtype)
+        if see_X1SS is not None:
+            bias_XASS = torch.where(see_X1SS, bias_XASS, MASKED)
         out_XASD = _attend(q_XASD, k_XASD, v_XASD, bias_XASS)
-        return self.proj(from_windows(out_XASD.transpose(1, 2).flatten(2), plan, height, width))
+        return self.proj(from_windows(out_XASD.transpose(1, 2).flatten(2), windows, height, width))
 
 
 def _attend(q_XASD: Tensor, k_XASD: Tensor, v_XASD: Tensor, bias_XASS: Tensor) -> Tensor:
@@ -76,10 +77,10 @@ def _attend(q_XASD: Tensor, k_XASD: Tensor, v_XASD: Tensor, bias_XASS: Tensor) -
 class SwinBlock(nn.Module):
     """x + norm(attention(x)), then x + norm(FFN(x)): residual-post-norm."""
 
-    def __init__(self, dim: int, heads: int, window: int, shift: int) -> None:
+    def __init__(self, dim: int, heads: int, shifted: bool) -> None:
         super().__init__()
-        self.window, self.shift = window, shift
-        self.attention = WindowAttention(dim, heads, window)
+        self.shifted = shifted
+        self.attention = WindowAttention(dim, heads)
         self.norm1 = nn.LayerNorm(dim)
         self.fc1 = nn.Linear(dim, 4 * dim)
         self.fc2 = nn.Linear(4 * dim, dim)
@@ -98,10 +99,9 @@ class SwinBlock(nn.Module):
         self.norm1.reset_parameters()
         self.norm2.reset_parameters()
 
-    def forward(self, x_NHWC: Tensor, valid_NHW: Tensor | None, keep_N2: Tensor | None = None) -> Tensor:
-        """valid_NHW None: all tokens are valid. keep_N2: drop-path factors of the two branches (see `model.droppath`)."""
-        n, height, width = x_NHWC.shape[:3]
-        plan = plan_windows(height, width, self.window, self.shift, x_NHWC.device)
-        mask_X1SS = window_mask(plan, valid_NHW, height, width, n)
-        x_NHWC = x_NHWC + drop(self.norm1(self.attention(x_NHWC, plan, mask_X1SS)), keep_N2, 0)
+    def forward(
+        self, x_NHWC: Tensor, layouts: tuple[WindowLayout, WindowLayout], keep_N2: Tensor | None = None
+    ) -> Tensor:
+        """layouts: of the stage, unshifted and shifted. keep_N2: drop-path factors of the two branches (`model.droppath`)."""
+        x_NHWC = x_NHWC + drop(self.norm1(self.attention(x_NHWC, layouts[self.shifted])), keep_N2, 0)
         return x_NHWC + drop(self.norm2(self.fc2(F.gelu(self.fc1(x_NHWC)))), keep_N2, 1)

@@ -8,6 +8,7 @@ all images · S tokens per window.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from model.droppath import drop
 from model.moe.balance import CallStats
 from model.moe.layer import MoELayer
-from model.positions import MASKED, from_windows, plan_windows, rotate, to_windows, window_mask
+from model.positions import MASKED, WindowLayout, from_windows, rotate, to_windows
 
 
 @dataclass
@@ -27,13 +28,15 @@ class Layout:
         grid: rows, columns of image tokens. prompts: P.
         valid_NJ: prompts are valid where the image has any valid token. all_valid: nothing is masked.
         angles_NJR: rotary angles (prompts: zero), None without rotary positions.
+        windows: layouts of unshifted and shifted blocks; None: attention is global.
     """
 
     grid: tuple[int, int]
     prompts: int
     valid_NJ: Tensor
     all_valid: bool
-    angles_NJR: Tensor | None
+    angles_NJR: Tensor | None = None
+    windows: tuple[WindowLayout, WindowLayout] | None = None
 
 
 class Attention(nn.Module):
@@ -45,13 +48,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x_NJD: Tensor, layout: Layout, window: int, shift: int) -> Tensor:
-        """window 0: global."""
+    def forward(self, x_NJD: Tensor, layout: Layout, shifted: bool = False) -> Tensor:
         q, k, v = self.qkv(x_NJD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if layout.angles_NJR is not None:
             q, k = rotate(q, layout.angles_NJR), rotate(k, layout.angles_NJR)
-        if window:
-            out_NAJH = windowed_attention(q, k, v, layout, window, shift)
+        if layout.windows is not None:
+            out_NAJH = windowed_attention(q, k, v, layout, layout.windows[shifted])
         else:
             mask = None if layout.all_valid else key_bias(layout.valid_NJ, q.dtype)
             out_NAJH = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -64,27 +66,25 @@ def key_bias(valid_NJ: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(valid_NJ, zero, MASKED)[:, None, None, :]
 
 
-def windowed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int, shift: int) -> Tensor:
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, windowed: WindowLayout) -> Tensor:
     """q, k, v [N, A, J, H]. An image token sees the prompts and its (shifted) window; a prompt sees everything."""
     p, (height, width) = layout.prompts, layout.grid
     n, heads = q.shape[:2]
-    plan = plan_windows(height, width, window, shift, q.device)
+    plan, see = windowed
     parts = []
     for t in (q, k, v):
         grid = t[:, :, p:].transpose(1, 2).flatten(2).unflatten(1, (height, width))
         parts.append(to_windows(grid, plan).unflatten(-1, (heads, -1)).transpose(1, 2))
     q_XASH, k_XASH, v_XASH = parts
     per_image = q_XASH.shape[0] // n
-    valid_NHW = None if layout.all_valid else layout.valid_NJ[:, p:].unflatten(1, (height, width))
-    mask = window_mask(plan, valid_NHW, height, width, n)
     if p:
         k_XASH, v_XASH = (
             torch.cat([t[:, :, :p].repeat_interleave(per_image, 0), w], 2) for t, w in ((k, k_XASH), (v, v_XASH))
         )
     bias = None
-    if mask is not None:
-        mask = mask.repeat(q_XASH.shape[0] // mask.shape[0], 1, 1, 1)
-        bias = F.pad(torch.where(mask, torch.zeros((), dtype=q.dtype, device=q.device), MASKED), (p, 0))
+    if see is not None:
+        see = see.repeat(q_XASH.shape[0] // see.shape[0], 1, 1, 1)
+        bias = F.pad(torch.where(see, torch.zeros((), dtype=q.dtype, device=q.device), MASKED), (p, 0))
     image = F.scaled_dot_product_attention(q_XASH, k_XASH, v_XASH, attn_mask=bias)
     image = from_windows(image.transpose(1, 2).flatten(2), plan, height, width).flatten(1, 2)
     image_NALH = image.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -107,12 +107,17 @@ class FeedForward(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+def call_experts(ffn: nn.Module, x_NJD: Tensor, valid_NJ: Tensor) -> tuple[Tensor, CallStats]:
+    return ffn(x_NJD, valid_NJ)
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + FFN(norm(x)). `ffn` is a FeedForward or a MoELayer."""
 
-    def __init__(self, dim: int, heads: int, ffn: nn.Module, window: int = 0, shift: int = 0) -> None:
+    def __init__(self, dim: int, heads: int, ffn: nn.Module, shifted: bool = False) -> None:
         super().__init__()
-        self.window, self.shift = window, shift
+        self.shifted = shifted
+        self.call_experts = call_experts
         self.norm1 = nn.LayerNorm(dim)
         self.attention = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim)
@@ -129,18 +134,27 @@ class Block(nn.Module):
         self.norm1.reset_parameters()
         self.norm2.reset_parameters()
 
+    def compile_in_place(self, **options: Any) -> None:
+        """`nn.Module.compile`, experts excepted: their shapes follow the data, and expert parallelism waits for other ranks inside.
+
+        The exception is a function of the layer, not a bound method, so that a copy of the block calls its own experts.
+        """
+        if not isinstance(self.ffn, FeedForward):
+            self.call_experts = torch.compiler.disable(call_experts)
+        self.compile(**options)
+
     def forward(self, x_NJD: Tensor, layout: Layout, keep_N2: Tensor | None = None) -> tuple[Tensor, CallStats | None]:
         """Returns the tokens and, of a mixture of experts, the router's sums over the valid tokens."""
-        x_NJD = x_NJD + drop(self.attention(self.norm1(x_NJD), layout, self.window, self.shift), keep_N2, 0)
+        x_NJD = x_NJD + drop(self.attention(self.norm1(x_NJD), layout, self.shifted), keep_N2, 0)
         stats = None
         if isinstance(self.ffn, FeedForward):
             y_NJD = self.ffn(self.norm2(x_NJD))
         else:  # a MoELayer, or what expert parallelism put in its place
-            y_NJD, stats = self.ffn(self.norm2(x_NJD), layout.valid_NJ)
+            y_NJD, stats = self.call_experts(self.ffn, self.norm2(x_NJD), layout.valid_NJ)
         return x_NJD + drop(y_NJD, keep_N2, 1), stats
 
 
-def build_block(dim: int, heads: int, moe: tuple[int, int, bool | None] | None, window: int, shift: int) -> Block:
+def build_block(dim: int, heads: int, moe: tuple[int, int, bool | None] | None, shifted: bool) -> Block:
     """moe: (experts, top_k, grouped), None for a dense FFN."""
     ffn = FeedForward(dim) if moe is None else MoELayer(dim, 4 * dim, *moe)
-    return Block(dim, heads, ffn, window, shift)
+    return Block(dim, heads, ffn, shifted)

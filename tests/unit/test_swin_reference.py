@@ -10,6 +10,7 @@ from transformers.models.swinv2.configuration_swinv2 import Swinv2Config
 from transformers.models.swinv2.modeling_swinv2 import Swinv2Layer, Swinv2PatchMerging, Swinv2Stage
 
 from model.merging import AdaptivePatchMerging
+from model.positions import window_layouts
 from model.swin import SwinBlock
 from tests.model_views import randomise
 
@@ -89,10 +90,10 @@ def test_block_equals_independent_implementation(window: int, height: int, width
     ).double()
     randomise(theirs)
     exact_coordinates(theirs, window)
-    ours = SwinBlock(DIM, HEADS, window, window // 2 if shift else 0).double()
+    ours = SwinBlock(DIM, HEADS, shift).double()
     copy_block(theirs, ours)
     mine, other = inputs(height, width)
-    out = ours(mine, None)
+    out = ours(mine, window_layouts(torch.ones(2, height, width, dtype=torch.bool), True, window))
     expected = theirs(other.flatten(1, 2), (height, width))[0].view_as(out)
     assert_close(out, expected)
     (out**3).sum().backward()
@@ -102,21 +103,22 @@ def test_block_equals_independent_implementation(window: int, height: int, width
         assert_close(grad, reference)
 
 
-def test_stage_with_merging_equals_independent_implementation() -> None:
+@pytest.mark.parametrize("masked", [True, False])  # also the masked path, with nothing masked
+def test_stage_with_merging_equals_independent_implementation(masked: bool) -> None:
     height, width, window = 8, 16, 4
     config = reference_config(window)
     theirs = Swinv2Stage(config, DIM, (height, width), 2, HEADS, [0.0, 0.0], Swinv2PatchMerging).double()
     randomise(theirs)
-    blocks = [SwinBlock(DIM, HEADS, window, window // 2 * (i % 2)).double() for i in range(2)]
+    blocks = [SwinBlock(DIM, HEADS, i == 1).double() for i in range(2)]
     merging = AdaptivePatchMerging(DIM).double()
     for their_block, own in zip(theirs.blocks, blocks):
         exact_coordinates(their_block, window)
         copy_block(their_block, own)
     merging.load_state_dict(theirs.downsample.state_dict())
     mine, other = inputs(height, width)
-    x = mine
+    x, layouts = mine, window_layouts(torch.ones(2, height, width, dtype=torch.bool), not masked, window)
     for block in blocks:
-        x = block(x, torch.ones(x.shape[:3], dtype=torch.bool))  # the masked path, with nothing masked
+        x = block(x, layouts)
     out, valid = merging(x, torch.ones(x.shape[:3], dtype=torch.bool), merge=True)
     expected = theirs(other.flatten(1, 2), (height, width))[0].view_as(out)
     assert bool(valid.all())
