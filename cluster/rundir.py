@@ -42,6 +42,7 @@ class RunDir:
         self._stream: IO[bytes] | None = None
         self._lines: list[bytes] | None = None
         self._last_step: int | None = None
+        self._abandoned: dict[int, bytes] = {}
         self._synced = time.monotonic()
         self._token: str | None = None
 
@@ -67,15 +68,19 @@ class RunDir:
         this they would stand twice.
         """
         self.close()
-        self._lines = [line for number, line in self._parse() if number <= step]
+        found = self._parse()
+        self._lines = [line for number, line in found if number <= step]
+        self._abandoned = {number: line for number, line in found if number > step}
         self._last_step = step
         self._rewrite()
 
-    def append_metrics(self, metrics: Mapping[str, Any]) -> None:
+    def append_metrics(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Adds one line. `metrics["step"]` must be larger than the last one; non-finite figures are written as null.
 
         Locally the line reaches the file at once. On an object store it does with the next `sync`, which is called here
         every SYNC_EVERY_S, and must be called before a checkpoint of this step is committed.
+
+        Returns the line as it stands in the file.
         """
         if self._lines is None:
             self.start_metrics(self.last_step() or 0)
@@ -84,14 +89,16 @@ class RunDir:
         if not isinstance(step, int) or (self._last_step is not None and step <= self._last_step):
             raise ValueError(f"metrics of step {step!r} come after step {self._last_step}; each step is logged once")
         line = json.dumps({key: _finite(value) for key, value in metrics.items()}, allow_nan=False).encode()
+        line = _first_telling(self._abandoned.pop(step, None), line)
         self._last_step = step
         if self._stream is not None:
             self._stream.write(line + b"\n")
             self._stream.flush()
-            return
-        self._lines.append(line)
-        if time.monotonic() - self._synced > SYNC_EVERY_S:
-            self.sync()
+        else:
+            self._lines.append(line)
+            if time.monotonic() - self._synced > SYNC_EVERY_S:
+                self.sync()
+        return json.loads(line)
 
     def sync(self) -> None:
         """Makes every line so far durable. Call it before a checkpoint is committed, and at the end."""
@@ -182,6 +189,16 @@ class RunDir:
             return None
         except ValueError as error:
             raise UsageError(f"{url} is not valid JSON ({error}); move it away or choose another run.dir") from None
+
+
+def _first_telling(abandoned: bytes | None, line: bytes) -> bytes:
+    """Of a step that ran twice (a resume redoes what came after the checkpoint): the first record, if the second one has the
+    same losses bit for bit, for then it is the same step, and a tracker has already sent it. Else the second."""
+    if abandoned is None:
+        return line
+    first, second = json.loads(abandoned), json.loads(line)
+    losses = {key for key in (*first, *second) if key.split("/")[0] == "loss"}
+    return abandoned if losses and all(first.get(key) == second.get(key) for key in losses) else line
 
 
 def _finite(value: Any) -> Any:

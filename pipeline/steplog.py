@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from cluster.progress import Progress, clock
+from cluster.progress import Progress
 from cluster.rundir import RunDir
 from pipeline.engine import StepResult
 from pipeline.parallel.layout import Layout
 from pipeline.parallel.processes import agree_max
 from pipeline.tracking.system import SystemSampler
-
-log = logging.getLogger(__name__)
 
 # Dense bf16 peak, FLOP/s, by a part of the device's name (vendors' data sheets); others are measured.
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "H20": 148e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12}
@@ -73,9 +70,7 @@ class StepLog:
         }  # fmt: skip
         if self.peak:
             figures["mfu"] = rate * self.flops_per_sample / (self.peak * self.layout.world)
-        self.rundir.append_metrics(figures)
-        self.tracker.log(step, samples, figures)
-        log.info("step %d · loss %.4f · %.2f samples/s · %s left", step, result.loss, rate, clock(figures["eta_s"]))
+        self.tracker.log(step, samples, self.rundir.append_metrics(figures))
 
     def close(self) -> None:
         if self._bar is not None:

@@ -106,7 +106,8 @@ def describe(stats: list[MoEStats], modalities: tuple[str, ...]) -> dict[str, Te
     """Metrics of all layers: per modality the share of each expert (mean over layers) and the gate's entropy in nats;
     over all modalities the largest share over layers and experts (1/E when uniform) and the dead (unused) experts.
 
-    Names: `moe/load/<modality>/<expert>`, `moe/entropy/<modality>`, `moe/max_share`, `moe/dead_experts`.
+    Names: `moe/load/<modality>/<expert>`, `moe/layer<n>/load/<modality>/<expert>`, `moe/entropy/<modality>`, `moe/max_share`,
+    `moe/dead_experts`.
     """
     if not stats:
         return {}
@@ -122,4 +123,6 @@ def describe(stats: list[MoEStats], modalities: tuple[str, ...]) -> dict[str, Te
         metrics[f"moe/entropy/{name}"] = entropy_LM[:, m].mean()
         for e in range(load_LME.shape[-1]):
             metrics[f"moe/load/{name}/{e}"] = share_LME[:, m, e].mean()
+            for layer, share_ME in enumerate(share_LME):
+                metrics[f"moe/layer{layer}/load/{name}/{e}"] = share_ME[m, e]
     return metrics

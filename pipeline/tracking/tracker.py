@@ -84,6 +84,7 @@ class Tracker:
     def close(self, status: str = "FINISHED") -> None:
         """Sends what is left and ends the run as FINISHED, FAILED, KILLED or SCHEDULED (it will be requeued)."""
         self._guard(lambda: set_status(self.rundir, status))
+        self._guard(lambda: draw(self.rundir))
         if self._thread is None:
             return
         with self._wake:
@@ -149,3 +150,13 @@ class Tracker:
                 self._from_directory = self._new_files = True
                 self._pending = [*lines, *self._pending][-MAX_PENDING:]
             raise
+
+
+def draw(rundir: RunDir) -> None:
+    """Loss curves and expert loads of the run so far, as `artifacts/loss.png` and `artifacts/experts.png`."""
+    from pipeline.tracking.plots import expert_plot, loss_plot
+
+    lines = rundir.read_metrics()
+    for name, picture in (("loss.png", loss_plot(lines)), ("experts.png", expert_plot(lines))):
+        if picture is not None:
+            storage.write_atomic(storage.join(rundir.url, "artifacts", name), picture)

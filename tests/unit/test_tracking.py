@@ -194,3 +194,14 @@ def test_system_figures_are_finite_numbers() -> None:
     figures = SystemSampler().sample()
     assert figures["system/process_memory_gb"] > 0
     assert all(key.startswith("system/") and value >= 0 for key, value in figures.items())
+
+
+def test_a_step_that_ran_twice_alike_keeps_its_first_record(tmp_path: Path) -> None:
+    rundir, store = _run(str(tmp_path), 10), MemoryStore()
+    Mirror(rundir, store).send(rundir.read_metrics())
+    rundir.start_metrics(6)
+    again = [rundir.append_metrics(_line(step) | {"time": 5000.0 + step, "samples_per_s": 3.0}) for step in range(7, 10)]
+    changed = rundir.append_metrics(_line(10) | {"loss": 0.5, "samples_per_s": 3.0})
+    assert [line["time"] for line in again] == [1007.0, 1008.0, 1009.0]  # same losses: the same step
+    assert changed["samples_per_s"] == 3.0  # another loss: another trajectory, the file tells the truth
+    assert Mirror(rundir, store).differences() != []
