@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 # Series first: their 10 m grid is the one that must not be resampled; hr is fine enough to follow.
 ANCHORS = ("s2", "s1", "hr", "s2_l1c")
 CELL_SPAN_M = 12_000.0
-EDGE_TOLERANCE_PX = 0.05
+# Of a 10 m pixel: 10 cm, less than half an hr pixel, so that no edge pixel loses its centre.
+EDGE_TOLERANCE_PX = 0.01
 
 
 def group_items(items: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:

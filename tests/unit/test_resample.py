@@ -106,7 +106,7 @@ def test_outside_is_invalid_and_apart_is_none():
     half = grid(500_043, 5_300_000, 10, 8, 8)
     window = needed_window(source, half, "reflectance")
     r0, r1, c0, c1 = window
-    out, valid = place(
+    _, valid = place(
         np.full((1, r1 - r0, c1 - c0), 7, np.uint16),
         np.ones((r1 - r0, c1 - c0), bool),
         source.sub(window),
