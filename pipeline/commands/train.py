@@ -108,6 +108,7 @@ def dry_run(config: object, processes: int | None, as_json: bool) -> int:
     from cluster.cli import print_json
     from cluster.config import fingerprint, to_dict
     from cluster.ranks import Ranks
+    from model import activations
     from model.counts import table
     from pipeline.config import PretrainConfig
     from pipeline.parallel.layout import Layout
@@ -121,6 +122,8 @@ def dry_run(config: object, processes: int | None, as_json: bool) -> int:
     for name, flops in figures["flops_per_sample"].items():
         if isinstance(flops, int):
             print(f"{name:<14}{flops / 1e9:>12.3f} GFLOP per sample")
-    if as_json:  # `cluster submit` and `cluster plan` read the resolved tree from here
-        print_json({**figures, "fingerprint": fingerprint(config), "resolved": to_dict(config)})
+    if as_json:  # `cluster submit` and `cluster plan` read the resolved tree and the model's figures from here
+        kept = {"cpu": activations.table(config, fused=False), "gpu": activations.table(config, fused=True)}
+        more = {"activations": kept, "routed": activations.routed(config)}
+        print_json({**figures, **more, "fingerprint": fingerprint(config), "resolved": to_dict(config)})
     return 0

@@ -178,7 +178,8 @@ def test_preemption_by_a_more_urgent_job(slurm: SlurmCluster, tmp_path: Path) ->
 def test_a_crashed_node_is_survived(slurm: SlurmCluster, tmp_path: Path) -> None:
     sent = Sent(slurm, tmp_path / "run", step_s=0.2, steps=50).at_step(15)
     slurm.crash_node("node2")
-    slurm.start_node("node2")  # it comes back, as after a reboot
+    slurm.wait(lambda: slurm.job(sent.job).get("JobState") != "RUNNING", "the crash noticed")
+    slurm.start_node("node2")  # after a reboot
     sent.ends(timeout=90).assert_every_step_once(50)
     assert int(slurm.job(sent.job)["Restarts"]) >= 1
 

@@ -1,0 +1,95 @@
+"""The closed formulas for what autograd keeps, against what torch keeps (every tensor saved in a real forward, each storage
+once), for each switch that changes it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cluster.config import load
+from model import activations
+from model.losses.reduce import SingleProcess
+from model.pretrain import Student, make_teacher
+from pipeline.config import PretrainConfig
+from tests.synthetic_batch import STATISTICS, make_batch
+
+BASE = [
+    "data.views_global={hr_px: 128, series_px: 8, s2_dates: 4, s1_dates: 3}",
+    "data.views_local={hr_px: 64, series_px: 4, s2_dates: 4, s1_dates: 3}", "model.size=debug",
+    "objective={prototypes: 256, head_hidden: 128, head_bottleneck: 32, queries: 4}", "train.precision=fp32",
+]  # fmt: skip
+SITES = 2
+
+
+def saved_bytes(config: PretrainConfig) -> int:
+    """Bytes that one forward of the student leaves behind for its backward, parameters not counted."""
+    torch.manual_seed(0)
+    student = Student(config.model, config.objective, STATISTICS)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    for parameter in student.parameters():
+        parameter.data = parameter.data.to(dtype)
+    teacher = make_teacher(student)
+    view = config.data.views_global
+    canvas = {"hr": view.hr_px, "s2": view.series_px, "s1": view.series_px}
+    batch = make_batch(SITES, canvas=canvas, dates={"hr": 1, "s2": view.s2_dates, "s1": view.s1_dates}, missing=0.0)
+    target = teacher.center([teacher.teacher_forward(batch)], 0, SingleProcess())[0]
+    parameters = {p.untyped_storage().data_ptr() for p in student.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    student.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        student(batch, target)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tolerance"),
+    [
+        ([], 0.03),
+        (["model.activation_checkpointing=true"], 0.05),
+        (["train.precision=bf16"], 0.03),
+        (["model.moe.experts=0"], 0.03),
+        (["model.moe.top_k=2", "model.moe.blocks=3"], 0.03),
+        (["model.position=learned"], 0.05),
+        (["model.prompts=0"], 0.03),
+        (["model.fusion.depth=3", "model.fusion.dim=64"], 0.03),
+        (["model.fusion.depth=0"], 0.03),
+        (["model.merge={hr: [false, true, true]}"], 0.03),
+        (["objective.qsacl_weight=0"], 0.03),
+        (["objective.mgcl_weight=0"], 0.05),
+        (["objective.heads=per_level", "objective.prototypes=2048"], 0.03),
+        (["model.size=tiny"], 0.03),
+    ],
+    ids=str,
+)
+def test_formula_is_what_torch_keeps(overrides: list[str], tolerance: float) -> None:
+    config = load(PretrainConfig, None, [*BASE, *overrides])
+    figures = activations.table(config, fused=False)
+    checkpointing = config.model.activation_checkpointing
+    fixed = figures["fixed"] + (0 if checkpointing else figures["fixed_in_blocks"])
+    predicted = SITES * figures["checkpointed" if checkpointing else "full"] + fixed
+    assert predicted == pytest.approx(saved_bytes(config), rel=tolerance)
+
+
+def test_parts_add_up() -> None:
+    figures = activations.table(load(PretrainConfig, None, BASE), fused=False)
+    assert sum(figures["by"].values()) == pytest.approx(figures["full"])
+
+
+def test_routed_elements_by_hand() -> None:
+    """One MoE block in stage 4 (dim 128), hr 16 px -> 4 -> 2 -> 1 -> 1 tokens, s2 and s1 2 x 2 tokens, no prompts."""
+    view = "{hr_px: 16, series_px: 8, s2_dates: 2, s1_dates: 1}"
+    config = load(PretrainConfig, None, ["model.size=debug", "model.prompts=0", "model.moe.blocks=1",
+                                         f"data.views_global={view}", "objective.qsacl_weight=0"])  # fmt: skip
+    assert activations.routed(config) == {
+        "elements": 128 * (1 + 2 * 4 + 4),
+        "calls": 3,
+        "layers": 1,
+        "bytes_per_element": 2,
+    }
