@@ -8,7 +8,6 @@ the buffer itself. Object storage is in `pipeline.reader.read_ahead`, behind the
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 import os
 import threading
@@ -16,8 +15,12 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from cluster import storage
+from cluster.errors import UsageError
 from pipeline.config import DataConfig
 from pipeline.reader.faults import BadSample, FaultLog, RetryPolicy, TransientFault, with_retries
+from pipeline.reader.ranges import open_ranges
+from pipeline.reader.read_ahead import RemoteFetcher
+from pipeline.reader.spans import Spans
 from pipeline.reader.table import Table
 
 OPEN_FILES = 64
@@ -95,27 +98,17 @@ def read_into(files: OpenFiles, path: str, offset: int, view: memoryview) -> Non
         raise TransientFault("disk", f"{path}: {error}") from None
 
 
-@dataclasses.dataclass(frozen=True)
-class Spans:
-    """Where each sample lies: bytes [start, stop) of the shard `urls[shard]`. Plain lists: they are read one by one."""
-
-    urls: list[str]
-    shard: list[int]
-    start: list[int]
-    stop: list[int]
-
-    def what(self, row: int) -> str:
-        """Object and range in words, for errors."""
-        return f"{self.urls[self.shard[row]]}, bytes {self.start[row]} to {self.stop[row]}"
-
-
 def open_fetcher(
     table: Table, modalities: Sequence[str], data: DataConfig, policy: RetryPolicy, faults: FaultLog
 ) -> Fetcher:
     """The fetcher that suits where the shard sets lie."""
     start, stop = table.spans(modalities)
     spans = Spans(table.shard_urls, table.shard_N.tolist(), start.tolist(), stop.tolist())
-    return LocalFetcher(spans, policy, faults)
+    if all(storage.is_local(url) for url in spans.urls):
+        return LocalFetcher(spans, policy, faults)
+    if any(storage.is_local(url) for url in spans.urls) or len({url.partition("://")[0] for url in spans.urls}) > 1:
+        raise UsageError(f"shard sets of one run must lie in one kind of storage, found {', '.join(data.urls)}")
+    return RemoteFetcher(spans, open_ranges(spans.urls[0], policy), data, policy, faults, table.shard_hashes)
 
 
 class LocalFetcher:

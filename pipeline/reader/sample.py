@@ -24,7 +24,7 @@ class WrongBytes(BadSample):
 
 
 class SampleReader:
-    """Fills rows of batches. Thread-safe; holds no state between samples but counters and what was verified."""
+    """Fills rows of batches. Thread-safe; holds no state between samples but counters."""
 
     def __init__(
         self, table: Table, data: DataConfig, modalities: Sequence[str], seed: int, fetcher: Fetcher, faults: FaultLog,
@@ -41,7 +41,6 @@ class SampleReader:
             (stem, m.offset_N.tolist(), m.length_N.tolist(), m.crc_N.tolist(), m.kind_N.tolist())
             for stem, m in ((stem, table.members[stem]) for stem in self._stems)
         ]
-        self._verified = np.zeros(len(table), bool)
         self.decode_s = 0.0
 
     def plans(self, row: int, epoch: int) -> list[ViewPlan]:
@@ -81,7 +80,7 @@ class SampleReader:
         self.decode_s += time.thread_time() - began
 
     def _open(self, span: memoryview, row: int) -> dict[str, Member]:
-        check = self._data.verify_checksums and not self._verified[row]
+        check = self._data.verify_checksums
         start, members = int(self._start[row]), {}
         for stem, offsets, lengths, crcs, kinds in self._places:
             if offsets[row] < 0:
@@ -91,7 +90,6 @@ class SampleReader:
             if check and crcs[row] >= 0 and _crc32c(data) != crcs[row]:
                 raise WrongBytes(f"{self._table.keys[row]}.{stem} does not match its checksum")
             members[stem] = open_member(data, EXTENSIONS[kinds[row]])
-        self._verified[row] = True
         return members
 
 

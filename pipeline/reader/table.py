@@ -52,7 +52,7 @@ class Table:
     Attributes:
         sets: the opened shard sets.
         sizes: per set, samples of each shard.
-        shard_urls, shard_N: URL of each shard and which one a sample lies in.
+        shard_urls, shard_hashes, shard_N: URL and sha256 of each shard, and which one a sample lies in.
         members: by stem (`s2`, `s2.mask`, `label.landcover`).
         width_m_N, height_m_N: extent of the footprint.
         lonlat_N2: centre in WGS84 degrees. scene_N: scalar label "scene", -1 = none.
@@ -64,6 +64,7 @@ class Table:
     sizes: list[np.ndarray]
     keys: list[str]
     shard_urls: list[str]
+    shard_hashes: list[str]
     shard_N: np.ndarray
     members: dict[str, Members]
     dates: dict[str, Dates]
@@ -112,17 +113,20 @@ def load(data: DataConfig, modalities: Sequence[str], label: str | None = None) 
     if label is None:
         label = next((name for index in parts for names in index["rasters"].to_pylist() for name in names or ()), None)
     shard_urls: list[str] = []
+    shard_hashes: list[str] = []
     shards, sizes, fingerprints = [], [], []
     for shardset, index in zip(sets, parts):
         names = index["shard"].combine_chunks().dictionary_encode()
         shards.append(np.asarray(names.indices, np.int32) + len(shard_urls))
         sizes.append(np.bincount(np.asarray(names.indices), minlength=len(names.dictionary)).astype(np.int64))
+        hashes = {shard["name"]: shard["sha256"] for shard in shardset.manifest["shards"]}
+        shard_hashes += [hashes[name] for name in names.dictionary.to_pylist()]
         shard_urls += [shardset.shard_url(name) for name in names.dictionary.to_pylist()]
         fingerprints.append(_fingerprint(shardset, index))
     index = pa.concat_tables(parts, promote_options="default").combine_chunks()
     width_m_N, height_m_N = _extent(index, modalities)
     return Table(
-        sets, sizes, index["key"].to_pylist(), shard_urls, np.concatenate(shards), _members(index, modalities, label),
+        sets, sizes, index["key"].to_pylist(), shard_urls, shard_hashes, np.concatenate(shards), _members(index, modalities, label),
         {m: _dates(index, m) for m in modalities}, width_m_N, height_m_N, _centres(index), _scene(index), label, fingerprints,
     )  # fmt: skip
 
