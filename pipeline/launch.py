@@ -12,6 +12,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from cluster.exit_codes import REQUEUE
+
 GRACE_S = 3.0  # between one rank's death and the killing of the others: long enough for them to print what they know
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PR_SET_PDEATHSIG = 1
@@ -66,7 +68,7 @@ def _end(ranks: list[subprocess.Popen], failed: int) -> int:
     while time.monotonic() < deadline and any(rank.poll() is None for rank in ranks):
         time.sleep(0.05)
     code = ranks[failed].returncode
-    if any(rank.poll() != code for rank in ranks):
+    if code != REQUEUE and any(rank.poll() != code for rank in ranks):
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         print(f"pipeline train: rank {failed} of {len(ranks)} {how}; the job stops", file=sys.stderr, flush=True)
     return 128 - code if code < 0 else code

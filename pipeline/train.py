@@ -28,7 +28,7 @@ from pipeline.health import Heartbeat, SpikeWatch, check_step
 from pipeline.parallel.layout import Layout
 from pipeline.parallel.processes import start
 from pipeline.probes.in_loop import probe_set, run_probes
-from pipeline.reader import Reader
+from pipeline.reader.reader import Reader
 from pipeline.steplog import StepLog
 from pipeline.stop import StopFlag
 from pipeline.tracking import RunFacts, Tracker, datasets_of, open_tracker

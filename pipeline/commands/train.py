@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", default="auto", metavar="auto|never|PATH",
         help="auto: continue run.dir if it holds a checkpoint; never: refuse to; PATH: a checkpoint or run directory",
     )  # fmt: skip
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; the environment says the same
     parser.add_argument("--dry-run", action="store_true", help="parameters, FLOPs and layout; starts nothing")
     parser.add_argument("--json", action="store_true", help="print figures as a JSON last line")
 

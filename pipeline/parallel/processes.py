@@ -6,11 +6,13 @@ import datetime
 import functools
 import os
 import sys
+import warnings
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
+from cluster.exit_codes import DONE, REQUEUE
 from cluster.ranks import Ranks
 
 
@@ -25,6 +27,7 @@ def start(ranks: Ranks, timeout_s: float) -> torch.device:
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.update(ranks.environment())
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     timeout = datetime.timedelta(seconds=timeout_s)
     device = torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -51,9 +54,9 @@ def _start_deepspeed() -> None:
 def finish(code: int = 0) -> NoReturn:
     """Ends this rank without running destructors: a finished DeepSpeed job otherwise exits 1 about once in thirty runs.
 
-    With code 0 all ranks wait for each other first, so that nobody is taken for dead.
+    After a run that ended as it should, all ranks wait for each other first, so that nobody is taken for dead.
     """
-    if code == 0 and dist.is_initialized():
+    if code in (DONE, REQUEUE) and dist.is_initialized():
         dist.barrier()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -89,3 +89,70 @@ def train_all(cases: list[dict[str, Any]]) -> list[Any]:
         results.append({"losses": losses, "norms": norms, "tensors": tensors, "teacher_drift": drift})
         engine.deepspeed.destroy()
     return results
+
+
+def segments(jobs: list[dict[str, Any]]) -> list[Any]:
+    """Each job: a case, optionally `load` (checkpoints url) first, train steps [from, to), optionally `save`.
+
+    Returns losses, all tensors right after loading and at the end (rank 0), and whether every expert is distinct.
+    """
+    from pipeline.checkpoint import Saver, committed
+    from pipeline.config import CheckpointConfig
+    from pipeline.resume import continue_run
+
+    results = []
+    ranks = Ranks.from_environment()
+    for job in jobs:
+        engine = build({**job["case"], "seed": job.get("seed", 99 if job.get("load") else 0)})
+        loaded = None
+        if job.get("load"):
+            found = continue_run(engine, committed(job["load"]), strict=False, rank=ranks.rank)
+            assert found is not None and found.step == job["from"], (found and found.step, job["from"])
+            assert engine.state.adam_step == job["from"] == int(engine.student.steps_seen)
+            loaded = full_state(engine)
+        losses = []
+        for step in range(job["from"], job["to"]):
+            losses.append(engine.step(micro_batches(engine.layout, step), step * engine.layout.batch).loss)
+        if job.get("save"):
+            config = CheckpointConfig(asynchronous=job.get("asynchronous", True), keep_last=10)
+            saver = Saver(job["save"], config, ranks.rank, ranks.world, lambda: None)
+            saver.save(engine, job["to"], job["to"] * engine.layout.batch, {"config": {}, "reader": {}})
+            saver.wait()
+            dist.barrier()
+        final = full_state(engine)
+        experts = {k: v for k, v in final.items() if ".experts.w" in k}
+        distinct = all(not torch.equal(v[i], v[j]) for v in experts.values() for i in range(len(v)) for j in range(i))
+        first = ranks.rank == 0
+        results.append({
+            "losses": losses, "distinct": distinct, "final": {k: v.flatten().tolist() for k, v in final.items()} if first else {},
+            "loaded": {k: v.flatten().tolist() for k, v in loaded.items()} if first and loaded else {},
+        })  # fmt: skip
+        engine.deepspeed.destroy()
+    return results
+
+
+def gradients(cases: list[dict[str, Any]]) -> list[Any]:
+    """Each case: the whole gradients of one batch (accumulated, reduced, before clipping), as DeepSpeed is about to apply them."""
+    from deepspeed.utils import safe_get_full_grad
+
+    results = []
+    for case in cases:
+        engine = build(case)
+        parts = micro_batches(engine.layout, 0)
+        targets = engine.teacher.module.center([engine.teacher.module.teacher_forward(b) for b in parts], 0, engine.reduce)
+        for index, (batch, target) in enumerate(zip(parts, targets)):
+            loss, _ = engine.deepspeed(batch, target)
+            engine.deepspeed.backward(loss)
+            if index < len(parts) - 1:
+                engine.deepspeed.step()
+        found = {}
+        for name, parameter in engine.student.named_parameters():
+            grad = safe_get_full_grad(parameter).detach().clone()
+            if hasattr(parameter, "num_experts"):  # put the slices of one expert-parallel group side by side
+                slices = [torch.empty_like(grad) for _ in range(engine.layout.ep)]
+                dist.all_gather(slices, grad, group=engine.student.moe[0].dispatch.group)
+                grad = torch.cat(slices)
+            found[name] = grad.flatten().tolist()
+        results.append(found if dist.get_rank() == 0 else {})
+        engine.deepspeed.destroy()
+    return results
