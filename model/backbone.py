@@ -17,7 +17,7 @@ from model.config import ModelConfig
 from model.droppath import keep_factors
 from model.merging import AdaptivePatchMerging
 from model.moe.balance import CallStats
-from model.positions import LearnedPosition, rotary_angles, token_centres_m, window_layouts
+from model.positions import LearnedPosition, rotary_table, token_centres_m, window_layouts
 from model.prompts import Prompts
 from model.swin import SwinBlock
 from model.tokenizers import Tokenizer
@@ -129,16 +129,16 @@ class Backbone(nn.Module):
         centres_NL2 = token_centres_m(height, width, tokens.stride, gsd_N)
         if self.cfg.position == "learned":
             x_NLD = x_NLD + self.positions[s - 2](centres_NL2).to(x_NLD.dtype)
-        angles = None
+        rotary = None
         if self.cfg.position == "rotary_m":
-            angles = rotary_angles(centres_NL2, self.cfg.head_dim, self.cfg.rotary_base, self.cfg.reference_m)
-            angles = nn.functional.pad(angles, (0, 0, num_prompts, 0))
+            cfg = self.cfg
+            rotary = rotary_table(centres_NL2, cfg.head_dim, cfg.rotary_base, cfg.reference_m, num_prompts)
         any_N1 = valid_NL.any(1, keepdim=True)
         valid_NJ = torch.cat([any_N1.expand(-1, num_prompts), valid_NL], dim=1)
         windows = None
         if self.cfg.attention == "window":
             windows = window_layouts(tokens.valid_Nhw, all_valid, self.cfg.window)
-        layout = Layout((height, width), num_prompts, valid_NJ, all_valid, angles, windows)
+        layout = Layout((height, width), num_prompts, valid_NJ, all_valid, rotary, windows)
         x_NJD = self.prompts[s - 2](modality, x_NLD)
         for i, block in enumerate(self._blocks(s)):
             x_NJD, stats = self._run(block, x_NJD, layout, self._keep(s, i, seed_N))

@@ -3,7 +3,7 @@
 Everything that depends on shapes only is built once per (shape, device) and kept; what depends on weights is not.
 
 Dimension legend: N images · H, W token rows, columns · L tokens · K window count per image · S tokens per window · C, D
-channels · A attention heads · R rotary frequencies per axis.
+channels · A attention heads · H head channels · R rotary frequencies, half of them per axis · P prompt tokens · J = P + L.
 """
 
 from __future__ import annotations
@@ -149,22 +149,26 @@ def token_centres_m(height: int, width: int, stride: int, gsd_N: Tensor) -> Tens
     return grid_L2 * (stride * gsd_N.float())[:, None, None]
 
 
-def rotary_angles(centres_NL2: Tensor, head_dim: int, base: float, reference_m: float) -> Tensor:
-    """Angles [N, L, head_dim/2]: the first half of the frequencies turns with y, the second with x (RoFormer, arXiv
-    2104.09864, in two dimensions). Frequency r of R per axis is base^(-r/R) radians per `reference_m` metres.
+def rotary_table(
+    centres_NL2: Tensor, head_dim: int, base: float, reference_m: float, prompts: int
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, float32 [N, 1, P + L, head_dim/2]; prompts are not turned. The first half of the frequencies turns with y,
+    the second with x (RoFormer, arXiv 2104.09864, in two dimensions). Frequency r of R per axis is base^(-r/R) radians per
+    `reference_m` metres.
     """
     num = head_dim // 4
     exponent_R = torch.arange(num, device=centres_NL2.device, dtype=torch.float32) / num
     freq_R = base**-exponent_R / reference_m
-    return (centres_NL2[..., None] * freq_R).flatten(2)
+    angles_N1JR = F.pad((centres_NL2[..., None] * freq_R).flatten(2), (0, 0, prompts, 0))[:, None]
+    return angles_N1JR.cos(), angles_N1JR.sin()
 
 
-def rotate(x_NALD: Tensor, angles_NLR: Tensor) -> Tensor:
-    """Turns the channel pairs (i, i + D/2) of queries or keys by their angle; computed in float32, returned as given."""
-    dtype = torch.promote_types(x_NALD.dtype, torch.float32)
-    cos, sin = angles_NLR.cos()[:, None].to(dtype), angles_NLR.sin()[:, None].to(dtype)
-    a, b = x_NALD.to(dtype).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x_NALD.dtype)
+def rotate(x_NAJH: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns the channel pairs (i, i + H/2) of queries or keys; computed in float32 at least, returned as given."""
+    dtype = torch.promote_types(x_NAJH.dtype, torch.float32)
+    cos, sin = (t.to(dtype) for t in table)
+    a, b = x_NAJH.to(dtype).chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x_NAJH.dtype)
 
 
 class LearnedPosition(nn.Module):

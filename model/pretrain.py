@@ -31,6 +31,7 @@ from model.augment import photometric
 from model.batch import Batch, View
 from model.config import ModelConfig, ObjectiveConfig
 from model.decoder import QueryDecoder
+from model.geo_context import ContextSums, GeoContext, assign
 from model.heads import ProjectionHead
 from model.inputs import normalise
 from model.losses import qsacl
@@ -83,6 +84,7 @@ class Student(nn.Module):
         if uses_ita(objective):
             text_CE = load_embeddings(str(objective.ita_embeddings), classes or [])
             self.alignment = TextAlignment(model.fusion_dim, text_CE, objective.ita_temperature)
+        self.context = GeoContext(model.fusion_dim) if objective.geo_context else None
         self.spaces = (*model.modalities, "fused") if objective.mgcl_weight else ()
         self.head_of_group = self._groups()
         self.num_routers = len(model.moe.placed(sum(model.depths[2:]))) * (
@@ -109,6 +111,7 @@ class Student(nn.Module):
         """The teacher's view of one micro-batch: v and the local views; of u only masks and geometry are used."""
         views = [batch.v, *(batch.local if self.decoder else [])]
         features = [self.features(view) for view in views] if self.head_of_group else []
+        features, context = self._teacher_context(batch, features)
         valid_u, valid_v = view_validity(self.model, batch.u), view_validity(self.model, batch.v)
         rows: dict[str, Rows] = {}
         pairings = {}
@@ -126,7 +129,7 @@ class Student(nn.Module):
             rows["query"] = self._teacher_queries(batch, features, valid_u.fused)
         tokens_KL = torch.stack([routed_tokens(self.model, view) for view in self._student_views(batch)])
         tokens_L = tokens_KL.sum(0).to(batch.position_B.device)
-        return TeacherScores(rows, pairings, self._classes(batch.u, valid_u.fused), tokens_L)
+        return TeacherScores(rows, pairings, self._classes(batch.u, valid_u.fused), tokens_L, context)
 
     @torch.no_grad()
     def center(self, scores: list[TeacherScores], samples_seen: int, reduce: Reduce) -> list[TeacherTargets]:
@@ -137,7 +140,18 @@ class Student(nn.Module):
         iterations = objective.sinkhorn_iterations if objective.centering == "sinkhorn" else 0
         in_student = objective.balance_load == "micro_batch" and self.num_routers > 0
         targets = center(scores, self.head_of_group, prototypes, temperature, iterations, reduce)
+        sums = [score.context for score in scores if score.context is not None]
+        if self.context is not None and sums:
+            self.context.learn(sums, objective.geo_momentum, reduce)
         return [replace(t, samples_seen=samples_seen, reduce=reduce if in_student else None) for t in targets]
+
+    def _teacher_context(self, batch: Batch, features: list[Features]) -> tuple[list[Features], ContextSums | None]:
+        """Fused features with their regions' context, and what the regions learn from v."""
+        if self.context is None or not features:
+            return features, None
+        region_B, prototypes_BPF = self.context.of_sites(batch.lonlat_B2)
+        sums = assign(features[0].fused, features[0].fused_valid, region_B, prototypes_BPF)
+        return [self._in_context(f, prototypes_BPF) for f in features], sums
 
     def _teacher_queries(self, batch: Batch, features: list[Features], valid_u_Bhw: Tensor) -> Rows:
         assert self.decoder is not None
@@ -159,6 +173,7 @@ class Student(nn.Module):
             self.features(view, _seeds(batch, targets.samples_seen, number))
             for number, view in enumerate(self._student_views(batch))
         ]
+        features = [self._in_context(f, targets.context_BPF) for f in features]
         u, local = features[0], features[1:]
         metrics: dict[str, Tensor] = {}
         loss = self._contrast(batch, u, local, targets, metrics)
@@ -236,6 +251,11 @@ class Student(nn.Module):
 
     # ---- shared
 
+    def _in_context(self, features: Features, prototypes_BPF: Tensor | None) -> Features:
+        if self.context is None or prototypes_BPF is None:
+            return features
+        return replace(features, fused=self.context(features.fused, prototypes_BPF))
+
     def _student_views(self, batch: Batch) -> list[View]:
         return [batch.u, *(batch.local if self.decoder is not None else [])]
 
@@ -253,6 +273,8 @@ class Student(nn.Module):
 def make_teacher(student: Student) -> Student:
     """The teacher: a copy that never gets a gradient; its weights follow by EMA (`pipeline.ema`)."""
     teacher = copy.deepcopy(student)
+    if teacher.context is not None and not hasattr(teacher.context, "prototypes_RPF"):
+        teacher.context.own_prototypes(student.objective.geo_regions, student.objective.geo_prototypes)
     teacher.requires_grad_(False)
     return teacher.eval()
 

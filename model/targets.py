@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.geo_context import ContextSums
 from model.heads import HeadTargets
 from model.losses.mgcl import Pairing
 from model.losses.reduce import Reduce
@@ -34,12 +35,14 @@ class TeacherScores:
         pairings: which tokens of u each modality compares (constants to autograd).
         class_Bhw: class of each fused token of u, -1 where unlabelled or invalid; None without ITA.
         tokens_L: router tokens that the student will see per layer.
+        context: geo-context of the sites and what it learns; None if off.
     """
 
     rows: dict[str, Rows]
     pairings: dict[str, Pairing]
     class_Bhw: Tensor | None
     tokens_L: Tensor
+    context: ContextSums | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class TeacherTargets:
         router_tokens_L: tokens that each layer with experts routes in the whole step; parts: W·A.
         heads: by head; `weight_N` of a row is its group's scale, 0 if invalid.
         groups: names of the head's groups, index = `group_N`.
+        context_BPF: geo-context prototypes of each site's region, before this step's update.
         samples_seen: of the run so far; the same for all micro-batches of the step.
         reduce: set where the student must meet the other ranks (`balance_load: micro_batch`).
     """
@@ -63,6 +67,7 @@ class TeacherTargets:
     parts: int
     samples_seen: int = 0
     reduce: Reduce | None = None
+    context_BPF: Tensor | None = None
 
 
 def center(
@@ -92,7 +97,16 @@ def center(
             weight = scale_G[group] * valid.to(log_v_GK.dtype)
             targets[head] = HeadTargets(z, group, weight, prototypes[head], log_v_GK, temperature)
     return [
-        TeacherTargets(by_head, groups, score.pairings, score.class_Bhw, ita_scale, router_tokens_L, parts)
+        TeacherTargets(
+            by_head,
+            groups,
+            score.pairings,
+            score.class_Bhw,
+            ita_scale,
+            router_tokens_L,
+            parts,
+            context_BPF=None if score.context is None else score.context.prototypes_BPF,
+        )
         for by_head, score in zip(heads, scores)
     ]
 

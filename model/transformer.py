@@ -27,7 +27,7 @@ class Layout:
     Attributes:
         grid: rows, columns of image tokens. prompts: P.
         valid_NJ: prompts are valid where the image has any valid token. all_valid: nothing is masked.
-        angles_NJR: rotary angles (prompts: zero), None without rotary positions.
+        rotary: cosines and sines of the tokens' angles (`model.positions.rotary_table`), None without rotary positions.
         windows: layouts of unshifted and shifted blocks; None: attention is global.
     """
 
@@ -35,7 +35,7 @@ class Layout:
     prompts: int
     valid_NJ: Tensor
     all_valid: bool
-    angles_NJR: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
     windows: tuple[WindowLayout, WindowLayout] | None = None
 
 
@@ -50,8 +50,8 @@ class Attention(nn.Module):
 
     def forward(self, x_NJD: Tensor, layout: Layout, shifted: bool = False) -> Tensor:
         q, k, v = self.qkv(x_NJD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if layout.angles_NJR is not None:
-            q, k = rotate(q, layout.angles_NJR), rotate(k, layout.angles_NJR)
+        if layout.rotary is not None:
+            q, k = rotate(q, layout.rotary), rotate(k, layout.rotary)
         if layout.windows is not None:
             out_NAJH = windowed_attention(q, k, v, layout, layout.windows[shifted])
         else:
