@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,13 +17,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cluster import storage
 from cluster.errors import UsageError
 from data_prep.codec import MemberError
 from data_prep.config import CodecsConfig
-from data_prep.index import row_of
+from data_prep.index import read_parquet, row_of
 from data_prep.sample import check_site, decode_members, encode_members, load_json
 from data_prep.schema import CLEAR, CLOUD, SCHEMA_VERSION, BandStatistics, SiteArrays
 from data_prep.statistics import Histograms, statistics_from_json
@@ -138,8 +136,7 @@ class ShardSet:
         place = storage.join(self.url, INDEX)
         try:
             data = storage.read_bytes(place)
-            # pre_buffer would start Arrow's I/O threads, which abort a process that ends soon after (seen with pyarrow 22)
-            return pq.read_table(io.BytesIO(data), columns=None if columns is None else list(columns), pre_buffer=False)
+            return read_parquet(data, columns)
         except (OSError, pa.ArrowException) as error:
             raise UsageError(
                 f"{place} cannot be read ({error}); rebuild it with python -m data_prep verify {self.url} --repair"

@@ -116,10 +116,9 @@ def _labels(axis: Axes, site: SiteArrays, name: str) -> None:
     palette = ListedColormap([plt.get_cmap("tab20")(i % 20) for i in range(count)])
     palette.set_under("#303030")
     axis.imshow(raster, cmap=palette, vmin=-0.5, vmax=count - 0.5, interpolation="nearest")
-    common = np.bincount(raster[raster >= 0].ravel()).argsort()[::-1][:1] if (raster >= 0).any() else []
-    axis.set_xlabel(
-        f"{name}" + (f", mostly {_class(site, name, int(common[0]))}" if len(common) else ""), fontsize=6, labelpad=2
-    )
+    labelled = raster[raster >= 0]
+    mostly = f", mostly {_class(site, name, int(np.bincount(labelled).argmax()))}" if labelled.size else ""
+    axis.set_xlabel(f"{name}{mostly}", fontsize=6, labelpad=2)
 
 
 def _class(site: SiteArrays, label: str, value: int) -> str:

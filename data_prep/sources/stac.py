@@ -46,7 +46,6 @@ Label rasters are integer GeoTIFFs; -1, and the declared nodata, mean unlabelled
 
 from __future__ import annotations
 
-import io
 import json
 import posixpath
 import re
@@ -130,8 +129,8 @@ def _parquet_items(url: str) -> Iterator[dict[str, Any]]:
     import stac_geoparquet.arrow  # slow to import, and only catalogs in parquet need it
 
     try:
-        source: Any = local_path(url) if is_local(url) else io.BytesIO(read_bytes(url))
-        table = pyarrow.parquet.read_table(source, pre_buffer=False)
+        # without threads: Arrow 22's pool aborts a process that ends while it starts up
+        table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(read_bytes(url))).read(use_threads=False)
     except FileNotFoundError:
         raise UsageError(f"{url} does not exist") from None
     except (pyarrow.ArrowInvalid, OSError) as error:
