@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import os
+import threading
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,10 @@ from data_prep.harmonise import SCL_CLOUD, SCL_NODATA
 from data_prep.schema import CLEAR, CLOUD, NODATA
 from data_prep.sources.cube import DateInfo, Layer
 from data_prep.sources.records import Asset, SourceFault
+
+MAX_OPEN = 40
+# GDAL's block cache defaults to 5 % of the machine's memory, per process; this holds one row of blocks of a Sentinel-2 tile.
+os.environ.setdefault("GDAL_CACHEMAX", "192")
 
 
 def open_raster(href: str, name: str) -> Any:
@@ -32,6 +38,47 @@ def open_raster(href: str, name: str) -> Any:
         missing = is_local(href) and not filesystem(href)[0].exists(local_path(href))
         why = f"{href} does not exist" if missing else f"{href} cannot be read as a raster: {first_line(error)}"
         raise SourceFault(name, why) from None
+
+
+class _OpenRasters(threading.local):
+    """Open datasets of this thread, most recently used last: the tiles of one scene share handles and decoded blocks."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.held: OrderedDict[tuple[str, tuple[int, int]], Any] = OrderedDict()
+
+
+_open_rasters = _OpenRasters()
+
+
+def borrow_raster(href: str, name: str) -> Any:
+    """A dataset that stays open after use, at most MAX_OPEN per thread; a local file that changed is opened anew.
+
+    GDAL handles belong to one thread and do not survive a fork, so neither does this cache.
+    """
+    cache = _open_rasters
+    if cache.pid != os.getpid():
+        cache.pid, cache.held = os.getpid(), OrderedDict()
+    key = (href, _signature(href))
+    if key in cache.held:
+        cache.held.move_to_end(key)
+        return cache.held[key]
+    dataset = open_raster(href, name)
+    cache.held[key] = dataset
+    if len(cache.held) > MAX_OPEN:
+        cache.held.popitem(last=False)[1].close()
+    return dataset
+
+
+def _signature(href: str) -> tuple[int, int]:
+    """Modification time and size of a local file; (0, 0) where absent or remote."""
+    if not is_local(href):
+        return 0, 0
+    try:
+        status = os.stat(local_path(href))
+    except OSError:
+        return 0, 0
+    return status.st_mtime_ns, status.st_size
 
 
 def raster_grid(dataset: Any, name: str) -> Grid:
@@ -58,29 +105,22 @@ class RasterCube:
 
     def __init__(self, assets: list[Asset], wanted: tuple[str, ...], cloud: Asset | None = None) -> None:
         self.asset = assets[0]
-        self._stack = contextlib.ExitStack()
         self._places: dict[str, tuple[Any, int, Asset]] = {}
         self.dates = [DateInfo(self.asset.datetime, self.asset.product_id, self.asset.baseline, self.asset.orbit)]
-        try:
-            for asset in assets:
+        for asset in assets:
+            if set(asset.bands) & set(wanted):
                 self._add(asset)
-            missing = [band for band in wanted if band not in self._places]
-            if missing:
-                held = ", ".join(self._places) or "none"
-                raise SourceFault(self.asset.id, f"has no band {missing[0]}; it holds {held}")
-            self.layers = self._layers(wanted)
-            self._cloud = self._open(cloud) if cloud is not None else None
-            self._cloud_is_scl = cloud is not None and cloud.modality == "scl"
-            self.cloud = self._grid_of(self._cloud, cloud) if cloud is not None else None
-        except BaseException:
-            self.close()
-            raise
-
-    def _open(self, asset: Asset) -> Any:
-        return self._stack.enter_context(open_raster(asset.href, asset.id))
+        missing = [band for band in wanted if band not in self._places]
+        if missing:
+            held = ", ".join(band for asset in assets for band in asset.bands) or "none"
+            raise SourceFault(self.asset.id, f"has no band {missing[0]}; it holds {held}")
+        self.layers = self._layers(wanted)
+        self._cloud = borrow_raster(cloud.href, cloud.id) if cloud is not None else None
+        self._cloud_is_scl = cloud is not None and cloud.modality == "scl"
+        self.cloud = self._grid_of(self._cloud, cloud) if cloud is not None else None
 
     def _add(self, asset: Asset) -> None:
-        dataset = self._open(asset)
+        dataset = borrow_raster(asset.href, asset.id)
         if len(asset.bands) != dataset.count:
             raise SourceFault(
                 asset.id, f"the catalog names {len(asset.bands)} bands, the file has {dataset.count}: {asset.href}"
@@ -149,7 +189,7 @@ class RasterCube:
         return dataset.nodatavals[index - 1]
 
     def close(self) -> None:
-        self._stack.close()
+        self._places = {}  # the datasets stay open for the next site of the same scene
 
 
 def scl_codes(scl: np.ndarray) -> np.ndarray:
