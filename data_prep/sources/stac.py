@@ -57,7 +57,7 @@ import pyarrow.fs  # (stac_geoparquet uses it without importing it)
 import pyarrow.parquet
 
 from cluster.errors import UsageError
-from cluster.storage import exists, filesystem, is_local, local_path, read_bytes
+from cluster.storage import exists, filesystem, is_local, read_bytes
 from data_prep.geo import Bounds, crs_name
 from data_prep.sources.names import (
     HR_ALIASES,
