@@ -81,9 +81,10 @@ def read_catalogs(config: BuildConfig) -> tuple[list[SiteRecord], list[SourceFau
 
 
 def make_plan(records: Sequence[SiteRecord], config: BuildConfig, faults: Sequence[SourceFault] = ()) -> Plan:
-    """The plan of a build. Raises UsageError if no site is left to build."""
+    """The plan of a build. Raises UsageError if no site is left to build, or labels whose class names disagree."""
     listed = len(records) + len(faults)
     chosen = [record for r in records if (record := _narrowed(r, config)) is not None]
+    _check_classes(chosen)
     unique, duplicates, clashes = _deduplicated(chosen)
     result = assign(unique, config.split)
     shards = []
@@ -145,6 +146,19 @@ def _narrowed(record: SiteRecord, config: BuildConfig) -> SiteRecord | None:
         assets = tuple(a for a in record.assets if MODALITY_OF.get(a.modality, a.modality) in wanted)
         record = dataclasses.replace(record, assets=assets)
     return record if record.modalities else None
+
+
+def _check_classes(records: Iterable[SiteRecord]) -> None:
+    """A label may not mean two things in one set. Raises UsageError."""
+    known: dict[str, tuple[list[str], str]] = {}
+    for record in records:
+        for label, names in record.classes.items():
+            first, owner = known.setdefault(label, (names, record.key))
+            if first != names:
+                raise UsageError(
+                    f"label {label!r} has other class names at {record.key} than at {owner}: rename it in one of the catalogs "
+                    "(geoloom:labels, label:classes), or build two sets"
+                )
 
 
 def _deduplicated(records: Iterable[SiteRecord]) -> tuple[list[SiteRecord], int, list[dict[str, str]]]:

@@ -32,8 +32,11 @@ def repair(url: str, say: Callable[[str], None]) -> list[str]:
     plan = _json(url, f"{merge.PARTS}/plan.json")
     listed = {shard["name"]: shard for shard in old.get("shards", []) if isinstance(shard, dict) and "name" in shard}
     tars = [name for name in storage.list_names(url) if name.endswith(".tar")]
-    names = list(plan.get("shards") or dict.fromkeys([*listed, *tars]))
-    names += [name for name in tars if name not in names]
+    names = list(dict.fromkeys([*plan.get("shards", []), *listed])) or list(tars)
+    for name in tars:
+        if name not in names:  # no record names it: it may repeat samples of others
+            _quarantine(url, name)
+            say(f"{name}: belongs to no plan or manifest, moved to {merge.PARTS}/{QUARANTINE}")
     names.sort(key=lambda name: (_split_of(name), name))
     fingerprint = plan.get("plan") or old.get("plan") or LOST_PLAN
     config = _config(plan, old)

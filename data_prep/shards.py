@@ -23,7 +23,7 @@ from cluster.errors import UsageError
 from data_prep.codec import MemberError
 from data_prep.config import CodecsConfig
 from data_prep.index import read_parquet, row_of
-from data_prep.sample import check_site, decode_members, encode_members, load_json
+from data_prep.sample import SampleError, check_site, decode_members, encode_members, load_json
 from data_prep.schema import CLEAR, CLOUD, SCHEMA_VERSION, BandStatistics, SiteArrays
 from data_prep.statistics import Histograms, statistics_from_json
 from data_prep.tar import TarWriter, Writable
@@ -49,6 +49,9 @@ class ShardWriter:
     def encode(self, site: SiteArrays) -> list[tuple[str, bytes]]:
         """Checks a site and encodes its members. Raises SampleError; nothing is written yet."""
         check_site(site)
+        for label, names in site.classes.items():
+            if self.classes.get(label, names) != names:
+                raise SampleError(f"label {label}", f"has other class names than earlier sites: {', '.join(names)}")
         return list(encode_members(site, self._split, self._codecs))
 
     def add(self, site: SiteArrays, members: list[tuple[str, bytes]]) -> None:

@@ -11,6 +11,7 @@ from cluster import storage
 from data_prep.config import BuildConfig, CodecsConfig
 from data_prep.schema import CLEAR, CLOUD, MODALITIES, NODATA, Series, SiteArrays
 from data_prep.shards import ShardWriter
+from data_prep.sources.records import Asset, SiteRecord
 
 CLASSES = {"scene": ["water", "forest", "crop", "city"], "landcover": ["water", "forest", "crop", "city"]}
 EAST, NORTH = 500_000.0, 5_200_000.0  # EPSG:32633, near Graz
@@ -101,3 +102,15 @@ def write_shard_set(
             names.append(name)
     merge_parts(url, names, config, "test")
     return url
+
+
+def make_record(site: SiteArrays) -> SiteRecord:
+    """What a catalog would say about `site`; the asset is called `KEY/data`."""
+    assets = tuple(
+        Asset(f"{site.key}/{name}", name, f"/nowhere/{site.key}/{name}.tif", bands=MODALITIES[name].bands)
+        for name in site.series
+    )
+    dates = tuple(sorted({text for series in site.series.values() for text in series.datetimes}))
+    return SiteRecord(
+        site.key, site.cell, site.crs, site.footprint, site.bbox_wgs84, assets, dates, (), site.scalars, site.classes
+    )
