@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model import counts
 from model.config import SIZES, FusionConfig, ModelConfig, MoEConfig, ObjectiveConfig
 from model.fusion import Frames, TokenGrid
+from model.pretrain import Student
 from model.skysense import SkySense
 from pipeline.config import PretrainConfig, ViewConfig
 from tests.model_views import random_view
@@ -113,6 +114,15 @@ def test_fusion_flops_equal_torchs_counter(depth: int) -> None:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         fusion(frames)
     assert counter.get_total_flops() == counts.fusion_flops(cfg, view)
+
+
+@pytest.mark.parametrize(
+    "cfg", [PretrainConfig(model=FULL), PretrainConfig(objective=ObjectiveConfig(heads="per_level"))]
+)
+def test_total_is_the_student_that_is_trained(cfg: PretrainConfig) -> None:
+    with torch.device("meta"):
+        student = Student(cfg.model, cfg.objective, {})
+    assert counts.table(cfg)["parameters"]["total"] == size(student)
 
 
 def test_table_has_the_agreed_shape() -> None:
