@@ -128,6 +128,11 @@ class Reader:
         """Memory of all batch buffers; with `data.read_ahead_mb` and a scratch of a few samples per thread, all it holds."""
         return sum(buffers.num_bytes for buffers in self._ring)
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from storage so far; the disk cache does not count."""
+        return self._fetcher.bytes_read
+
     # --- state
 
     def state_dict(self) -> dict[str, Any]:
