@@ -98,8 +98,10 @@ def detect_layout(url: str) -> str:
         return "stac"
     if not exists(url):
         raise UsageError(f"{url} does not exist")
+    from data_prep.sources.mesh import holds_mesh
+
     names = set(list_names(url))
-    if names & {"S2L2A", "S1RTC", "S1GRD", "S2L1C"}:
+    if names & {"S2L2A", "S1RTC", "S1GRD", "S2L1C"} or holds_mesh(url):
         return "terramind"
     if names & {"s2a", "s2c"} or {"s1", "s2"} <= names:
         return "ssl4eo"

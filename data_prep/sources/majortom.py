@@ -2,7 +2,7 @@
 
 The baseline stands in the product name; files carry the numbers of the product as they are (offset in, from 04.00 on). The bands
 have their native sizes (10, 20, 60 m) on one corner. `cloud_mask`: 0 clear, anything else cloud or shadow. All products of a
-cell form one site, the cell decides the split.
+cell form one site, the cell decides the split. The published Parquet files are read by `majortom_parquet`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster.errors import UsageError
 from cluster.storage import exists, filesystem, is_local
+from data_prep.sources import majortom_parquet
 from data_prep.sources.items import AssetFields, make_item, raster_fields
 from data_prep.sources.names import S2_BANDS, band_name, s1_datetime, s2_product
 from data_prep.sources.records import SourceFault
@@ -30,6 +31,8 @@ def sites(url: str) -> list[tuple[str, ...]]:
             folder = name.rsplit("/", 1)[0]
             folder = folder if is_local(url) else fs.unstrip_protocol(folder)
             products.setdefault((match[1], match[2], folder), []).append(match[3])
+    if not products and any(name.endswith(".parquet") for name in fs.find(path)):
+        return [("parquet", *entry) for entry in majortom_parquet.sites(url)]
     if not products:
         raise UsageError(
             f"{url} is no majortom folder: wanted <row>/<cell>/<product>/<band>.tif, e.g. 0U/0U_199R/S2A_…/B02.tif"
@@ -39,6 +42,8 @@ def sites(url: str) -> list[tuple[str, ...]]:
 
 def item(url: str, site: tuple[str, ...]) -> dict[str, Any]:
     """One product of one cell as a STAC item. Raises SourceFault."""
+    if site[0] == "parquet":
+        return majortom_parquet.item(url, site[1:])
     cell, product, folder, *files = site
     parsed = s2_product(product)
     assets: dict[str, AssetFields] = {}

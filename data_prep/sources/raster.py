@@ -51,7 +51,7 @@ class _OpenRasters(threading.local):
 _open_rasters = _OpenRasters()
 
 
-def borrow_raster(href: str, name: str) -> Any:
+def borrow_raster(asset: Asset) -> Any:
     """A dataset that stays open after use, at most MAX_OPEN per thread; a local file that changed is opened anew.
 
     GDAL handles belong to one thread and do not survive a fork, so neither does this cache.
@@ -59,11 +59,16 @@ def borrow_raster(href: str, name: str) -> Any:
     cache = _open_rasters
     if cache.pid != os.getpid():
         cache.pid, cache.held = os.getpid(), OrderedDict()
-    key = (href, _signature(href))
+    key = (f"{asset.href}#{asset.member}", _signature(asset.href))
     if key in cache.held:
         cache.held.move_to_end(key)
         return cache.held[key]
-    dataset = open_raster(href, name)
+    if asset.format == "parquet_raster":
+        from data_prep.sources.majortom_parquet import open_cell  # reads through this module's helpers
+
+        dataset = open_cell(asset.href, asset.member, asset.id)
+    else:
+        dataset = open_raster(asset.href, asset.id)
     cache.held[key] = dataset
     if len(cache.held) > MAX_OPEN:
         cache.held.popitem(last=False)[1].close()
@@ -115,12 +120,12 @@ class RasterCube:
             held = ", ".join(band for asset in assets for band in asset.bands) or "none"
             raise SourceFault(self.asset.id, f"has no band {missing[0]}; it holds {held}")
         self.layers = self._layers(wanted)
-        self._cloud = borrow_raster(cloud.href, cloud.id) if cloud is not None else None
+        self._cloud = borrow_raster(cloud) if cloud is not None else None
         self._cloud_is_scl = cloud is not None and cloud.modality == "scl"
         self.cloud = self._grid_of(self._cloud, cloud) if cloud is not None else None
 
     def _add(self, asset: Asset) -> None:
-        dataset = borrow_raster(asset.href, asset.id)
+        dataset = borrow_raster(asset)
         if len(asset.bands) != dataset.count:
             raise SourceFault(
                 asset.id, f"the catalog names {len(asset.bands)} bands, the file has {dataset.count}: {asset.href}"

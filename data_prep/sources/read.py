@@ -91,7 +91,7 @@ def image_groups(record: SiteRecord, modality: str) -> list[tuple[list[Asset], A
     groups: dict[Any, list[Asset]] = {}
     for number, asset in enumerate(record.of(modality)):
         item = asset.id.rsplit("/", 1)[0]
-        own = asset.format != "raster"
+        own = asset.format not in ("raster", "parquet_raster")
         groups.setdefault((item, asset.datetime, asset.product_id, number if own else -1), []).append(asset)
     clouds = {asset.id.rsplit("/", 1)[0]: asset for asset in record.of("scl", "cloud")}
     return [(assets, clouds.get(assets[0].id.rsplit("/", 1)[0])) for assets in groups.values()]

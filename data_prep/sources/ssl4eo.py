@@ -1,7 +1,7 @@
 """SSL4EO-S12: `s2a|s2c|s1/<location>/<product>/<band>.tif` with `metadata.json` beside the bands, EPSG:4326, native band sizes.
 
 s2a is L2A, s2c L1C (audited only), s1 GRD in dB. One STAC item per product; the items of one location form one site. Baseline,
-product id, cloud cover and orbit come from `metadata.json`.
+product id, cloud cover and orbit come from `metadata.json`. Version 1.1 (`.zarr.zip`) is read by `mesh`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 from cluster.errors import UsageError
 from cluster.storage import join, list_names, read_bytes
+from data_prep.sources import mesh
 from data_prep.sources.items import AssetFields, make_item, raster_fields
 from data_prep.sources.names import band_name, compact_datetime, s1_datetime, s2_product
 from data_prep.sources.records import SourceFault
@@ -20,6 +21,8 @@ FOLDERS = {"s2a": "s2", "s2c": "s2_l1c", "s1": "s1"}
 
 def sites(url: str) -> list[tuple[str, ...]]:
     """(folder, location, product), sorted by location. Raises UsageError if no folder of the layout is there."""
+    if mesh.holds_mesh(url):
+        return [("mesh", *entry) for entry in mesh.sites(url)]
     present = [folder for folder in FOLDERS if folder in list_names(url)]
     found = [
         (folder, location, product)
@@ -36,6 +39,8 @@ def sites(url: str) -> list[tuple[str, ...]]:
 
 def item(url: str, site: tuple[str, ...]) -> dict[str, Any]:
     """One product of one location as a STAC item. Raises SourceFault."""
+    if site[0] == "mesh":
+        return mesh.item(url, site[1:])
     folder, location, product = site
     base, modality = join(url, folder, location, product), FOLDERS[folder]
     files = [name for name in list_names(base) if name.endswith(".tif")]

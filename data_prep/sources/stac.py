@@ -242,7 +242,7 @@ def _asset(item: dict[str, Any], name: str, fields: dict[str, Any]) -> Asset | N
     raster = [dict(band) for band in fields.get("raster:bands") or listed or []]
     first = raster[0] if raster else {}
     transform, shape = said("proj:transform"), said("proj:shape")
-    own_dates = _format(fields) in ("zarr", "treesatai")
+    own_dates = _format(fields) in ("zarr", "treesatai", "mesh")
     moment = (
         ""
         if own_dates

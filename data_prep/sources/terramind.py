@@ -11,6 +11,7 @@ from typing import Any
 
 from cluster.errors import UsageError
 from cluster.storage import join, list_names
+from data_prep.sources import mesh
 from data_prep.sources.items import AssetFields, make_item, raster_fields
 from data_prep.sources.names import L1C_ORDER, L2A_ORDER, iso_datetime
 from data_prep.sources.records import SourceFault
@@ -24,7 +25,12 @@ LULC_CLASSES = (
 
 
 def sites(url: str) -> list[tuple[str, ...]]:
-    """(stem, folders that hold it, …), sorted by stem. Raises UsageError if no folder of the layout is there."""
+    """(stem, folders that hold it, …), sorted by stem. Raises UsageError if no folder of the layout is there.
+
+    TerraMesh as published (tars of `.zarr.zip`) is handed to `mesh`.
+    """
+    if mesh.holds_mesh(url):
+        return [("mesh", *entry) for entry in mesh.sites(url)]
     names = list_names(url)
     present = [folder for folder in FOLDERS if folder in names]
     if not set(present) & {"S2L2A", "S1RTC", "S1GRD"}:
@@ -39,6 +45,8 @@ def sites(url: str) -> list[tuple[str, ...]]:
 
 def item(url: str, site: tuple[str, ...]) -> dict[str, Any]:
     """One STAC item per key. Raises SourceFault when no file of it can be read."""
+    if site[0] == "mesh":
+        return mesh.item(url, site[1:])
     stem, *folders = site
     moment = _s2_date(url, stem, folders)
     assets: dict[str, AssetFields] = {}
