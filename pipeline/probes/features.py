@@ -22,6 +22,7 @@ from pipeline.config import ViewConfig
 from pipeline.probes.sites import view_of_sites
 
 FUSED = "fused"
+MAX_PIXELS = 4096  # label pixels of one site
 
 
 @dataclass
@@ -41,6 +42,15 @@ class SiteFeatures:
     pixels: dict[str, Tensor]
     pixel_valid: dict[str, Tensor]
     classes: Tensor | None
+
+    @staticmethod
+    def of(named: Mapping[str, Tensor]) -> SiteFeatures:
+        """From tensors named `pooled:m`, `present:m`, `pixels:m`, `valid:m` and `classes`."""
+        kinds = {
+            kind: {name.removeprefix(f"{kind}:"): value for name, value in named.items() if name.startswith(f"{kind}:")}
+            for kind in ("pooled", "present", "pixels", "valid")
+        }
+        return SiteFeatures(kinds["pooled"], kinds["present"], kinds["pixels"], kinds["valid"], named.get("classes"))
 
 
 def extract(
@@ -77,11 +87,7 @@ def extract(
     if world > 1:
         merged = {name: _gather(value, world) for name, value in merged.items()}
     merged = {name: value[: len(rows)] for name, value in merged.items()}
-    kinds = {
-        kind: {name.removeprefix(f"{kind}:"): value for name, value in merged.items() if name.startswith(f"{kind}:")}
-        for kind in ("pooled", "present", "pixels", "valid")
-    }
-    return SiteFeatures(kinds["pooled"], kinds["present"], kinds["pixels"], kinds["valid"], merged.get("classes"))
+    return SiteFeatures.of(merged)
 
 
 def _of_batch(
@@ -95,25 +101,47 @@ def _of_batch(
     view = normalise(_map(raw, lambda t: t.to(device)), statistics)
     for part in view.modalities.values():
         part.x_BTCHW = part.x_BTCHW.to(dtype)
-    features: Features = skysense(view)
+    return features_of(skysense(view), view, raw.classes_BHW if dense else None)
+
+
+def features_of(
+    features: Features, view: View, labels_BHW: Tensor | None = None, num_pixels: int | None = None
+) -> dict[str, Tensor]:
+    """One batch as named tensors on the CPU, see `SiteFeatures.of`.
+
+    labels_BHW: label raster over the same ground as the view; of its pixels `num_pixels` (default: all, at most MAX_PIXELS)
+    evenly spread ones are taken, each with the token that covers its centre.
+    """
     out: dict[str, Tensor] = {}
+    picked = None
+    if labels_BHW is not None:
+        height, width = labels_BHW.shape[1:]
+        count = min(height * width, MAX_PIXELS) if num_pixels is None else num_pixels
+        picked = torch.linspace(0, height * width - 1, count, dtype=torch.float64).round().long()
+        out["classes"] = labels_BHW.flatten(1)[:, picked]
     for name in [*features.dense, FUSED]:
         feat, valid = tokens_of(features, name)
         weight = valid[..., None].float()
-        total, count = (torch.where(weight > 0, feat.float(), 0.0)).flatten(1, -2).sum(1), weight.flatten(1, -2).sum(1)
-        out[f"pooled:{name}"] = (total / count.clamp_min(1)).cpu()
-        out[f"present:{name}"] = (count[:, 0] > 0).cpu()
-        if dense:
-            canvas = view.modalities[features.fused_like if name == FUSED else name].valid_BTHW.shape[-1]
-            stride = features.stride[features.fused_like if name == FUSED else name]
+        total, count_B1 = torch.where(weight > 0, feat.float(), 0.0).flatten(1, -2).sum(1), weight.flatten(1, -2).sum(1)
+        out[f"pooled:{name}"] = (total / count_B1.clamp_min(1)).cpu()
+        out[f"present:{name}"] = (count_B1[:, 0] > 0).cpu()
+        if picked is not None:
+            like = features.fused_like if name == FUSED else name
             grid, ok = date_mean(feat, valid)
-            pixels = raw.classes_BHW.shape[-1]  # type: ignore[union-attr]
-            index = torch.arange(pixels, device=grid.device)
-            index = ((index.double() + 0.5) * canvas / pixels / stride).long().clamp_max(grid.shape[1] - 1)
-            out[f"pixels:{name}"] = grid[:, index][:, :, index].flatten(1, 2).half().cpu()
-            out[f"valid:{name}"] = ok[:, index][:, :, index].flatten(1, 2).cpu()
-    if dense:
-        out["classes"] = raw.classes_BHW.flatten(1)  # type: ignore[union-attr]
+            rows, columns = (
+                ((at.double() + 0.5) * canvas / size / features.stride[like])
+                .long()
+                .clamp_max(tokens - 1)
+                .to(grid.device)
+                for at, size, canvas, tokens in zip(
+                    (picked // width, picked % width),
+                    (height, width),
+                    view.modalities[like].valid_BTHW.shape[2:],
+                    grid.shape[1:3],
+                )
+            )
+            out[f"pixels:{name}"] = grid[:, rows, columns].half().cpu()
+            out[f"valid:{name}"] = ok[:, rows, columns].cpu()
     return out
 
 

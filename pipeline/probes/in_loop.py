@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from cluster.errors import UsageError
 from data_prep.index import LABEL_PREFIX
 from data_prep.shards import ShardSet
-from pipeline.config import PretrainConfig
+from pipeline.config import PretrainConfig, ProbeConfig, ViewConfig
 from pipeline.probes.features import extract
 from pipeline.probes.scores import Score
 from pipeline.probes.split import split_of
@@ -43,7 +43,7 @@ def run_probes(
     """
     start = time.monotonic()
     figures: dict[str, float] = {}
-    scores, more = probe_scores(skysense, cfg, shardset, cfg.probe.tasks, device)
+    scores, more = probe_scores(skysense, shardset, cfg.probe, cfg.data.views_global, statistics_dict(shardset), device)
     for task, score in scores.items():
         figures |= {f"probe/{task}": score.value, f"probe/{task}/low": score.low, f"probe/{task}/high": score.high}
     figures |= more
@@ -52,25 +52,21 @@ def run_probes(
 
 
 def probe_scores(
-    skysense: nn.Module,
-    cfg: PretrainConfig,
-    shardset: ShardSet,
-    tasks: tuple[str, ...],
-    device: torch.device | str = "cpu",
-) -> tuple[dict[str, Score], dict[str, float]]:
+    skysense: nn.Module, shardset: ShardSet, probe: ProbeConfig, view: ViewConfig,
+    statistics: Mapping[str, Mapping[str, object]], device: torch.device | str = "cpu",
+) -> tuple[dict[str, Score], dict[str, float]]:  # fmt: skip
     """Scores by `<task>/<modality|fused>`, and collapse figures of the features they stand on."""
+    tasks = probe.tasks
     unknown = [task for task in tasks if task not in TASKS]
     if unknown:
         raise UsageError(f"probe.tasks holds {unknown[0]!r}; known ones are {', '.join(TASKS)}")
     scores: dict[str, Score] = {}
     by_site = [task for task in tasks if task != "segment"]
-    label = cfg.probe.label if by_site else None
-    raster = raster_name(shardset, cfg) if "segment" in tasks else None
-    split = split_of(shardset, cfg.probe.samples, label, raster)
+    label = probe.label if by_site else None
+    raster = raster_name(shardset, probe.raster) if "segment" in tasks else None
+    split = split_of(shardset, probe.samples, label, raster)
     rows, num_train = (*split.train, *split.test), len(split.train)
-    features = extract(
-        skysense, shardset.read_sample, rows, cfg.data.views_global, statistics_dict(shardset), raster, device=device
-    )
+    features = extract(skysense, shardset.read_sample, rows, view, statistics, raster, device=device)
     if label is not None:
         labels = _labels(shardset, label, rows)
         for task in by_site:
@@ -89,10 +85,10 @@ def statistics_dict(shardset: ShardSet) -> dict[str, dict[str, object]]:
     return {name: value.to_dict() for name, value in shardset.statistics.items()}
 
 
-def raster_name(shardset: ShardSet, cfg: PretrainConfig) -> str:
-    """The label raster to segment: `probe.raster` where the config has one, else the only one of the set."""
-    if cfg.probe.raster:
-        return cfg.probe.raster
+def raster_name(shardset: ShardSet, named: str | None) -> str:
+    """The label raster to segment: the one named, else the only one of the set."""
+    if named:
+        return named
     names = sorted({name for row in shardset.read_index(["rasters"])["rasters"].to_pylist() for name in row or ()})
     if len(names) == 1:
         return names[0]

@@ -21,7 +21,11 @@ from pipeline.reader.views import NEUTRAL, SiteFacts, dates_wanted, plan_whole
 
 
 def view_of_sites(
-    sites: Sequence[SiteArrays], view: ViewConfig, modalities: Sequence[str], label: str | None = None
+    sites: Sequence[SiteArrays],
+    view: ViewConfig,
+    modalities: Sequence[str],
+    label: str | None = None,
+    min_clear: float = DataConfig().min_clear,
 ) -> View:
     """The view of whole sites: all modalities cover the centred square of `view.series_px * 10` m.
 
@@ -31,7 +35,9 @@ def view_of_sites(
     parts = {}
     for name in modalities:
         pixels = view.hr_px if name == "hr" else view.series_px
-        parts[name] = _stack([_one_modality(site, name, view, pixels, side_m) for site in sites], side_m / pixels)
+        parts[name] = _stack(
+            [_one_modality(site, name, view, pixels, side_m, min_clear) for site in sites], side_m / pixels
+        )
     classes = None
     if label is not None:
         classes = torch.from_numpy(np.stack([_label_canvas(site, label, view.series_px) for site in sites]))
@@ -44,7 +50,7 @@ def view_of_sites(
 
 
 def _one_modality(
-    site: SiteArrays, name: str, view: ViewConfig, pixels: int, side_m: float
+    site: SiteArrays, name: str, view: ViewConfig, pixels: int, side_m: float, min_clear: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[float, float]]:
     """x [T, C, H, W], valid [T, H, W], day of year [T], and the crop's west and north edge in site metres."""
     dates = dates_wanted(view, name) if MODALITIES[name].is_series else 1
@@ -58,12 +64,18 @@ def _one_modality(
     series = site.series.get(name)
     if series is None:
         return x, valid, doy, (x0, y0)
-    clear_T = (series.mask_THW == CLEAR).mean((1, 2))
-    chosen = plan_whole(SiteFacts(width_m, height_m, {name: clear_T}), view, min_clear=DataConfig().min_clear).dates[name][:dates]
-    for t, date in enumerate(chosen):
-        x[t], valid[t] = _canvas(series, int(date), x0, y0, side_m, pixels, dtype)
+    for t, date in enumerate(chosen_dates(site, name, view, min_clear)):
+        x[t], valid[t] = _canvas(series, date, x0, y0, side_m, pixels, dtype)
         doy[t] = _day_of_year(series.datetimes[date])
     return x, valid, doy, (x0, y0)
+
+
+def chosen_dates(site: SiteArrays, name: str, view: ViewConfig, min_clear: float) -> list[int]:
+    """Indices of the dates of a modality that a view shows, ascending."""
+    west, south, east, north = site.footprint
+    clear_T = (site.series[name].mask_THW == CLEAR).mean((1, 2))
+    plan = plan_whole(SiteFacts(east - west, north - south, {name: clear_T}), view, min_clear)
+    return [int(date) for date in plan.dates[name][: dates_wanted(view, name)]]
 
 
 def _canvas(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -21,7 +19,7 @@ from model.skysense import SkySense
 from pipeline.config import DataConfig, PretrainConfig, ProbeConfig, ViewConfig
 from pipeline.probes.classify import knn, ridge
 from pipeline.probes.features import extract
-from pipeline.probes.in_loop import run_probes, statistics_dict
+from pipeline.probes.in_loop import raster_name, run_probes, statistics_dict
 from pipeline.probes.scores import accuracy, confusion, mean_iou
 from pipeline.probes.sites import view_of_sites
 from pipeline.probes.split import split_of
@@ -154,7 +152,6 @@ def test_unknown_task_is_refused(shards: ShardSet, skysense: SkySense) -> None:
         run_probes(skysense, PretrainConfig(probe=ProbeConfig(tasks=("kmeans",))), shards)
 
 
-def test_rasters_are_found_by_themselves(shards: ShardSet, tmp_path: Path) -> None:
-    from pipeline.probes.in_loop import raster_name
-
-    assert raster_name(shards, PretrainConfig()) == "landcover"
+def test_rasters_are_found_by_themselves(shards: ShardSet) -> None:
+    assert raster_name(shards, None) == "landcover"
+    assert raster_name(shards, "other") == "other"
