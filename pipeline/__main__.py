@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from cluster.cli import dispatch
 
 COMMANDS = {
@@ -17,4 +19,6 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
+    # `deepspeed --module pipeline train …` puts this before the command; the environment says the same
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
     dispatch("pipeline", __doc__ or "", COMMANDS)

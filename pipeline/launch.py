@@ -25,9 +25,9 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     SIGTERM, SIGUSR1 and SIGINT are passed on to every rank. The first rank that ends with a code other than 0 ends the job:
     the others get GRACE_S seconds, then SIGKILL.
     """
-    port = _free_port()
+    port = free_port()
     ranks = [subprocess.Popen(
-        [sys.executable, "-m", "pipeline", *arguments], env=_environment(rank, processes, port), start_new_session=True,
+        [sys.executable, "-m", "pipeline", *arguments], env=rank_environment(rank, processes, port), start_new_session=True,
     ) for rank in range(processes)]  # fmt: skip
     previous = {number: signal.signal(number, lambda n, _: _send(ranks, n)) for number in FORWARDED}
     try:
@@ -81,7 +81,8 @@ def _send(ranks: list[subprocess.Popen], number: int) -> None:
                 rank.send_signal(number)
 
 
-def _environment(rank: int, world: int, port: int) -> dict[str, str]:
+def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """Variables of one local rank: its place, where the ranks meet, its share of the cores."""
     threads = max((os.cpu_count() or 1) // world, 1)
     return {
         "OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo", **os.environ,
@@ -90,7 +91,8 @@ def _environment(rank: int, world: int, port: int) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

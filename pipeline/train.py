@@ -141,7 +141,11 @@ def build(config: PretrainConfig, ranks: Ranks, resume_from: str) -> Run:
         rundir.check_claim()
         rundir.sync()
 
-    saver = Saver(rundir.checkpoints_url, config.checkpoint, ranks.rank, ranks.world, before_commit)
+    def after_commit(url: str, at_step: int) -> None:
+        if tracker is not None:
+            tracker.checkpoint(url, at_step)
+
+    saver = Saver(rundir.checkpoints_url, config.checkpoint, ranks.rank, ranks.world, before_commit, after_commit)
     flops = float(table(config)["flops_per_sample"]["train"])
     step_log = StepLog(rundir, tracker, layout, device, flops, step, config.train.steps, device_hours)
     return Run(config, ranks, layout, device, rundir, reader, engine, saver, tracker, step_log, beat, step, samples)

@@ -15,14 +15,14 @@ from tests.data_folder import REPOSITORY
 
 def run_ranks(target: str, processes: int, argument: Any, folder: Path, timeout_s: float = 240) -> list[Any]:
     """What `target(argument)` returned on each rank. A rank that fails fails the test with its output."""
-    from pipeline.launch import _environment, _free_port
+    from pipeline.launch import free_port, rank_environment
 
-    port = _free_port()
+    port = free_port()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "argument.json").write_text(json.dumps(argument))
     running = []
     for rank in range(processes):
-        env = {**_environment(rank, processes, port), "OMP_NUM_THREADS": "1", "GEOLOOM_LAUNCHER": str(os.getpid())}
+        env = {**rank_environment(rank, processes, port), "OMP_NUM_THREADS": "1", "GEOLOOM_LAUNCHER": str(os.getpid())}
         with open(folder / f"rank-{rank}.log", "wb") as log:
             command = [sys.executable, "-m", "tests.rank_jobs", target, str(folder)]
             running.append(subprocess.Popen(command, env=env, cwd=REPOSITORY, stdout=log, stderr=log))

@@ -32,11 +32,15 @@ class Saver:
         url: the run's `checkpoints/`.
         before_commit: called by the first rank right before a checkpoint becomes visible; raises to prevent it (a newer start
             of the run has taken over, or the metrics of this step are not durable).
+        after_commit: called by the first rank with the committed checkpoint's URL and step.
     """
 
-    def __init__(self, url: str, config: CheckpointConfig, rank: int, world: int, before_commit: Callable[[], None]) -> None:
-        self.url, self.config, self.rank, self.world, self.before_commit = url, config, rank, world, before_commit
-        self.last_committed: int | None = None
+    def __init__(
+        self, url: str, config: CheckpointConfig, rank: int, world: int, before_commit: Callable[[], None],
+        after_commit: Callable[[str, int], None] = lambda url, step: None,
+    ) -> None:  # fmt: skip
+        self.url, self.config, self.rank, self.world = url, config, rank, world
+        self.before_commit, self.after_commit = before_commit, after_commit
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._token = _shared_token(world)
@@ -95,10 +99,10 @@ class Saver:
         notes = [self._await_note(work, rank, started) for rank in range(self.world)]
         manifest = {**facts, **_index(notes)}
         self.before_commit()
-        store.commit(self.url, step, self._token, manifest)
-        self.last_committed = step
+        final = store.commit(self.url, step, self._token, manifest)
         for rank in range(self.world):
-            storage.remove(storage.join(self.url, store.folder_name(step), self._note_name(rank)))
+            storage.remove(storage.join(final, self._note_name(rank)))
+        self.after_commit(final, step)
         store.retain(self.url, self.config.keep_last, self.config.keep_every)
 
     def _await_note(self, work: str, rank: int, started: float) -> dict[str, Any]:

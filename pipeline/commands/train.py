@@ -23,7 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", default="auto", metavar="auto|never|PATH",
         help="auto: continue run.dir if it holds a checkpoint; never: refuse to; PATH: a checkpoint or run directory",
     )  # fmt: skip
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; the environment says the same
     parser.add_argument("--dry-run", action="store_true", help="parameters, FLOPs and layout; starts nothing")
     parser.add_argument("--json", action="store_true", help="print figures as a JSON last line")
 
@@ -72,12 +71,14 @@ def check(config: object, processes: int | None, ranks: object) -> None:
 
 def run_rank(config: object, ranks: object, resume: str) -> NoReturn:
     """One rank, from its first import to its exit code; never returns (`processes.finish` says why)."""
-    from pipeline.launch import die_with_launcher
+    from pipeline.launch import die_with_launcher, free_port
     from pipeline.stop import StopFlag
 
     die_with_launcher()
     stop = StopFlag()
+    import os
     import traceback
+    from dataclasses import replace
 
     from cluster.cli import explain
     from cluster.errors import RunFailure, UsageError
@@ -89,6 +90,9 @@ def run_rank(config: object, ranks: object, resume: str) -> NoReturn:
     from pipeline.train import train
 
     assert isinstance(config, PretrainConfig) and isinstance(ranks, Ranks)
+    if ranks.launcher == "none":  # alone: any port will do, and a fixed one may be another run's
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        ranks = replace(ranks, port=free_port())
     code = FAILED
     try:
         code = train(config, ranks, resume, stop)

@@ -156,3 +156,36 @@ def gradients(cases: list[dict[str, Any]]) -> list[Any]:
         results.append(found if dist.get_rank() == 0 else {})
         engine.deepspeed.destroy()
     return results
+
+
+def survive(job: dict[str, Any]) -> int:
+    """Trains to `steps`, saving every second step; logs `resumed|saved STEP DIGEST` lines that must agree over all starts."""
+    import hashlib
+
+    from pipeline.checkpoint import Saver, committed
+    from pipeline.config import CheckpointConfig
+    from pipeline.resume import continue_run
+
+    ranks, url = Ranks.from_environment(), job["url"]
+    engine = build({**job["case"], "total": job["steps"]})
+
+    def note(what: str, step: int) -> None:
+        state = full_state(engine)
+        if ranks.is_first:
+            digest = hashlib.sha256(b"".join(state[k].numpy().tobytes() for k in sorted(state))).hexdigest()[:16]
+            with open(job["log"], "a") as log:
+                log.write(f"{what} {step} {digest}\n")
+
+    saver = Saver(url, CheckpointConfig(keep_last=2, keep_every=0), ranks.rank, ranks.world, lambda: None)
+    urls: list[Any] = [committed(url)]
+    dist.broadcast_object_list(urls, src=0)
+    found = continue_run(engine, urls[0], strict=False, rank=ranks.rank)
+    start = found.step if found else 0
+    note("resumed", start)
+    for step in range(start, job["steps"]):
+        engine.step(micro_batches(engine.layout, step), step * engine.layout.batch)
+        if step % 2:
+            note("saved", step + 1)
+            saver.save(engine, step + 1, 0, {"config": {}, "reader": {}})
+    saver.wait()
+    return start
