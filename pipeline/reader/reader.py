@@ -7,6 +7,7 @@ batches. Threads decode straight into re-used batch memory; they beat processes 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -55,6 +56,9 @@ class Reader:
         views: "pretrain" = u, v and local views, augmented; "whole" = one centred view per site, without chance (`u is v`).
         device: a CUDA device: batches arrive there, copied one ahead from pinned memory. None or "cpu": stay on the CPU.
         hold: how many yielded batches stay valid.
+        label: raster label for `View.classes_BHW`; None = the first one of the set.
+        policy: of retries; None = from `data`.
+        every: (w, n): of this rank's batches only w, w + n, w + 2n, … (for n workers that take turns).
 
     Raises:
         UsageError: no shard set, nothing left after the filters, batch_per_rank < 1.
@@ -64,6 +68,7 @@ class Reader:
         self, data: DataConfig, model: ModelConfig, *, seed: int, batch_per_rank: int, rank: int = 0, world: int = 1,
         epochs: int | None = None, views: Literal["pretrain", "whole"] = "pretrain",
         device: torch.device | str | None = None, hold: int = 2, label: str | None = None, policy: RetryPolicy | None = None,
+        every: tuple[int, int] = (0, 1),
     ) -> None:  # fmt: skip
         if batch_per_rank < 1 or not 0 <= rank < world:
             raise UsageError(
@@ -71,9 +76,7 @@ class Reader:
             )
         self.data, self.seed, self.rank, self.world, self.batch_per_rank = data, seed, rank, world, batch_per_rank
         self.table = tables.load(data, model.modalities, label)
-        sizes = self.table.sizes
-        parts = sizes if data.weights else [np.concatenate(sizes)]
-        self._stream = Stream(parts, data.weights, seed, data.block_samples, data.interleave)
+        self._stream = self._open_stream()
         self._epochs, self._hold = epochs, max(hold, 1)
         self._device = torch.device(device) if device is not None and torch.device(device).type == "cuda" else None
         self.faults = FaultLog(int(data.error_budget * len(self.table) / world))
@@ -81,13 +84,17 @@ class Reader:
         self._fetcher = open_fetcher(self.table, model.modalities, data, policy, self.faults)
         self._samples = SampleReader(self.table, data, model.modalities, seed, self._fetcher, self.faults, views)
         configs = self._samples.configs
-        self._ring = [
-            BatchBuffers(
-                batch_per_rank, configs, model.modalities, self.table.label is not None, self._device is not None
-            )
-            for _ in range(data.prefetch_batches + self._hold)
-        ]
+        self._new_buffers = functools.partial(
+            BatchBuffers,
+            batch_per_rank,
+            configs,
+            model.modalities,
+            self.table.label is not None,
+            self._device is not None,
+        )
+        self._ring: list[BatchBuffers] = []
         self._pool = ThreadPoolExecutor(data.threads, "reader") if data.threads else None
+        self._every = every
         self._base = 0  # stream number of the first batch
         self._meter = Meter()
         self._restart()
@@ -125,7 +132,8 @@ class Reader:
 
     @property
     def buffer_bytes(self) -> int:
-        """Memory of all batch buffers; with `data.read_ahead_mb` and a scratch of a few samples per thread, all it holds."""
+        """Memory of the batch buffers in use, at most `prefetch_batches + hold` of them; with `data.read_ahead_mb` (object
+        storage) and a scratch of a few samples per thread, all that a reader holds."""
         return sum(buffers.num_bytes for buffers in self._ring)
 
     @property
@@ -137,11 +145,18 @@ class Reader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the batch after the last yielded one begins; the same on every rank, for any world size and threads."""
-        drawn = self._stream.drawn(self._next)
+        return self._state_at(self._next)
+
+    def state_after(self, batches: int) -> dict[str, Any]:
+        """The state that this reader will have after yielding so many batches from where it was loaded or made."""
+        start = self._base + batches * self.global_batch
+        return self._state_at(start if self._epochs is None else min(start, self._epochs * self.epoch_samples))
+
+    def _state_at(self, number: int) -> dict[str, Any]:
         return {
-            "schema": STATE_SCHEMA, "samples": self._next, "epoch": self._next // self.epoch_samples,
-            "position": self._next % self.epoch_samples, "seed": self.seed, "sets": self.table.fingerprints,
-            "order": self._order_fingerprint(), "drawn": drawn,
+            "schema": STATE_SCHEMA, "samples": number, "epoch": number // self.epoch_samples,
+            "position": number % self.epoch_samples, "seed": self.seed, "sets": self.table.fingerprints,
+            "order": self._order_fingerprint(), "drawn": self._stream.drawn(number),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -179,6 +194,10 @@ class Reader:
             batch, self._next = self._stage.next(self._take)
         return batch
 
+    def _open_stream(self) -> Stream:
+        sizes = self.table.sizes if self.data.weights else [np.concatenate(self.table.sizes)]
+        return Stream(sizes, self.data.weights, self.seed, self.data.block_samples, self.data.interleave)
+
     def _restart(self) -> None:
         self._next = self._base  # stream number after the last yielded batch
         self._submitted = 0
@@ -187,10 +206,10 @@ class Reader:
         self._held: deque[BatchBuffers] = deque()
         self._stage: DeviceStage | None = None if self._device is None else DeviceStage(self._device)
         self._ticket = 0
-        self._fetcher.follow(self._rows_ahead())
 
     def _bounds(self, k: int) -> tuple[int, int, int] | None:
         """(first, last) stream number of this rank's part of global batch k after the start, and the end of the batch."""
+        k = self._every[0] + k * self._every[1]
         start, count = self._base + k * self.global_batch, self.global_batch
         if self._epochs is not None:
             count = min(count, self._epochs * self.epoch_samples - start)
@@ -199,20 +218,22 @@ class Reader:
         first, last = rank_part(start, count, self.rank, self.world)
         return first, last, start + count
 
-    def _rows_ahead(self) -> Iterator[int]:
-        """The samples of this rank from the start on, for reading ahead."""
+    def _rows_ahead(self, stream: Stream) -> Iterator[int]:
+        """The samples of this rank from the start on, for reading ahead (in another thread, so on a stream of its own)."""
         k = 0
         while (bounds := self._bounds(k)) is not None:
-            yield from self._stream.at(bounds[0], bounds[1]).sample.tolist()
+            yield from stream.at(bounds[0], bounds[1]).sample.tolist()
             k += 1
 
     def _submit(self) -> bool:
         """Starts the next batch that is not yet under way; false when there is none, or no memory for it."""
         bounds = self._bounds(self._submitted)
-        if bounds is None or not self._free:
+        buffers = None if bounds is None else self._free_buffers()
+        if bounds is None or buffers is None:
             return False
+        if self._submitted == 0:
+            self._fetcher.follow(self._rows_ahead(self._open_stream()))
         first, last, end = bounds
-        buffers = self._free.popleft()
         if buffers.copied is not None:
             buffers.copied.synchronize()
         drawn, count = self._stream.at(first, last), last - first
@@ -234,6 +255,12 @@ class Reader:
         self._submitted += 1
         self._ahead.append((buffers, futures, end))
         return True
+
+    def _free_buffers(self) -> BatchBuffers | None:
+        if not self._free and len(self._ring) < self.data.prefetch_batches + self._hold:
+            self._ring.append(self._new_buffers())
+            self._free.append(self._ring[-1])
+        return self._free.popleft() if self._free else None
 
     def _fill(self, buffers: BatchBuffers, drawn: Drawn, first: int, last: int, ticket: int) -> None:
         for i in range(first, last):
