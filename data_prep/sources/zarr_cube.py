@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import zarr
+from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 from zarr.storage import FsspecStore, LocalStore, ZipStore
 
-from cluster.storage import is_local, local_path
+from cluster.storage import filesystem, is_local, local_path
 from data_prep.geo import Grid, Window, crs_name
 from data_prep.schema import CLEAR, CLOUD
 from data_prep.sources.cube import DateInfo, Layer
@@ -121,7 +122,9 @@ def open_group(asset: Asset) -> Any:
             path = local_path(href)
             store: Any = ZipStore(path, mode="r") if href.endswith(".zip") else LocalStore(path, read_only=True)
         else:
-            store = FsspecStore.from_url(href, read_only=True)
+            fs, path = filesystem(href)
+            # the one (synchronous) client of this process, so that its connections are pooled and closed in one place
+            store = FsspecStore(AsyncFileSystemWrapper(fs, asynchronous=True), read_only=True, path=path)
         return zarr.open_group(store, mode="r")
     except (FileNotFoundError, KeyError) as error:
         raise SourceFault(asset.id, f"{href} is not a Zarr group: {first_line(error)}") from None
