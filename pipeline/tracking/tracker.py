@@ -52,7 +52,7 @@ class Tracker:
         self._from_directory = self._mirror is not None  # the store may lack what was logged before a restart
         self._new_files = True
         self._status: str | None = None
-        self._level = False
+        self._level = self._caught_up = False
         self._thread: threading.Thread | None = None
         if self._mirror is not None:
             self._thread = threading.Thread(target=self._run, name="tracker", daemon=True)
@@ -62,6 +62,12 @@ class Tracker:
     def run_id(self) -> str | None:
         """MLflow run, None until the store has answered once."""
         return self._mirror.run_id if self._mirror else None
+
+    @property
+    def is_level(self) -> bool:
+        """Whether the store had everything when the thread last looked, and nothing came since."""
+        with self._wake:
+            return self._caught_up and not self._pending and not self._from_directory and not self._new_files
 
     def log(self, step: int, samples: int, metrics: Mapping[str, Any]) -> None:
         """Hands over one line, already in `metrics.jsonl`, as it stands there."""
@@ -133,6 +139,7 @@ class Tracker:
         assert self._mirror is not None
         with self._wake:
             lines, self._pending = self._pending, []
+            self._caught_up = False
             from_directory, self._from_directory = self._from_directory, False
         try:
             self._mirror.connect()  # first, so that an absent store costs one call and no reading
@@ -145,6 +152,7 @@ class Tracker:
                 self._mirror.send_files()
             if closing:
                 self._mirror.end(closing)
+            self._caught_up = True
         except BaseException:
             with self._wake:
                 self._from_directory = self._new_files = True
