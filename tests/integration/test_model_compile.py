@@ -22,7 +22,7 @@ def test_compiled_blocks_equal_eager(backend: str) -> None:
     if backend == "inductor":
         require_program("g++")
     cfg = replace(DEBUG, drop_path=0.3, modalities=("s2",))
-    eager, compiled = build(cfg).train(), build(cfg).train()
+    eager, compiled = build(cfg).double().train(), build(cfg).double().train()
     compiled.load_state_dict(eager.state_dict())
     if backend == "aot_eager":
         compiled.compile_blocks(backend=backend)
@@ -33,10 +33,12 @@ def test_compiled_blocks_equal_eager(backend: str) -> None:
     assert list(compiled.state_dict()) == list(eager.state_dict())  # names stay: checkpoints fit either way
     seeds = torch.tensor([3, 4])
     a, b = loss_of(eager, seeds), loss_of(compiled, seeds)
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     a.backward()
     b.backward()
     for (name, mine), other in zip(eager.named_parameters(), compiled.parameters()):
-        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(
+            mine.grad, other.grad, rtol=1e-8, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+        )
     loss_of(twin, seeds).backward()
     assert all(p.grad is not None for p in twin.parameters())
