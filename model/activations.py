@@ -70,11 +70,11 @@ def table(cfg: Any, fused: bool) -> dict[str, Any]:
 
 
 def routed(cfg: Any) -> dict[str, Any]:
-    """Elements (tokens x channels x k) that one sample sends to experts in one forward over all MoE layers, and the number of
-    exchanges that takes: `student` views (u and local), `teacher` views (v and local)."""
+    """What one forward of one sample's views sends to experts, over all MoE layers: `elements` (tokens x channels x k), `calls`
+    of a layer, and the `flops` the experts spend on them."""
     model, objective, data = cfg.model, cfg.objective, cfg.data
     placed = model.moe.placed(model.depths[2] + model.depths[3])
-    elements, calls = 0, 0
+    elements, calls, flops = 0, 0, 0
     for view in [data.views_global, *[data.views_local] * (data.local_views if objective.qsacl_weight else 0)]:
         for name in model.modalities:
             side_px, dates = canvas(view, name)
