@@ -96,6 +96,9 @@ class Engine:
         self.config, self.layout, self.device, self.reduce = config, layout, device, reduce
         apply_expert_parallel(student, layout)
         apply_expert_parallel(teacher, layout)
+        if config.train.compile:
+            for model in (student, teacher):
+                model.skysense.compile_blocks()  # type: ignore[operator, union-attr]
         self.student = student
         self.logical_shapes = {n: logical(p)[0] for n, p in student.named_parameters() if p.requires_grad}
         settings = deepspeed_config(config, layout)

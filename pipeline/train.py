@@ -57,11 +57,15 @@ class Run:
 
 def train(config: PretrainConfig, ranks: Ranks, resume_from: str, stop: StopFlag) -> int:
     """Runs, or continues, one rank of a pretraining run to its last step. Returns its exit code (`cluster.exit_codes`)."""
-    run = build(config, ranks, resume_from)
+    run = None
     try:
+        run = build(config, ranks, resume_from)
         code = loop(run, stop)
-    except BaseException:
-        close(run, "FAILED")
+    except BaseException as error:
+        if not isinstance(error, UsageError):  # bad input leaves nothing behind
+            logs.record_failure(RunDir(config.run.dir).logs_url, ranks.rank, run.step if run else 0, error)
+        if run is not None:
+            close(run, "FAILED")
         raise
     close(run, "FINISHED" if code == DONE else "SCHEDULED")
     return code
@@ -108,7 +112,7 @@ def build(config: PretrainConfig, ranks: Ranks, resume_from: str) -> Run:
     layout = Layout.of(config, ranks)
     rundir = RunDir(config.run.dir)
     device = start(ranks, timeout_s=2 * config.train.stall_timeout_s)
-    logs.start_logging(rundir.logs_url, ranks.rank)
+    logs.start_logging(None, ranks.rank)
     beat = Heartbeat(ranks, config.train.stall_timeout_s, rundir.logs_url)
 
     reader = Reader(
@@ -122,8 +126,6 @@ def build(config: PretrainConfig, ranks: Ranks, resume_from: str) -> Run:
     student = Student(config.model, config.objective, statistics, reader.classes)
     engine = Engine(student, make_teacher(student), config, layout, device, DistributedReduce())
 
-    if ranks.is_first:
-        rundir.claim()  # from here on an earlier start of this run commits nothing
     urls = resume.candidates(resume_from, rundir, ranks.rank)
     found = resume.continue_run(engine, urls, strict=resume_from != "auto", rank=ranks.rank)
     step, samples, device_hours = 0, 0, 0.0
@@ -132,8 +134,10 @@ def build(config: PretrainConfig, ranks: Ranks, resume_from: str) -> Run:
         reader.load_state_dict(found.manifest["reader"])
         step, samples, device_hours = found.step, found.samples, float(found.manifest["device_hours"])
 
+    logs.start_logging(rundir.logs_url, ranks.rank)  # from here on the run directory is written to
     tracker = None
     if ranks.is_first:
+        rundir.claim()  # and an earlier start of this run commits nothing more
         tracker = open_run(config, rundir, layout, reader, step)
         describe(found, config, layout)
 

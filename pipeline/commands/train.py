@@ -38,9 +38,10 @@ def main(args: argparse.Namespace) -> int:
         return dry_run(config, args.processes, args.json)
     ranks = Ranks.from_environment()
     check(config, args.processes, ranks)
+    json_flag = ["--json"] if args.json else []
     if args.processes and ranks.launcher == "none" and args.processes > 1:
-        return launch(args.processes, ["train", args.config, *args.overrides, "--resume", args.resume])
-    run_rank(config, ranks, args.resume)
+        return launch(args.processes, ["train", args.config, *args.overrides, "--resume", args.resume, *json_flag])
+    run_rank(config, ranks, args.resume, args.json)
 
 
 def check(config: object, processes: int | None, ranks: object) -> None:
@@ -69,7 +70,7 @@ def check(config: object, processes: int | None, ranks: object) -> None:
             ShardSet.open(url)
 
 
-def run_rank(config: object, ranks: object, resume: str) -> NoReturn:
+def run_rank(config: object, ranks: object, resume: str, as_json: bool) -> NoReturn:
     """One rank, from its first import to its exit code; never returns (`processes.finish` says why)."""
     from pipeline.launch import die_with_launcher, free_port
     from pipeline.stop import StopFlag
@@ -82,8 +83,7 @@ def run_rank(config: object, ranks: object, resume: str) -> NoReturn:
 
     from cluster.cli import explain
     from cluster.errors import RunFailure, UsageError
-    from cluster.exit_codes import FAILED
-    from cluster.logs import record_failure
+    from cluster.exit_codes import DONE, FAILED
     from cluster.ranks import Ranks
     from pipeline.config import PretrainConfig
     from pipeline.parallel.processes import finish
@@ -102,10 +102,22 @@ def run_rank(config: object, ranks: object, resume: str) -> NoReturn:
             explain("python -m pipeline train", error)
     except KeyboardInterrupt:
         code = 130
-    except BaseException as error:
+    except BaseException:
         traceback.print_exc()
-        record_failure(f"{config.run.dir}/logs", ranks.rank, -1, error)
+    if as_json and code == DONE and ranks.is_first:
+        report(config)
     finish(code)
+
+
+def report(config: object) -> None:
+    """The last line of `--json`: the last metrics line."""
+    from cluster.cli import print_json
+    from cluster.rundir import RunDir
+    from pipeline.config import PretrainConfig
+
+    assert isinstance(config, PretrainConfig)
+    rundir = RunDir(config.run.dir)
+    print_json({"run_dir": rundir.url, "run_id": rundir.run_id, **rundir.read_metrics()[-1]})
 
 
 def dry_run(config: object, processes: int | None, as_json: bool) -> int:
