@@ -16,10 +16,13 @@ USAGE_WINDOW = 100  # steps
 def effective_rank(x_ND: Tensor) -> Tensor:
     """exp of the entropy of the normalised singular values of the centred rows (Roy & Vetterli 2007; RankMe, 2210.02885).
 
-    Between 1 (all rows on a line) and min(N − 1, D); 0 if there are fewer than two rows or no spread. Scale-free.
+    Between 1 (all rows on a line) and min(N − 1, D); 0 if there are fewer than two rows or no spread; NaN for non-finite
+    features. Scale-free.
     """
     if x_ND.shape[0] < 2:
         return x_ND.new_zeros((), dtype=torch.float32)
+    if not torch.isfinite(x_ND).all():  # the eigenvalue solver would raise; the engine reports what is not finite
+        return x_ND.new_full((), float("nan"), dtype=torch.float32)
     x_ND = x_ND.float() - x_ND.float().mean(dim=0)
     x_ND = x_ND / x_ND.abs().max().clamp_min(1e-30)
     gram = x_ND @ x_ND.T if x_ND.shape[0] <= x_ND.shape[1] else x_ND.T @ x_ND
