@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
@@ -18,6 +19,8 @@ from pipeline.tracking.store import Store, StoreUnavailable
 FLUSH_S = 2.0  # how far the store lags behind while all is well
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0  # between attempts while it is away
 CLOSE_S = 20.0  # how long a finished run waits for it
+CHECKPOINT_S = 15.0  # how often the run directory is asked for a newly committed checkpoint
+PROBE = re.compile(r"probe/(knn|linear|segment)/[^/]+$")
 MAX_PENDING = 4096  # lines kept in memory; past it they are read again from the run directory
 
 
@@ -51,6 +54,8 @@ class Tracker:
         self._pending: list[Mapping[str, Any]] = []
         self._from_directory = self._mirror is not None  # the store may lack what was logged before a restart
         self._new_files = True
+        self._probes: dict[int, dict[str, float]] = {}  # scores by step, of steps without a checkpoint so far
+        self._newest_checkpoint, self._looked = "", 0.0
         self._status: str | None = None
         self._level = self._caught_up = False
         self._thread: threading.Thread | None = None
@@ -74,7 +79,10 @@ class Tracker:
         if self._mirror is None:
             return
         line = {"time": time.time(), **metrics, "step": step, "samples": samples}
+        scores = {key: line[key] for key in line if PROBE.match(key)}
         with self._wake:
+            if scores:
+                self._probes[step] = scores
             if len(self._pending) >= MAX_PENDING:
                 self._pending, self._from_directory = [], True
             self._pending.append(line)
@@ -84,7 +92,8 @@ class Tracker:
         self._guard(lambda: storage.upload(path, storage.join(self.rundir.url, "artifacts", storage.name(path))))
 
     def checkpoint(self, url: str, step: int, metrics: Mapping[str, float] | None = None) -> None:
-        """Registers a committed checkpoint by reference, with its probe scores."""
+        """Registers a committed checkpoint by reference, with its probe scores. Those of the run directory are found
+        without being told."""
         self._guard(lambda: add_event(self.rundir, url, step, metrics or {}))
 
     def close(self, status: str = "FINISHED") -> None:
@@ -135,6 +144,24 @@ class Tracker:
             finally:
                 self.blocked_s += time.monotonic() - start
 
+    def _find_checkpoint(self, now: bool) -> None:
+        """Notes the newest committed checkpoint of the run directory, with the scores logged at its step."""
+        if not now and time.monotonic() - self._looked < CHECKPOINT_S:
+            return
+        self._looked = time.monotonic()
+        try:
+            name = storage.read_bytes(storage.join(self.rundir.checkpoints_url, "LATEST")).decode().strip()
+        except FileNotFoundError:
+            return
+        if name == self._newest_checkpoint or not name.startswith("step-"):
+            return
+        self._newest_checkpoint, step = name, int(name.removeprefix("step-"))
+        with self._wake:
+            scores = self._probes.get(step, {})
+            self._probes = {at: found for at, found in self._probes.items() if at > step}
+        add_event(self.rundir, storage.join(self.rundir.checkpoints_url, name), step, scores)
+        self._new_files = True
+
     def _level_once(self, closing: str | None) -> None:
         assert self._mirror is not None
         with self._wake:
@@ -142,6 +169,7 @@ class Tracker:
             self._caught_up = False
             from_directory, self._from_directory = self._from_directory, False
         try:
+            self._find_checkpoint(closing is not None)
             self._mirror.connect()  # first, so that an absent store costs one call and no reading
             if from_directory or closing:
                 known = {line["step"]: line for line in [*self.rundir.read_metrics(), *lines]}

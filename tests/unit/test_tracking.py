@@ -60,7 +60,7 @@ class _ForgetfulStore(MemoryStore):
 
     lose = 0
 
-    def log_points(self, run_id, points):  # type: ignore[no-untyped-def]
+    def log_points(self, run_id, points):
         super().log_points(run_id, points)
         if self.lose > 0:
             self.lose -= 1
@@ -106,7 +106,7 @@ class _HangingStore(MemoryStore):
         super().__init__()
         self.go = threading.Event()
 
-    def log_points(self, run_id, points):  # type: ignore[no-untyped-def]
+    def log_points(self, run_id, points):
         self.go.wait()
         super().log_points(run_id, points)
 
@@ -200,8 +200,22 @@ def test_a_step_that_ran_twice_alike_keeps_its_first_record(tmp_path: Path) -> N
     rundir, store = _run(str(tmp_path), 10), MemoryStore()
     Mirror(rundir, store).send(rundir.read_metrics())
     rundir.start_metrics(6)
-    again = [rundir.append_metrics(_line(step) | {"time": 5000.0 + step, "samples_per_s": 3.0}) for step in range(7, 10)]
+    again = [
+        rundir.append_metrics(_line(step) | {"time": 5000.0 + step, "samples_per_s": 3.0}) for step in range(7, 10)
+    ]
     changed = rundir.append_metrics(_line(10) | {"loss": 0.5, "samples_per_s": 3.0})
     assert [line["time"] for line in again] == [1007.0, 1008.0, 1009.0]  # same losses: the same step
     assert changed["samples_per_s"] == 3.0  # another loss: another trajectory, the file tells the truth
     assert Mirror(rundir, store).differences() != []
+
+
+def test_a_committed_checkpoint_is_found_with_the_scores_of_its_step(tmp_path: Path) -> None:
+    rundir, store = _run(str(tmp_path)), MemoryStore()
+    tracker = Tracker(rundir, store, flush_s=0.01)
+    line = rundir.append_metrics(_line(8) | {"probe/knn/fused": 0.5, "probe/knn/fused/low": 0.4, "probe/split": 7.0})
+    tracker.log(8, 64, line)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "LATEST").write_text("step-00000008\n")
+    tracker.close()
+    (run,) = store.runs.values()
+    assert run["checkpoints"] == {(f"{tmp_path}/checkpoints/step-00000008", 8): {"probe/knn/fused": 0.5}}
