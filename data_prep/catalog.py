@@ -45,9 +45,9 @@ def scan(url: str, layout: str) -> Scan:
         UsageError: nothing there, or another layout.
     """
     if layout == "stac":
-        from data_prep.sources.stac import read_items, unique_ids
+        from data_prep.sources.stac_io import read_items, unique_ids
 
-        return Scan(unique_ids(read_items(url)))
+        return Scan(unique_ids(read_items(url, whole=True)))
     if not exists(url):
         raise UsageError(f"{url} does not exist")
     url = absolute_url(url)
@@ -110,7 +110,7 @@ def detect_layout(url: str) -> str:
     for layout in ("majortom", "stac", "geotiff"):
         try:
             if layout == "stac":
-                from data_prep.sources.stac import read_items
+                from data_prep.sources.stac_io import read_items
 
                 next(iter(read_items(url)))
             else:

@@ -27,7 +27,7 @@ def open_catalog(url: str, faults: list[SourceFault] | None = None) -> list[Site
         SourceFault: an unusable site, unless `faults` is given.
     """
     from data_prep.sources.sites import group_items, site_record
-    from data_prep.sources.stac import read_items, unique_ids
+    from data_prep.sources.stac_io import read_items, unique_ids
 
     records = []
     items = unique_ids(read_items(url))

@@ -46,18 +46,10 @@ Label rasters are integer GeoTIFFs; -1, and the declared nodata, mean unlabelled
 
 from __future__ import annotations
 
-import json
-import posixpath
 import re
-from collections.abc import Iterable, Iterator
 from typing import Any
 
-import pyarrow
-import pyarrow.fs  # (stac_geoparquet uses it without importing it)
-import pyarrow.parquet
-
 from cluster.errors import UsageError
-from cluster.storage import exists, filesystem, is_local, read_bytes
 from data_prep.geo import Bounds, crs_name
 from data_prep.sources.names import (
     HR_ALIASES,
@@ -72,103 +64,9 @@ from data_prep.sources.names import (
 )
 from data_prep.sources.records import MODALITY_ROLES, Asset, SourceFault
 
-COLLECTION_FILES = ("catalog.json", "collection.json")
-PRODUCT_FIELDS = ("s2:product_uri", "sar:product_id", "product_id", "s2:product_id", "title")
-
-
-def read_items(url: str) -> Iterator[dict[str, Any]]:
-    """STAC items of a catalog, with absolute hrefs, in a stable order (parquet: row order; folder: sorted by path).
-
-    Raises:
-        UsageError: nothing there, or not a STAC catalog.
-    """
-    if url.endswith((".parquet", ".geoparquet")):
-        yield from _parquet_items(url)
-        return
-    if url.endswith((".json", ".geojson")):
-        yield from _json_items(url)
-        return
-    fs, path = filesystem(url)
-    if not exists(url):
-        raise UsageError(f"{url} does not exist")
-    names = [name for name in sorted(fs.find(path)) if name.endswith((".json", ".geojson"))]
-    found = False
-    for name in names:
-        if posixpath.basename(name) in COLLECTION_FILES or "/.z" in name or name.endswith("/zarr.json"):
-            continue
-        for item in _json_items(name if is_local(url) else fs.unstrip_protocol(name), strict=False):
-            found = True
-            yield item
-    if not found:
-        raise UsageError(
-            f"{url} holds no STAC items: {len(names)} JSON files, none of type Feature; see --layout for other layouts"
-        )
-
-
-def _json_items(url: str, strict: bool = True) -> Iterator[dict[str, Any]]:
-    try:
-        tree = json.loads(read_bytes(url))
-    except FileNotFoundError:
-        raise UsageError(f"{url} does not exist") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UsageError(f"{url} is not valid JSON: {error}") from None
-    kind = tree.get("type") if isinstance(tree, dict) else None
-    if kind == "FeatureCollection":
-        items = tree.get("features", [])
-    elif kind == "Feature" and "assets" in tree:
-        items = [tree]
-    elif strict:
-        raise UsageError(f"{url} is no STAC item (type Feature with assets)")
-    else:
-        return
-    for item in items:
-        yield with_absolute_hrefs(item, posixpath.dirname(url))
-
-
-def _parquet_items(url: str) -> Iterator[dict[str, Any]]:
-    import stac_geoparquet.arrow  # slow to import, and only catalogs in parquet need it
-
-    try:
-        # without threads: Arrow 22's pool aborts a process that ends while it starts up
-        table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(read_bytes(url))).read(use_threads=False)
-    except FileNotFoundError:
-        raise UsageError(f"{url} does not exist") from None
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UsageError(f"{url} is not a Parquet file: {str(error).splitlines()[0]}") from None
-    if "assets" not in table.column_names or "id" not in table.column_names:
-        raise UsageError(
-            f"{url} is no stac-geoparquet catalog (no columns id and assets); make one with data_prep catalog"
-        )
-    for item in stac_geoparquet.arrow.stac_table_to_items(table):
-        yield with_absolute_hrefs(without_nulls(item), posixpath.dirname(url))
-
-
-def without_nulls(value: Any) -> Any:
-    """Drops null fields and null assets: a table gives every row every column."""
-    if isinstance(value, dict):
-        return {k: without_nulls(v) for k, v in value.items() if v is not None or k == "datetime"}
-    if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
-
-
-def with_absolute_hrefs(item: dict[str, Any], folder: str) -> dict[str, Any]:
-    assets = {
-        name: {**asset, "href": absolute(asset["href"], folder)}
-        for name, asset in (item.get("assets") or {}).items()
-        if isinstance(asset, dict) and asset.get("href")
-    }
-    return {**item, "assets": assets}
-
-
-def absolute(href: str, folder: str) -> str:
-    """`href` seen from `folder`, `..` resolved, whatever the protocol."""
-    if "://" in href or href.startswith("/"):
-        return href
-    protocol, separator, path = folder.partition("://")
-    if not separator:
-        protocol, path = "", folder
-    return protocol + separator + posixpath.normpath(posixpath.join(path, href))
+PRODUCT_FIELDS = ("s2:product_uri", "sar:product_id", "product_id", "s2:product_id")
+# formats that carry their own dates
+CUBES = ("zarr", "treesatai", "mesh")
 
 
 def site_name(item: dict[str, Any]) -> str:
@@ -234,7 +132,7 @@ def _asset(item: dict[str, Any], name: str, fields: dict[str, Any]) -> Asset | N
     modality = _modality(fields, properties, name, raw_names)
     if modality is None:
         return None
-    product = str(said(*PRODUCT_FIELDS[:-1]) or "")
+    product = str(said(*PRODUCT_FIELDS) or "")
     parsed = s2_product(product) or s2_product(item["id"]) if modality.startswith("s2") else {}
     level = str(said("processing:level") or parsed.get("level") or "L2A").upper()
     if modality == "s2" and level.startswith(("L1", "LEVEL-1")):
@@ -242,7 +140,7 @@ def _asset(item: dict[str, Any], name: str, fields: dict[str, Any]) -> Asset | N
     raster = [dict(band) for band in fields.get("raster:bands") or listed or []]
     first = raster[0] if raster else {}
     transform, shape = said("proj:transform"), said("proj:shape")
-    own_dates = _format(fields) in ("zarr", "treesatai", "mesh")
+    own_dates = _format(fields) in CUBES
     moment = (
         ""
         if own_dates
@@ -362,14 +260,3 @@ def _unit(text: Any) -> str:
     if lowered in ("db", "decibel"):
         return "dB"
     return "linear" if lowered in ("linear", "power", "1", "m2/m2", "intensity") else ""
-
-
-def unique_ids(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The items as a list. Raises UsageError for an id that stands twice."""
-    out, seen = [], set()
-    for item in items:
-        if item["id"] in seen:
-            raise UsageError(f"item id {item['id']} stands twice in the catalog")
-        seen.add(item["id"])
-        out.append(item)
-    return out
