@@ -106,7 +106,10 @@ def _columns(lines: Sequence[dict[str, Any]], wanted: Any) -> dict[str, list[flo
 
 
 def _gpu_hours(run: RunData, lines: Sequence[dict[str, Any]]) -> float:
-    """Samples over throughput, times ranks; time between restarts does not count."""
+    """As the run counted them; else samples over throughput, times ranks. Time between restarts does not count."""
+    counted = [line["gpu_hours"] for line in lines if _is_number(line.get("gpu_hours"))]
+    if counted:
+        return float(counted[-1])
     seconds, before = 0.0, 0
     for line in lines:
         rate = line.get("samples_per_s")
