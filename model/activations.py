@@ -81,14 +81,9 @@ def routed(cfg: Any) -> dict[str, Any]:
             sides = stage_sides(side_px, model.patch, model.merges(name))
             for place in placed:
                 s = 2 if place < model.depths[2] else 3
-                elements += dates * (sides[s] ** 2 + model.prompts) * model.dims[s] * model.moe.top_k
-                calls += 1
-    return {
-        "elements": elements,
-        "calls": calls,
-        "layers": len(placed),
-        "bytes_per_element": BYTES[cfg.train.precision],
-    }
+                sent = dates * (sides[s] ** 2 + model.prompts) * model.dims[s] * model.moe.top_k
+                elements, calls, flops = elements + sent, calls + 1, flops + 16 * sent * model.dims[s]
+    return {"elements": elements, "calls": calls, "layers": len(placed), "flops": flops}
 
 
 def _view(saved: Saved, cfg: ModelConfig, view: ViewSize, size: int, fused: bool) -> None:
@@ -113,9 +108,13 @@ def _images(saved: Saved, cfg: ModelConfig, name: str, side_px: int, dates: int,
                 saved.in_blocks += FLOAT32 * (2 * cfg.window - 1) ** 2 * (CPB_HIDDEN + c // cfg.head_dim)
             else:
                 moe = (i if s == 2 else cfg.depths[2] + i) in placed
-                rotary = cfg.head_dim if cfg.position == "rotary_m" else 0
-                block = _block(tokens, c, c // cfg.head_dim, size, rotary, cfg.moe.experts if moe else 0, cfg.moe.top_k)
+                experts = cfg.moe.experts if moe else 0
+                block = _block(tokens, c, c // cfg.head_dim, size, cfg.position == "rotary_m", experts, cfg.moe.top_k)
             saved.add_block(f"stage_{s + 1}", dates * block, dates * size * tokens * c)
+        if s >= 2 and cfg.position == "rotary_m":
+            saved.add(
+                f"stage_{s + 1}", dates * FLOAT32 * tokens * cfg.head_dim
+            )  # cosines and sines, shared by the stage
         if s < 3:
             after = sides[s + 1] ** 2
             merged = cfg.merges(name)[s]
@@ -143,8 +142,8 @@ def _swin_block(cfg: ModelConfig, c: int, side: int, i: int, size: int, fused: b
     return total + in_windows * span  # mask
 
 
-def _block(tokens: int, c: int, heads: int, size: int, rotary: int, experts: int, top_k: int) -> float:
-    """Bytes of a transformer block on one image; rotary: head channels, 0 without."""
+def _block(tokens: int, c: int, heads: int, size: int, rotary: bool, experts: int, top_k: int) -> float:
+    """Bytes of a transformer block on one image."""
     units = (
         1 + 1 + 3 + 1 + 1 + 1 + (2 if rotary else 0)
     )  # x, norm1(x), qkv, output, projection's input, x', rotated q and k
@@ -153,7 +152,7 @@ def _block(tokens: int, c: int, heads: int, size: int, rotary: int, experts: int
     else:
         units += 1 + 4 + 4  # norm2(x'), fc1, gelu
     total: float = size * tokens * c * units
-    total += tokens * (FLOAT32 * (heads + 4) + FLOAT32 * 2 * rotary)  # log-sum-exp, norms; cosines and sines, twice
+    total += tokens * FLOAT32 * (heads + 4)  # log-sum-exp, norms
     if experts:
         total += tokens * (2 * FLOAT32 * experts + 8 * 4 + (FLOAT32 * c if size < FLOAT32 else 0))  # router, in float32
     return total
@@ -172,7 +171,7 @@ def _fusion(saved: Saved, cfg: ModelConfig, view: ViewSize, size: int) -> None:
     if not depth:
         return
     rows = cells * (frames + 1)
-    block = _block(rows, f, cfg.fusion_heads, size, 0, 0, 0)
+    block = _block(rows, f, cfg.fusion_heads, size, False, 0, 0)
     for _ in range(depth - 1):
         saved.add_block("fusion", block, size * rows * f)
     last = size * (rows * f * (1 + 1 + 2) + cells * f * 16)  # x, norm1(x), keys and values; the extra token's own

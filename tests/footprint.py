@@ -8,6 +8,7 @@ Allocations are those of torch's CPU allocator, as its profiler reports them; co
 from __future__ import annotations
 
 import functools
+import gc
 from collections import defaultdict
 from typing import Any
 
@@ -82,6 +83,7 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
         del student, teacher
         for step in range(argument["steps"]):
             counter.take()
+            gc.collect()  # what only a reference cycle keeps is not memory that the step needs
             batches = [
                 make_batch(
                     layout.micro_batch, seed=step * 100 + ranks.rank * 10 + i, canvas=canvas, dates=dates, missing=0.0
