@@ -1,4 +1,4 @@
-"""TreeSatAI-TS: `<stem>.tif` (aerial, 0.2 m, R G B N) beside `<stem>.h5` (Sentinel series of 6 x 6 pixels at 10 m).
+"""TreeSatAI-TS: `<stem>.tif` (aerial, 0.2 m, N R G B) beside `<stem>.h5` (Sentinel series of 6 x 6 pixels at 10 m).
 
 The `.h5` holds `sen-2-data` [T, 10, 6, 6] (B02 B03 B04 B05 B06 B07 B08 B8A B11 B12, offset-free digital numbers as float32),
 `sen-2-masks` [T, 10, 6, 6] (channel 0 snow, 1 cloud probability in %, the rest unused: the bright dates of channel 0 have an
@@ -8,6 +8,9 @@ products. Both orbit directions are kept, sorted together by date, each date wit
 The series carry no georeference. Their 60 m are taken as centred on the 60.8 m aerial tile; the true position may differ by up
 to half a Sentinel pixel (5 m), and every date's decision says `position: assumed…`. The site is those 60 m, so the aerial
 image loses two pixels on each side (copied, not resampled); its near infrared band is not kept.
+
+The aerial tile's first band is the near infrared: over forest it is by far the brightest (137 against 86, 82, 76 in the tile we
+hold), and read as R G B N the same trees would be red, with less near infrared than red. Band names are not in the file.
 """
 
 from __future__ import annotations
@@ -58,7 +61,7 @@ def item(url: str, site: tuple[str, ...]) -> dict[str, Any]:
     if "tif" not in extensions:
         raise SourceFault(f"{stem}.h5", f"has no aerial tile {stem}.tif beside it, so its place is unknown")
     hr = raster_fields(join(url, f"{stem}.tif"), stem)
-    bands = ("R", "G", "B", "N")[: hr.count]
+    bands = ("N", "R", "G", "B") if hr.count == 4 else ("R", "G", "B")[: hr.count]
     tile = AssetFields(
         "hr", join(url, f"{stem}.tif"), bands=bands, grid=hr.grid, data_type=hr.data_type, nodata=hr.nodata
     )

@@ -92,7 +92,9 @@ def test_treesatai_three_modalities_both_orbits_and_cloud_masks(tmp_path):
     (record,), _ = catalogued(tmp_path, "treesatai")
     site = read_site(record, NATIVE)
     stem = next(root.glob("*.tif"))
-    rgb, transform = bands(stem, 1, 2, 3)
+    rgb, transform = bands(stem, 2, 3, 4)
+    infrared = bands(stem, 1)[0]
+    assert infrared.mean() > 1.3 * rgb.mean()  # forest: what makes the first band the near infrared
     hr = site.series["hr"]
     assert (hr.pixels_TCHW[0] == rgb[:, 2:302, 2:302]).all()
     assert hr.transform[2] == pytest.approx(transform[2] + 2 * 0.2)
