@@ -39,11 +39,14 @@ def ridge(train_ND: np.ndarray, labels_N: np.ndarray, test_MD: np.ndarray) -> np
     x = ((train_ND - mean) / std).astype(np.float64)
     targets = np.where(labels_N[:, None] == np.arange(int(labels_N.max()) + 1), 1.0, -1.0)
     offset = targets.mean(0)
-    u, s, vt = np.linalg.svd(x, full_matrices=False)
+    power, vectors = np.linalg.eigh(x.T @ x)  # D x D: many rows cost little; null directions drop out
+    kept = power > 1e-9 * max(power[-1], 1e-300)
+    s, vectors = np.sqrt(power[kept]), vectors[:, kept]
+    u = x @ (vectors / s)
     projected = u.T @ (targets - offset)
     best = min(PENALTIES, key=lambda penalty: _loo_error(u, s, projected, targets - offset, penalty * len(x) / 100))
     shrink = s / (s**2 + best * len(x) / 100)
-    weights = vt.T @ (shrink[:, None] * projected)
+    weights = vectors @ (shrink[:, None] * projected)
     return (((test_MD - mean) / std) @ weights + offset).argmax(1)
 
 
