@@ -76,12 +76,14 @@ class SplitConfig:
         buffer_m: a train site nearer than this to a val or probe site (a val site to a probe site) is left out.
         cell_m: side of the hashed ground cell; None takes the cell named by the catalog (Major-TOM, MGRS) where there is one.
         seed: another seed draws other cells.
+        min_cells: with fewer ground cells than this nothing is held out, all is train (and the build says so).
     """
 
     fractions: dict[str, float] = field(default_factory=lambda: {"train": 0.9, "val": 0.05, "probe": 0.05})
     buffer_m: float = 0.0
     cell_m: float | None = None
     seed: int = 0
+    min_cells: int = 10
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.fractions if name not in SPLITS]

@@ -120,7 +120,8 @@ def summarise(outcome: Outcome, config: BuildConfig, task: int, tasks: int) -> N
     ]
     if missing:
         say(
-            f"note: no cell fell into {', '.join(missing)}; more cells, other split.fractions or another split.seed give some"
+            f"note: no ground cell fell into {', '.join(missing)}: below split.min_cells={config.split.min_cells} cells all is train; "
+            "more cells, other split.fractions or another split.seed give some"
         )
 
 

@@ -145,6 +145,13 @@ def test_a_cell_keeps_its_split_when_the_set_grows():
     assert draw("cell0", SplitConfig({"val": 1.0})) == "val"
 
 
+def test_a_handful_of_places_is_all_train():
+    records = [make_record(make_site(f"s{i}", i, ("s2",), place=(20_000.0 * i, 0))) for i in range(12)]
+    config = SplitConfig({"train": 0.5, "probe": 0.5}, cell_m=10_000.0, min_cells=12)
+    assert set(assign(records[:11], config).splits) == {"train"}
+    assert set(assign(records, config).splits) == {"train", "probe"}
+
+
 def test_array_share():
     assert array_share(None, None, {}) == (0, 1)
     assert array_share(2, 3, {"SLURM_ARRAY_TASK_ID": "9"}) == (2, 3)
