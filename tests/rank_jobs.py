@@ -39,7 +39,9 @@ def run_ranks(target: str, processes: int, argument: Any, folder: Path, timeout_
 def main() -> None:
     from cluster.ranks import Ranks
     from pipeline.launch import die_with_launcher
-    from pipeline.parallel.processes import finish, start
+    from pipeline.parallel.processes import choose_accelerator, finish, start
+
+    choose_accelerator()
 
     die_with_launcher()
     module, _, name = sys.argv[1].partition(":")

@@ -22,6 +22,9 @@ def main(args: argparse.Namespace) -> int:
 
     import torch
 
+    from pipeline.parallel.processes import choose_accelerator
+
+    choose_accelerator()
     from cluster.cli import print_json
     from cluster.config import load
     from cluster.ranks import Ranks

@@ -66,8 +66,13 @@ def check(config: object, processes: int | None, ranks: object) -> None:
     if not urls or not all(urls):
         raise UsageError("data.url is missing: give the shard set, such as data.url=demo_out/shards")
     if ranks.is_first:
-        for url in urls:
-            ShardSet.open(url)
+        splits = [ShardSet.open(url).manifest["counts"]["splits"] for url in urls]
+        samples = sum(int(split.get(config.data.split, {}).get("samples", 0)) for split in splits)
+        if samples < ranks.world:
+            raise UsageError(
+                f"{', '.join(urls)}: {samples} samples in split {config.data.split} for {ranks.world} processes; "
+                "use fewer processes or build more sites"
+            )
 
 
 def run_rank(config: object, ranks: object, resume: str, as_json: bool) -> NoReturn:
@@ -86,7 +91,9 @@ def run_rank(config: object, ranks: object, resume: str, as_json: bool) -> NoRet
     from cluster.exit_codes import DONE, FAILED
     from cluster.ranks import Ranks
     from pipeline.config import PretrainConfig
-    from pipeline.parallel.processes import finish
+    from pipeline.parallel.processes import choose_accelerator, finish
+
+    choose_accelerator()
     from pipeline.train import train
 
     assert isinstance(config, PretrainConfig) and isinstance(ranks, Ranks)

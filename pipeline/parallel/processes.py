@@ -16,15 +16,20 @@ from cluster.exit_codes import DONE, REQUEUE
 from cluster.ranks import Ranks
 
 
+def choose_accelerator() -> None:
+    """Tells DeepSpeed where it runs; to be called before it is first imported, else it warns and guesses."""
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+
+
 def start(ranks: Ranks, timeout_s: float) -> torch.device:
     """Joins the job and returns this rank's device. Every group, DeepSpeed's own included, gets the timeout.
 
     DeepSpeed is imported here for the first time, after the variables it reads on import; its shared-memory collective is
     switched off, because it would be compiled on first use (two minutes) for what gloo does already.
     """
+    choose_accelerator()
     cuda = torch.cuda.is_available()
-    if not cuda:
-        os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.update(ranks.environment())
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
