@@ -49,6 +49,14 @@ def test_aligned_grids_copy_bit_for_bit(row, col, height, width, seed):
     assert (valid == (expected[0] > 0)).all()
 
 
+def test_a_whole_source_is_cropped_to_the_target():
+    source, target = grid(500_000, 5_300_000, 10, 14, 11), grid(500_030, 5_299_950, 10, 4, 20)
+    values = np.arange(1, 155, dtype=np.uint16).reshape(1, 11, 14)
+    out, valid = place(values, np.ones((11, 14), bool), source, target, "reflectance")
+    assert (out[0, :6] == values[0, 5:11, 3:7]).all()
+    assert (valid.sum(), out[0, 6:].any()) == (24, False)
+
+
 @pytest.mark.parametrize(("from_m", "to_m"), [(20, 10), (10, 10), (60, 10)])
 @pytest.mark.parametrize("shift", [0.0, 3.3, -4.9])
 def test_bilinear_is_half_pixel_exact(from_m, to_m, shift):
