@@ -10,12 +10,13 @@ whenever the students do.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.parallel.zero import Master, Piece, ShardedState
-
 
 
 class Teacher:
@@ -24,7 +25,7 @@ class Teacher:
     module: same parameter names as the student; holds compute weights (all dense ones, the local experts).
     """
 
-    def __init__(self, module: nn.Module, state: ShardedState) -> None:
+    def __init__(self, module: Any, state: ShardedState) -> None:
         self.module, self.state = module.requires_grad_(False).eval(), state
         self._parameters = dict(module.named_parameters())
         # Starts as the student is, bit by bit: the student's masters are what the teacher is an average of.

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from cluster.errors import UsageError
 from pipeline.config import PretrainConfig
@@ -58,7 +58,9 @@ def deepspeed_config(config: PretrainConfig, layout: Layout) -> dict[str, Any]:
     }  # fmt: skip
     if layout.precision == "bf16":
         settings["bf16"] = {"enabled": True}
-        if layout.zero_stage != 1:  # ZeRO-1 with this setting becomes another optimizer class, without our masters' layout
+        if (
+            layout.zero_stage != 1
+        ):  # ZeRO-1 with this setting becomes another optimizer class, without our masters' layout
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return _merge(settings, config.engine.extra, "engine.extra")
 
@@ -69,7 +71,9 @@ def _merge(ours: dict[str, Any], extra: dict[str, Any], path: str) -> dict[str, 
         if key in ours and isinstance(ours[key], dict) and isinstance(value, dict):
             merged[key] = _merge(ours[key], value, f"{path}.{key}")
         elif key in ours:
-            raise UsageError(f"{path}.{key} collides with what geoloom sets ({ours[key]!r}); use geoloom's own key for it")
+            raise UsageError(
+                f"{path}.{key} collides with what geoloom sets ({ours[key]!r}); use geoloom's own key for it"
+            )
         else:
             merged[key] = value
     return merged
@@ -89,7 +93,13 @@ class Engine:
     """
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module, config: PretrainConfig, layout: Layout, device: torch.device, reduce: Any
+        self,
+        student: Any,
+        teacher: Any,
+        config: PretrainConfig,
+        layout: Layout,
+        device: torch.device,
+        reduce: Any,
     ) -> None:
         import deepspeed
 
@@ -98,11 +108,13 @@ class Engine:
         apply_expert_parallel(teacher, layout)
         if config.train.compile:
             for model in (student, teacher):
-                model.skysense.compile_blocks()  # type: ignore[operator, union-attr]
+                model.skysense.compile_blocks()
         self.student = student
         self.logical_shapes = {n: logical(p)[0] for n, p in student.named_parameters() if p.requires_grad}
         settings = deepspeed_config(config, layout)
-        self.deepspeed, *_ = deepspeed.initialize(model=student, optimizer=adamw(student, config.optimizer), config=settings)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=student, optimizer=adamw(student, config.optimizer), config=settings
+        )
         self.state = ShardedState(self.deepspeed, student)
         dtype = torch.bfloat16 if layout.precision == "bf16" else torch.float32
         for parameter in teacher.parameters():  # parameters only: buffers stay fp32, as in DeepSpeed's student

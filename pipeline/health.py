@@ -45,9 +45,15 @@ def check_step(step: int, result: Any, keys: Sequence[str], ranks: Ranks) -> Non
         gathered = [None] * ranks.world
         dist.all_gather_object(gathered, list(keys))
     samples = ", ".join(f"rank {rank}: {' '.join(k)}" for rank, k in enumerate(gathered))
-    loads = {name.removeprefix("moe/load/"): round(v, 4) for name, v in result.metrics.items() if name.startswith("moe/load/")}
+    loads = {
+        name.removeprefix("moe/load/"): round(v, 4)
+        for name, v in result.metrics.items()
+        if name.startswith("moe/load/")
+    }
     what = f"{', '.join(bad)} not finite" if bad else "the update was skipped (gradient overflow)"
-    raise AgreedFailure(f"step {step}: {what}; samples {samples}; expert loads {json.dumps(loads) if loads else 'none'}")
+    raise AgreedFailure(
+        f"step {step}: {what}; samples {samples}; expert loads {json.dumps(loads) if loads else 'none'}"
+    )
 
 
 class SpikeWatch:
@@ -112,7 +118,9 @@ class Heartbeat:
         try:
             message = f"no progress for {waited:.0f} s in step {self.step} ({self.phase}); {self._who_lags()}"
         except Exception as error:  # the store's host may be what died
-            message = f"no progress for {waited:.0f} s in step {self.step} ({self.phase}); others cannot be asked: {error}"
+            message = (
+                f"no progress for {waited:.0f} s in step {self.step} ({self.phase}); others cannot be asked: {error}"
+            )
         if self._over.is_set():
             return
         print(f"pipeline train: rank {self.ranks.rank}: {message}", file=sys.stderr, flush=True)

@@ -86,7 +86,9 @@ def continue_run(engine: Any, urls: list[str], strict: bool, rank: int) -> Check
         if rank == 0:
             log.warning("%s; the checkpoint before it is used", faults[0])
     if urls:
-        raise AgreedFailure(f"none of the {len(urls)} checkpoints is whole, the newest being {urls[0]}; remove them to start over")
+        raise AgreedFailure(
+            f"none of the {len(urls)} checkpoints is whole, the newest being {urls[0]}; remove them to start over"
+        )
     return None
 
 
@@ -109,4 +111,8 @@ def check_data(checkpoint: Checkpoint, manifest_sha256: str, allowed: bool) -> N
 def changed_settings(checkpoint: Checkpoint, config: PretrainConfig) -> list[str]:
     """`key: before → now` for every setting that differs from the checkpoint's run."""
     before, now = flatten(checkpoint.manifest["config"]), flatten(to_dict(config))
-    return [f"{key}: {before.get(key)} → {now.get(key)}" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    return [
+        f"{key}: {before.get(key)} → {now.get(key)}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]

@@ -16,7 +16,15 @@ from pipeline.parallel.processes import agree_max
 from pipeline.tracking.system import SystemSampler
 
 # Dense bf16 peak, FLOP/s, by a part of the device's name (vendors' data sheets); others are measured.
-PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "H20": 148e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12}
+PEAK_BF16 = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "H20": 148e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "B200": 2250e12,
+}
 
 
 class StepLog:

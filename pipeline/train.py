@@ -87,7 +87,13 @@ def loop(run: Run, stop: StopFlag) -> int:
         run.log.count(waited, result)
         height = spikes.spike(result.loss)
         if height is not None and run.ranks.is_first:
-            log.warning("step %d: loss %.4f is a spike, %.0f deviations above; rank 0 saw %s", run.step, result.loss, height, keys)
+            log.warning(
+                "step %d: loss %.4f is a spike, %.0f deviations above; rank 0 saw %s",
+                run.step,
+                result.loss,
+                height,
+                keys,
+            )
 
         run.beat.at("probe")
         scores = probe(run) if due(run.step, config.probe.every, last) else {}
@@ -120,7 +126,9 @@ def build(config: PretrainConfig, ranks: Ranks, resume_from: str) -> Run:
         batch_per_rank=layout.batch_per_rank, device=device,
     )  # fmt: skip
     if reader.epoch_samples < ranks.world:
-        raise UsageError(f"data.url holds {reader.epoch_samples} usable samples for {ranks.world} processes; use fewer processes")
+        raise UsageError(
+            f"data.url holds {reader.epoch_samples} usable samples for {ranks.world} processes; use fewer processes"
+        )
     statistics = {name: bands.to_dict() for name, bands in reader.statistics.items()}
     torch.manual_seed(config.train.seed)  # equal weights on all ranks; nothing else draws from this generator
     student = Student(config.model, config.objective, statistics, reader.classes)

@@ -13,7 +13,7 @@ from typing import Any
 from tests.data_folder import REPOSITORY
 
 
-def run_ranks(target: str, processes: int, argument: Any, folder: Path, timeout_s: float = 240) -> list[Any]:
+def run_ranks(target: str, processes: int, argument: Any, folder: Path, timeout_s: float = 540) -> list[Any]:
     """What `target(argument)` returned on each rank. A rank that fails fails the test with its output."""
     from pipeline.launch import free_port, rank_environment
 
@@ -32,7 +32,9 @@ def run_ranks(target: str, processes: int, argument: Any, folder: Path, timeout_
         for process in running:
             process.kill()
     for rank, code in enumerate(codes):
-        assert code == 0, f"rank {rank} of {processes} ended {code}:\n{(folder / f'rank-{rank}.log').read_text()[-4000:]}"
+        assert code == 0, (
+            f"rank {rank} of {processes} ended {code}:\n{(folder / f'rank-{rank}.log').read_text()[-4000:]}"
+        )
     return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(processes)]
 
 

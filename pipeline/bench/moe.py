@@ -41,7 +41,9 @@ def main(args: argparse.Namespace) -> int:
         return lambda: layer(x_NLD, valid_NL)[0]
 
     wide = 4 * args.dim * args.top_k
-    dense = torch.nn.Sequential(torch.nn.Linear(args.dim, wide), torch.nn.GELU(), torch.nn.Linear(wide, args.dim)).to(device, dtype)
+    dense = torch.nn.Sequential(torch.nn.Linear(args.dim, wide), torch.nn.GELU(), torch.nn.Linear(wide, args.dim)).to(
+        device, dtype
+    )
     rivals: dict[str, Callable[[], Any]] = {
         "dense": lambda: dense(x_NLD), "geoloom_loop": ours(False), "geoloom_grouped": ours(True),
         "deepspeed_cap1.25": _deepspeed(args, x_NLD, dtype, drop=True), "deepspeed_nodrop": _deepspeed(args, x_NLD, dtype, drop=False),
@@ -53,8 +55,14 @@ def main(args: argparse.Namespace) -> int:
         except (RuntimeError, AssertionError) as error:  # a kernel this device or precision has not
             print(f"{name:<20} not here: {str(error).splitlines()[0][:90]}")
             continue
-        figures[name] = {"ms": 1000 * seconds, "tokens_per_s": args.tokens / seconds, "useful_gflops": useful / seconds / 1e9}
-        print(f"{name:<20}{1000 * seconds:>10.1f} ms{args.tokens / seconds:>12.0f} tokens/s{useful / seconds / 1e9:>10.1f} useful GFLOP/s")
+        figures[name] = {
+            "ms": 1000 * seconds,
+            "tokens_per_s": args.tokens / seconds,
+            "useful_gflops": useful / seconds / 1e9,
+        }
+        print(
+            f"{name:<20}{1000 * seconds:>10.1f} ms{args.tokens / seconds:>12.0f} tokens/s{useful / seconds / 1e9:>10.1f} useful GFLOP/s"
+        )
     if args.json:
         print_json({"moe": figures})
     finish()
@@ -65,7 +73,9 @@ def _deepspeed(args: argparse.Namespace, x_NLD: Any, dtype: Any, drop: bool) -> 
     import torch
     from deepspeed.moe.layer import MoE
 
-    expert = torch.nn.Sequential(torch.nn.Linear(args.dim, 4 * args.dim), torch.nn.GELU(), torch.nn.Linear(4 * args.dim, args.dim))
+    expert = torch.nn.Sequential(
+        torch.nn.Linear(args.dim, 4 * args.dim), torch.nn.GELU(), torch.nn.Linear(4 * args.dim, args.dim)
+    )
     layer = MoE(args.dim, expert, args.experts, 1, k=args.top_k, capacity_factor=1.25, drop_tokens=drop, use_rts=False)
     layer.set_deepspeed_parallelism()
     layer.to(x_NLD.device, dtype)

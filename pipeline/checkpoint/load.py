@@ -99,7 +99,9 @@ def check_fits(checkpoint: Checkpoint, engine: Any) -> None:
         raise UsageError(f"{checkpoint.url}: {name} {where}; model and objective settings must be those of the run")
     for name, shape in ours.items():
         if saved[name] != shape:
-            raise UsageError(f"{checkpoint.url}: {name} has shape {list(saved[name])} there and {list(shape)} in this model")
+            raise UsageError(
+                f"{checkpoint.url}: {name} has shape {list(saved[name])} there and {list(shape)} in this model"
+            )
 
 
 def consolidated(url: str, owner: str = "teacher") -> tuple[dict[str, Tensor], Checkpoint]:

@@ -58,7 +58,9 @@ class Saver:
             "format": store.FORMAT, "step": step, "samples": samples, "adam_step": engine.state.adam_step,
             "layout": {"world": self.world, "ep": engine.layout.ep, "zero_stage": engine.layout.zero_stage}, **extra,
         }  # fmt: skip
-        job = threading.Thread(target=self._write, args=(step, tensors, pieces, facts), name=f"save-{step}", daemon=True)
+        job = threading.Thread(
+            target=self._write, args=(step, tensors, pieces, facts), name=f"save-{step}", daemon=True
+        )
         self._thread = job
         job.start()
         if not self.config.asynchronous:
@@ -83,7 +85,9 @@ class Saver:
         try:
             work = store.work_url(self.url, step, self._token)
             file = f"rank-{self.rank:05d}.safetensors"
-            if work.endswith(store.folder_name(step)):  # object store: files of an older attempt must not be mistaken for ours
+            if work.endswith(
+                store.folder_name(step)
+            ):  # object store: files of an older attempt must not be mistaken for ours
                 file = f"rank-{self.rank:05d}.{self._token}.safetensors"
             storage.make_folder(work)
             note = {"file": file, **write_tensors(storage.join(work, file), tensors), "pieces": pieces}

@@ -80,7 +80,9 @@ def resolve(url: str) -> str:
         found = committed(candidate)
         if found:
             return found[0]
-    raise UsageError(f"{url}: no committed checkpoint here; give a run directory or a folder such as …/checkpoints/step-00000100")
+    raise UsageError(
+        f"{url}: no committed checkpoint here; give a run directory or a folder such as …/checkpoints/step-00000100"
+    )
 
 
 def check_sizes(checkpoint: Checkpoint) -> None:

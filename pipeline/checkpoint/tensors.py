@@ -31,7 +31,11 @@ def write_tensors(url: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     position = 0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, position + size]}
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + size],
+        }
         position += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -41,7 +45,7 @@ def write_tensors(url: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
             digest.update(block)
             stream.write(block)
         for tensor in tensors.values():
-            raw = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()).cast("B")
+            raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
             for start in range(0, len(raw), BLOCK_BYTES):
                 digest.update(raw[start : start + BLOCK_BYTES])
                 stream.write(raw[start : start + BLOCK_BYTES])

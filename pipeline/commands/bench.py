@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             if error.name != module:
                 raise
             continue
-        sub = choices.add_parser(name, help=line, description=found.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub = choices.add_parser(
+            name, help=line, description=found.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         found.add_arguments(sub)
 
 

@@ -12,13 +12,29 @@ examples:
 from __future__ import annotations
 
 import argparse
+import os
+import traceback
+from dataclasses import replace
 from typing import NoReturn
+
+from cluster.cli import explain, print_json
+from cluster.config import fingerprint, load, to_dict
+from cluster.errors import RunFailure, UsageError
+from cluster.exit_codes import DONE, FAILED
+from cluster.ranks import Ranks
+from cluster.rundir import RunDir
+from pipeline.config import PretrainConfig
+from pipeline.launch import die_with_launcher, free_port, launch
+from pipeline.parallel.layout import Layout
+from pipeline.stop import StopFlag
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file of the run, such as pipeline/runs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument("--processes", type=int, metavar="N", help="start N ranks on this machine (default: 1, or the launcher's)")
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="start N ranks on this machine (default: 1, or the launcher's)"
+    )
     parser.add_argument(
         "--resume", default="auto", metavar="auto|never|PATH",
         help="auto: continue run.dir if it holds a checkpoint; never: refuse to; PATH: a checkpoint or run directory",
@@ -28,11 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    from cluster.config import load
-    from cluster.ranks import Ranks
-    from pipeline.config import PretrainConfig
-    from pipeline.launch import launch
-
     config = load(PretrainConfig, args.config, args.overrides)
     if args.dry_run:
         return dry_run(config, args.processes, args.json)
@@ -44,17 +55,11 @@ def main(args: argparse.Namespace) -> int:
     run_rank(config, ranks, args.resume, args.json)
 
 
-def check(config: object, processes: int | None, ranks: object) -> None:
+def check(config: PretrainConfig, processes: int | None, ranks: Ranks) -> None:
     """What can be refused before torch is imported and ranks are started. Raises UsageError."""
-    from dataclasses import replace
 
-    from cluster.errors import UsageError
-    from cluster.ranks import Ranks
     from data_prep.shards import ShardSet
-    from pipeline.config import PretrainConfig
-    from pipeline.parallel.layout import Layout
 
-    assert isinstance(config, PretrainConfig) and isinstance(ranks, Ranks)
     if processes is not None and processes < 1:
         raise UsageError(f"--processes {processes}: at least 1")
     if processes and ranks.launcher != "none" and processes != ranks.world:
@@ -75,28 +80,17 @@ def check(config: object, processes: int | None, ranks: object) -> None:
             )
 
 
-def run_rank(config: object, ranks: object, resume: str, as_json: bool) -> NoReturn:
+def run_rank(config: PretrainConfig, ranks: Ranks, resume: str, as_json: bool) -> NoReturn:
     """One rank, from its first import to its exit code; never returns (`processes.finish` says why)."""
-    from pipeline.launch import die_with_launcher, free_port
-    from pipeline.stop import StopFlag
 
     die_with_launcher()
     stop = StopFlag()
-    import os
-    import traceback
-    from dataclasses import replace
 
-    from cluster.cli import explain
-    from cluster.errors import RunFailure, UsageError
-    from cluster.exit_codes import DONE, FAILED
-    from cluster.ranks import Ranks
-    from pipeline.config import PretrainConfig
     from pipeline.parallel.processes import choose_accelerator, finish
 
     choose_accelerator()
     from pipeline.train import train
 
-    assert isinstance(config, PretrainConfig) and isinstance(ranks, Ranks)
     if ranks.launcher == "none":  # alone: any port will do, and a fixed one may be another run's
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         ranks = replace(ranks, port=free_port())
@@ -116,28 +110,18 @@ def run_rank(config: object, ranks: object, resume: str, as_json: bool) -> NoRet
     finish(code)
 
 
-def report(config: object) -> None:
+def report(config: PretrainConfig) -> None:
     """The last line of `--json`: the last metrics line."""
-    from cluster.cli import print_json
-    from cluster.rundir import RunDir
-    from pipeline.config import PretrainConfig
 
-    assert isinstance(config, PretrainConfig)
     rundir = RunDir(config.run.dir)
     print_json({"run_dir": rundir.url, "run_id": rundir.run_id, **rundir.read_metrics()[-1]})
 
 
-def dry_run(config: object, processes: int | None, as_json: bool) -> int:
+def dry_run(config: PretrainConfig, processes: int | None, as_json: bool) -> int:
     """Parameters and FLOPs by arithmetic alone: no torch, no data."""
-    from cluster.cli import print_json
-    from cluster.config import fingerprint, to_dict
-    from cluster.ranks import Ranks
     from model import activations
     from model.counts import table
-    from pipeline.config import PretrainConfig
-    from pipeline.parallel.layout import Layout
 
-    assert isinstance(config, PretrainConfig)
     figures = table(config)
     if processes:
         print(f"layout  {Layout.of(config, Ranks(world=processes, local_world=processes))}")

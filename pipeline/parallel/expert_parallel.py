@@ -49,7 +49,10 @@ class ExpertParallelMoE(MoELayer, MoE):
     def _create_process_groups(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Called by DeepSpeed's engine (and by us for the teacher): makes the groups once, then looks them up."""
         if self.expert_group_name not in groups._get_expert_parallel_group_dict():
-            groups._create_expert_and_data_parallel(self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_)
+            groups._create_expert_and_data_parallel(
+                self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
+            )
+        assert isinstance(self.dispatch, AllToAllDispatch)
         self.dispatch.group = groups._get_expert_parallel_group(self.expert_group_name)
 
 
@@ -99,7 +102,7 @@ class _Exchange(torch.autograd.Function):
 
 def exchange(rows_XD: Tensor, out_P: list[int], in_P: list[int], group: Any) -> Tensor:
     """Sends `in_P[p]` consecutive rows to rank p and returns the `out_P[p]` rows from each rank p, in rank order."""
-    return _Exchange.apply(rows_XD, out_P, in_P, group)  # type: ignore[no-any-return]
+    return _Exchange.apply(rows_XD, out_P, in_P, group)
 
 
 def _all_to_all(rows_XD: Tensor, out_P: list[int], in_P: list[int], group: Any) -> Tensor:
@@ -130,7 +133,7 @@ def apply_expert_parallel(model: nn.Module, layout: Layout) -> int:
     found = [(name, module) for name, module in model.named_modules() if type(module) is MoELayer]
     for name, layer in found:
         parent, _, child = name.rpartition(".")
-        replacement = ExpertParallelMoE(layer, layout).train(layer.training)
+        replacement: Any = ExpertParallelMoE(layer, layout).train(layer.training)
         setattr(model.get_submodule(parent), child, replacement)
         replacement.set_deepspeed_parallelism()
     return len(found)

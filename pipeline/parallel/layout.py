@@ -56,7 +56,9 @@ class Layout:
         per_rank, left = divmod(train.batch, ranks.world)
         if left or not per_rank:
             near = [str(n * ranks.world) for n in (per_rank, per_rank + 1) if n]
-            raise UsageError(f"train.batch={train.batch} is not divisible by {ranks.world} processes; use {' or '.join(near)}")
+            raise UsageError(
+                f"train.batch={train.batch} is not divisible by {ranks.world} processes; use {' or '.join(near)}"
+            )
         micro = train.micro_batch or per_rank
         if micro < 1 or per_rank % micro:
             raise UsageError(f"train.micro_batch={micro} does not divide the {per_rank} samples of a rank's step")
@@ -87,15 +89,21 @@ def _check_degrees(config: PretrainConfig, world: int) -> None:
     if experts % parallel.ep:
         raise UsageError(f"parallel.ep={parallel.ep} does not divide model.moe.experts={experts}")
     if parallel.zero_stage == 3:
-        raise UsageError("parallel.zero_stage=3 with parallel.ep>1: DeepSpeed shards no expert group there; use ZeRO-2, or ep=1")
+        raise UsageError(
+            "parallel.zero_stage=3 with parallel.ep>1: DeepSpeed shards no expert group there; use ZeRO-2, or ep=1"
+        )
 
 
 def _check_precision(config: PretrainConfig, accumulation: int) -> None:
     stage, precision = config.parallel.zero_stage, config.train.precision
     if precision == "bf16" and stage == 0:
-        raise UsageError("train.precision=bf16 with parallel.zero_stage=0 keeps no fp32 masters we can save; use ZeRO-1 or -2")
+        raise UsageError(
+            "train.precision=bf16 with parallel.zero_stage=0 keeps no fp32 masters we can save; use ZeRO-1 or -2"
+        )
     if precision == "bf16" and stage == 1 and accumulation > 1:
-        raise UsageError("train.precision=bf16 with ZeRO-1 accumulates in bf16; use ZeRO-2, or micro_batch = batch / processes")
+        raise UsageError(
+            "train.precision=bf16 with ZeRO-1 accumulates in bf16; use ZeRO-2, or micro_batch = batch / processes"
+        )
     if config.parallel.offload and stage == 0:
         raise UsageError("parallel.offload needs parallel.zero_stage 1, 2 or 3")
 

@@ -173,7 +173,7 @@ class ShardedState:
         """(how many ranks hold the same values, which of them this is)."""
         if getattr(parameter, "allreduce", True):
             return dist.get_world_size(), dist.get_rank()
-        group = self.engine.expert_data_parallel_group[parameter.group_name]
+        group = self.engine.expert_data_parallel_group[parameter.group_name]  # type: ignore[attr-defined]
         return dist.get_world_size(group), dist.get_rank(group)
 
 
@@ -183,7 +183,7 @@ def logical(parameter: nn.Parameter) -> tuple[tuple[int, ...], int]:
     if not hasattr(parameter, "num_experts"):
         return shape, 0
     rest = parameter.numel() // shape[0]
-    return (parameter.num_experts, *shape[1:]), parameter.first_expert * rest
+    return (parameter.num_experts, *shape[1:]), parameter.first_expert * rest  # type: ignore[attr-defined]
 
 
 def _scatter_whole(name: str) -> Callable[[dict[str, nn.Parameter], Tensor], None]:
@@ -204,7 +204,7 @@ def _scatter_flat(places: list[Any]) -> Callable[[dict[str, nn.Parameter], Tenso
 
 def _scatter_partitioned(places: list[Any]) -> Callable[[dict[str, nn.Parameter], Tensor], None]:
     def scatter(twin: dict[str, nn.Parameter], partitions: Tensor) -> None:
-        for name, shape, offset, size in places:
+        for name, _, offset, size in places:
             twin[name].view(-1).copy_(partitions[:, offset : offset + size].reshape(-1)[: twin[name].numel()])
 
     return scatter

@@ -107,7 +107,8 @@ def segments(jobs: list[dict[str, Any]]) -> list[Any]:
         loaded = None
         if job.get("load"):
             found = continue_run(engine, committed(job["load"]), strict=False, rank=ranks.rank)
-            assert found is not None and found.step == job["from"], (found and found.step, job["from"])
+            assert found is not None
+            assert found.step == job["from"]
             assert engine.state.adam_step == job["from"] == int(engine.student.steps_seen)
             loaded = full_state(engine)
         losses = []
@@ -139,7 +140,9 @@ def gradients(cases: list[dict[str, Any]]) -> list[Any]:
     for case in cases:
         engine = build(case)
         parts = micro_batches(engine.layout, 0)
-        targets = engine.teacher.module.center([engine.teacher.module.teacher_forward(b) for b in parts], 0, engine.reduce)
+        targets = engine.teacher.module.center(
+            [engine.teacher.module.teacher_forward(b) for b in parts], 0, engine.reduce
+        )
         for index, (batch, target) in enumerate(zip(parts, targets)):
             loss, _ = engine.deepspeed(batch, target)
             engine.deepspeed.backward(loss)
@@ -189,3 +192,8 @@ def survive(job: dict[str, Any]) -> int:
             saver.save(engine, step + 1, 0, {"config": {}, "reader": {}})
     saver.wait()
     return start
+
+
+def everything(jobs: dict[str, Any]) -> dict[str, Any]:
+    """Several of the jobs above in one start of the ranks, which is what takes the time."""
+    return {name: globals()[name](argument) for name, argument in jobs.items()}

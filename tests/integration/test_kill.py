@@ -45,7 +45,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         while len(lines(log)) == before and time.monotonic() < deadline:  # until it has resumed
             assert all(rank.poll() is None for rank in ranks), (tmp_path / "rank-0.log").read_text()[-3000:]
             time.sleep(0.01)
-        time.sleep(chance.random() * (0.2 if kill % 2 else 1.0))
+        time.sleep(chance.random() * (0.3 if kill % 3 else 3.0))
         for rank in ranks:
             rank.kill()
         for rank in ranks:

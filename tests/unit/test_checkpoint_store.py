@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ def test_stock_safetensors_reads_what_we_write(tmp_path: Path) -> None:
     tensors = {f"t/{name}": (torch.arange(6) % 2).reshape(2, 3).to(dtype) for dtype, name in DTYPES.items()}
     tensors["empty"] = torch.zeros(0)
     facts = write_tensors(str(tmp_path / "f.safetensors"), tensors)
-    assert facts == {"bytes": (tmp_path / "f.safetensors").stat().st_size, "sha256": file_digest(str(tmp_path / "f.safetensors"))}
+    assert facts == {
+        "bytes": (tmp_path / "f.safetensors").stat().st_size,
+        "sha256": file_digest(str(tmp_path / "f.safetensors")),
+    }
     for name, tensor in load_file(tmp_path / "f.safetensors").items():
         assert torch.equal(tensor, tensors[name])
         assert torch.equal(TensorFile(str(tmp_path / "f.safetensors")).read(name), tensors[name])
@@ -33,7 +37,7 @@ def write(url: str, step: int, cuts: list[int], token: str = "t") -> torch.Tenso
     w = torch.arange(20.0) + step
     edges = sorted({0, 20, *cuts})
     pieces, files = [], {}
-    for i, (a, b) in enumerate(zip(edges, edges[1:])):
+    for i, (a, b) in enumerate(pairwise(edges)):
         name = f"rank-{i:05d}.safetensors"
         kinds = {f"{kind}/w@{a}": w[a:b] + k for k, kind in enumerate(("student", "exp_avg", "exp_avg_sq", "teacher"))}
         files[name] = write_tensors(f"{store.work_url(url, step, token)}/{name}", kinds)
@@ -48,7 +52,9 @@ def write(url: str, step: int, cuts: list[int], token: str = "t") -> torch.Tenso
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 19), max_size=6), st.integers(0, 19), st.integers(1, 20))
-def test_any_range_from_any_cut(tmp_path_factory: pytest.TempPathFactory, cuts: list[int], start: int, size: int) -> None:
+def test_any_range_from_any_cut(
+    tmp_path_factory: pytest.TempPathFactory, cuts: list[int], start: int, size: int
+) -> None:
     url = str(tmp_path_factory.mktemp("c"))
     w = write(url, 1, cuts)
     size = min(size, 20 - start)
@@ -89,6 +95,13 @@ def test_rewriting_a_step_replaces_it(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "step-00000010").iterdir()) == ["manifest.json", "rank-00000.safetensors"]
 
 
+def load_whole(url: str) -> None:
+    checkpoint = store.open_checkpoint(url)
+    store.check_sizes(checkpoint)
+    with open_files(checkpoint):
+        pass
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "manifest", "gap", "no manifest"])
 def test_damage_is_recognised(tmp_path: Path, damage: str) -> None:
     write(str(tmp_path), 10, [6])
@@ -111,11 +124,9 @@ def test_damage_is_recognised(tmp_path: Path, damage: str) -> None:
     else:
         manifest.unlink()
     with pytest.raises(RunFailure) as caught:
-        checkpoint = store.open_checkpoint(str(folder))
-        store.check_sizes(checkpoint)
-        with open_files(checkpoint):
-            pass
-    assert "step-00000010" in str(caught.value) and "\n" not in str(caught.value)
+        load_whole(str(folder))
+    assert "step-00000010" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_no_checkpoint_is_a_usage_error(tmp_path: Path) -> None:

@@ -14,7 +14,11 @@ from pipeline.parallel.layout import Layout
 
 
 def layout(world: int, **keys: Any) -> Layout:
-    tree: dict[str, Any] = {"train": {"batch": 16, "precision": "fp32"}, "model": {"moe": {"experts": 4}}, "parallel": {}}
+    tree: dict[str, Any] = {
+        "train": {"batch": 16, "precision": "fp32"},
+        "model": {"moe": {"experts": 4}},
+        "parallel": {},
+    }
     for key, value in keys.items():
         section, _, leaf = key.partition("__")
         tree[section][leaf] = value

@@ -51,5 +51,5 @@ def test_rates() -> None:
 
 
 def test_a_scale_that_matches_nothing_is_refused() -> None:
-    with pytest.raises(UsageError, match="optimizer.lr_scale.leeve matches no parameter"):
+    with pytest.raises(UsageError, match=r"optimizer.lr_scale.leeve matches no parameter"):
         adamw(StandIn(0), OptimizerConfig(lr_scale={"leeve": 0.5}))
