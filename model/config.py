@@ -193,6 +193,7 @@ class ObjectiveConfig:
     prototypes, head_hidden, head_bottleneck: projection heads. heads: one per feature space, or one per granularity too.
     mgcl_levels: granularities of MGCL. pixel_pairs: at most so many positions per image. object_clusters: per image.
     centering: teacher targets balanced over the whole step (sinkhorn), or sharpened only (softmax; for ablation).
+    center_bottleneck: take the teacher's mean bottleneck vector off both sides, per group and step (`targets.group_means`).
     balance_load: expert loads in the balance loss are those of the previous step (exact under any split into ranks and
     micro-batches) or of the current global micro-batch (Switch's formula to the letter; another accumulation, another loss).
     ita_embeddings: file made by `python -m pipeline text-embeddings`; None switches ITA off.
@@ -214,6 +215,7 @@ class ObjectiveConfig:
     teacher_temperature: tuple[float, float] = (0.04, 0.07)
     teacher_warmup_samples: int = 30_000
     centering: Literal["sinkhorn", "softmax"] = "sinkhorn"
+    center_bottleneck: bool = True
     sinkhorn_iterations: int = 3
     balance_load: Literal["previous_step", "micro_batch"] = "previous_step"
     ita_temperature: float = 0.07

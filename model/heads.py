@@ -14,19 +14,35 @@ from torch import Tensor, nn
 from model.losses.dino import prototype_cross_entropy
 
 
+SAME = 1e-4  # a row nearer to its mean than this share of the mean's length is the mean
+
+
 @dataclass(frozen=True)
 class HeadTargets:
     """Teacher side of one head for one micro-batch. Prototypes and scaling are shared by the step's micro-batches.
 
+    z_Nd: unit rows. mean_Gd: what is taken off the bottleneck vectors of each group, the student's too.
     weight_N: what each row's cross-entropy counts in the returned loss (0: invalid), see `losses.reduce`.
     """
 
     z_Nd: Tensor
     group_N: Tensor
+    mean_Gd: Tensor
     weight_N: Tensor
     prototypes_Kd: Tensor
     log_v_GK: Tensor
     temperature: float
+
+
+def unit_rows(y_Nd: Tensor, group_N: Tensor, mean_Gd: Tensor) -> Tensor:
+    """z = (y − mean of its group) / |y − mean of its group|; see `targets.group_means`.
+
+    A row that equals its mean up to rounding (the only row of its group, say) stays near zero: no direction is made of noise.
+    """
+    mean_Nd = mean_Gd.to(y_Nd.dtype)[group_N]
+    away_Nd = y_Nd - mean_Nd
+    least_N1 = (SAME * mean_Nd.norm(dim=-1, keepdim=True)).clamp_min(1e-12)
+    return away_Nd / away_Nd.norm(dim=-1, keepdim=True).maximum(least_N1)
 
 
 class Prototypes(nn.Module):
@@ -54,7 +70,10 @@ class Prototypes(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """3-layer MLP (GELU), L2-normalised bottleneck, K prototypes (DINO head, arXiv 2104.14294 appendix C)."""
+    """3-layer MLP (GELU), L2-normalised bottleneck, K prototypes (DINO head, arXiv 2104.14294 appendix C).
+
+    Weights start at std 1/√fan_in: DINO's fixed 0.02 is that at its own width of 2048, and dies out in narrow heads.
+    """
 
     def __init__(self, in_dim: int, hidden: int, bottleneck: int, prototypes: int) -> None:
         super().__init__()
@@ -63,14 +82,15 @@ class ProjectionHead(nn.Module):
         )
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
                 nn.init.zeros_(layer.bias)
         self.prototypes = Prototypes(prototypes, bottleneck)
 
     def project(self, x_ND: Tensor) -> Tensor:
-        """Unit vectors z_Nd, float32."""
-        z_Nd = self.mlp(x_ND.to(self.prototypes.weight.dtype))
-        return F.normalize(z_Nd if z_Nd.dtype == torch.float64 else z_Nd.float(), dim=-1)
+        """Bottleneck vectors y_Nd, float32, before `unit_rows`."""
+        y_Nd = self.mlp(x_ND.to(self.prototypes.weight.dtype))
+        return y_Nd if y_Nd.dtype == torch.float64 else y_Nd.float()
 
     def forward(self, x_ND: Tensor, targets: HeadTargets, student_temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        return self.prototypes(self.project(x_ND), targets, student_temperature)
+        z_Nd = unit_rows(self.project(x_ND), targets.group_N, targets.mean_Gd)
+        return self.prototypes(z_Nd, targets, student_temperature)

@@ -123,8 +123,8 @@ class Student(nn.Module):
                 self.objective.sinkhorn_iterations,
             )  # fmt: skip
             for level in self.objective.mgcl_levels:
-                z_Nd = self._head(f"{space}/{level}").project(getattr(pooled, level))
-                rows[f"{space}/{level}"] = Rows(z_Nd, pairings[space].valid(level))
+                y_Nd = self._head(f"{space}/{level}").project(getattr(pooled, level))
+                rows[f"{space}/{level}"] = Rows(y_Nd, pairings[space].valid(level))
         if self.decoder:
             rows["query"] = self._teacher_queries(batch, features, valid_u.fused)
         tokens_KL = torch.stack([routed_tokens(self.model, view) for view in self._student_views(batch)])
@@ -139,7 +139,9 @@ class Student(nn.Module):
         prototypes = {name: head.prototypes.directions() for name, head in self._heads().items()}
         iterations = objective.sinkhorn_iterations if objective.centering == "sinkhorn" else 0
         in_student = objective.balance_load == "micro_batch" and self.num_routers > 0
-        targets = center(scores, self.head_of_group, prototypes, temperature, iterations, reduce)
+        targets = center(
+            scores, self.head_of_group, prototypes, temperature, iterations, reduce, objective.center_bottleneck
+        )
         sums = [score.context for score in scores if score.context is not None]
         if self.context is not None and sums:
             self.context.learn(sums, objective.geo_momentum, reduce)
@@ -156,9 +158,9 @@ class Student(nn.Module):
     def _teacher_queries(self, batch: Batch, features: list[Features], valid_u_Bhw: Tensor) -> Rows:
         assert self.decoder is not None
         outputs = [self.decoder(f.fused, f.fused_valid) for f in features]
-        z_Nd = self._head("query").project(qsacl.teacher_rows(outputs[0], outputs[1:]))
+        y_Nd = self._head("query").project(qsacl.teacher_rows(outputs[0], outputs[1:]))
         seen = [f.fused_valid.flatten(1).any(1) for f in features]
-        return Rows(z_Nd, qsacl.valid_rows(valid_u_Bhw.flatten(1).any(1), seen[0], seen[1:], self.objective.queries))
+        return Rows(y_Nd, qsacl.valid_rows(valid_u_Bhw.flatten(1).any(1), seen[0], seen[1:], self.objective.queries))
 
     def _classes(self, u: View, valid_Bhw: Tensor) -> Tensor | None:
         if self.alignment is None or u.classes_BHW is None:

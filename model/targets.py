@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.geo_context import ContextSums
-from model.heads import HeadTargets
+from model.heads import HeadTargets, unit_rows
 from model.losses.mgcl import Pairing
 from model.losses.reduce import Reduce
 from model.losses.sinkhorn import prototype_scaling
@@ -20,9 +21,9 @@ from model.losses.sinkhorn import prototype_scaling
 
 @dataclass(frozen=True)
 class Rows:
-    """Teacher vectors of one group (`hr/pixel`, …, `query`) of one micro-batch; unit length, invalid ones meaningless."""
+    """Teacher's bottleneck vectors of one group (`hr/pixel`, …, `query`) of one micro-batch; invalid ones are meaningless."""
 
-    z_Nd: Tensor
+    y_Nd: Tensor
     valid_N: Tensor
 
 
@@ -72,11 +73,11 @@ class TeacherTargets:
 
 def center(
     scores: list[TeacherScores], head_of_group: Mapping[str, str], prototypes: Mapping[str, Tensor], temperature: float,
-    iterations: int, reduce: Reduce,
+    iterations: int, reduce: Reduce, center_bottleneck: bool = True,
 ) -> list[TeacherTargets]:  # fmt: skip
     """Targets of every micro-batch of a step from the scores of all of them, on all ranks.
 
-    Collectives: one for all counts, then `iterations` per head. Each group (say `s2/pixel`) is centred by itself.
+    Collectives: one for all counts, then per head one for means and `iterations` for Sinkhorn. Each group (say `s2/pixel`) is centred by itself.
 
     Args:
         head_of_group: which head scores a group; also the order of groups.
@@ -88,14 +89,21 @@ def center(
     heads: list[dict[str, HeadTargets]] = [{} for _ in scores]
     for head, names in groups.items():
         members = [_stack(score, names) for score in scores]
-        z_Nd, group_N, valid_N = (torch.cat(column) for column in zip(*members))
+        y_Nd, group_N, valid_N = (torch.cat(column) for column in zip(*members))
+        if center_bottleneck:
+            mean_Gd = group_means(y_Nd, group_N, valid_N, len(names), reduce)
+        else:
+            mean_Gd = y_Nd.new_zeros(len(names), y_Nd.shape[1])
+        z_Nd = unit_rows(y_Nd, group_N, mean_Gd)
         log_v_GK = prototype_scaling(
             z_Nd, prototypes[head], group_N, valid_N, len(names), temperature, iterations, reduce
         )  # fmt: skip
         scale_G = torch.stack([scale[name] for name in names]).to(log_v_GK.dtype)
-        for targets, (z, group, valid) in zip(heads, members):
+        for targets, (y, group, valid) in zip(heads, members):
             weight = scale_G[group] * valid.to(log_v_GK.dtype)
-            targets[head] = HeadTargets(z, group, weight, prototypes[head], log_v_GK, temperature)
+            targets[head] = HeadTargets(
+                unit_rows(y, group, mean_Gd), group, mean_Gd, weight, prototypes[head], log_v_GK, temperature
+            )
     return [
         TeacherTargets(
             by_head,
@@ -109,6 +117,20 @@ def center(
         )
         for by_head, score in zip(heads, scores)
     ]
+
+
+def group_means(y_Nd: Tensor, group_N: Tensor, valid_N: Tensor, num_groups: int, reduce: Reduce) -> Tensor:
+    """mean_Gd of the teacher's valid bottleneck vectors over the whole step; one collective.
+
+    Ours. Features of a young network hardly differ from their mean: unit vectors then all point the same way, balanced
+    targets are uniform over the prototypes, and student and teacher agree on saying nothing (measured: the entropy of
+    targets reached log K within 60 steps). Taken off in the bottleneck, on both sides, by a constant to autograd.
+    """
+    member_GN = F.one_hot(group_N, num_groups).T.double() * valid_N
+    total = reduce.sum(
+        torch.cat([member_GN @ torch.where(valid_N[:, None], y_Nd, 0).double(), member_GN.sum(1, keepdim=True)], 1)
+    )
+    return (total[:, :-1] / total[:, -1:].clamp_min(1)).to(y_Nd.dtype)
 
 
 def _scales(
@@ -128,4 +150,4 @@ def _scales(
 def _stack(score: TeacherScores, names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
     rows = [score.rows[name] for name in names]
     group_N = torch.cat([torch.full_like(r.valid_N, i, dtype=torch.int64) for i, r in enumerate(rows)])
-    return torch.cat([r.z_Nd for r in rows]), group_N, torch.cat([r.valid_N for r in rows])
+    return torch.cat([r.y_Nd for r in rows]), group_N, torch.cat([r.valid_N for r in rows])

@@ -189,8 +189,11 @@ def reference_ce(student: Student, teacher: Student, head: str, rows: list[tuple
         return 0.0
     objective = student.objective
     tau = objective.teacher_temperature[1]
-    zs = torch.stack([student.heads[head].project(s[None])[0] for s, _ in rows])
-    zt = torch.stack([teacher.heads[head].project(t[None])[0] for _, t in rows])
+    ys = torch.stack([student.heads[head].project(s[None])[0] for s, _ in rows])
+    yt = torch.stack([teacher.heads[head].project(t[None])[0] for _, t in rows])
+    mean = yt.mean(0) if objective.center_bottleneck else 0
+    least = 1e-4 * float(yt.mean(0).norm()) if objective.center_bottleneck else 0.0
+    zs, zt = ((y - mean) / (y - mean).norm(dim=1, keepdim=True).clamp_min(least) for y in (ys, yt))
     ws, wt = (F.normalize(m.heads[head].prototypes.weight, dim=-1) for m in (student, teacher))
     q = sinkhorn_by_the_book((zt @ wt.T).detach().numpy(), tau, objective.sinkhorn_iterations)
     logits = (zs @ ws.T).detach().numpy() / objective.student_temperature
