@@ -98,6 +98,8 @@ def item(url: str, site: tuple[str, ...]) -> dict[str, Any]:
     assets: dict[str, AssetFields] = {}
     times: list[str] = []
     for folder, href, place, sample in zip(*[iter(flat)] * 4):
+        if folder == "S1GRD" and "S1RTC" in flat:
+            continue  # the same acquisition twice; sigma0 and gamma0 are not mixed
         modality, bands, level, calibration = FOLDERS[folder]
         member = f"{place}#{sample}" if sample else place
         asset = Asset(f"{stem}/{folder}", modality, href, "mesh", bands, member=member)

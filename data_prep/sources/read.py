@@ -48,8 +48,8 @@ def read_site(record: SiteRecord, grid: GridConfig, modalities: tuple[str, ...] 
     """Reads, harmonises and aligns every modality of a site to its footprint.
 
     Dates come out ascending (several cubes or an unsorted time axis are sorted together; decisions of an unsorted cube say so);
-    dates that see nothing of the footprint are dropped, and so are those below `grid.min_clear`; a modality without any date
-    left is absent.
+    dates that see nothing of the footprint are dropped, and so are those of a series below `grid.min_clear`; a modality without
+    any date left is absent. Of several hr images the newest is kept.
 
     Args:
         grid: pixel sizes, `max_dates`, `min_clear`; `side_m`/`tile` are `split_site`'s, done before.
@@ -110,6 +110,7 @@ def target_grid(record: SiteRecord, modality: str, native: Grid, grid: GridConfi
 def _read_modality(record: SiteRecord, modality: str, grid: GridConfig) -> Series | None:
     frames: list[Frame] = []
     target: Grid | None = None
+    outside: Asset | None = None
     keep = _kept_dates(record, modality, grid)
     for number, (assets, cloud) in enumerate(image_groups(record, modality)):
         if keep is not None and not any(group == number for group, _ in keep):
@@ -120,20 +121,24 @@ def _read_modality(record: SiteRecord, modality: str, grid: GridConfig) -> Serie
                 target = target_grid(
                     record, modality, min((y.grid for y in cube.layers), key=lambda g: g.gsd_m()), grid
                 )
-            _check_overlap(cube, target)
+            if all(needed_window(layer.grid, target, "class") is None for layer in cube.layers):
+                outside = outside or cube.asset
+                continue
             dates = [d for d in range(len(cube.dates)) if keep is None or (number, d) in keep]
             frames += _frames(tuple(assets), cube, modality, dates, target)
-    frames = [
-        f
-        for f in frames
-        if f is not None and (f.mask_HW != NODATA).any() and (f.mask_HW == CLEAR).mean() >= grid.min_clear
-    ]
+    min_clear = grid.min_clear if MODALITIES[modality].is_series else 0.0
+    frames = [f for f in frames if (f.mask_HW != NODATA).any() and (f.mask_HW == CLEAR).mean() >= min_clear]
+    if not frames and outside is not None:
+        raise SourceFault(
+            outside.id, f"lies outside the site's footprint {tuple(round(v, 3) for v in record.footprint)}"
+        )
     if not frames or target is None:
         return None
     frames.sort(key=lambda frame: (frame.datetime, frame.product_id))
     _refuse_repeats(record, modality, frames)
-    if not MODALITIES[modality].is_series and len(frames) > 1:
+    if not MODALITIES[modality].is_series:
         frames = frames[-1:]  # one image per site: the newest
+    _flag_mixture(frames)
     return Series(
         pixels_TCHW=np.stack([frame.pixels_CHW for frame in frames]),
         mask_THW=np.stack([frame.mask_HW for frame in frames]),
@@ -158,11 +163,12 @@ def _kept_dates(record: SiteRecord, modality: str, grid: GridConfig) -> set[tupl
     return {stamps[i][1:] for i in spread(len(stamps), grid.max_dates)}
 
 
-def _check_overlap(cube: Cube, target: Grid) -> None:
-    if all(needed_window(layer.grid, target, "class") is None for layer in cube.layers):
-        raise SourceFault(
-            cube.asset.id, f"lies outside the site's footprint {tuple(round(v, 3) for v in target.bounds)}"
-        )
+def _flag_mixture(frames: list[Frame]) -> None:
+    """Sigma0 and gamma0 in one series: every date says so."""
+    kinds = sorted({str(frame.decision["calibration"]) for frame in frames if "calibration" in frame.decision})
+    if len(kinds) > 1:
+        for frame in frames:
+            frame.decision["flags"].append(f"the site mixes {' and '.join(kinds)}")
 
 
 def _refuse_repeats(record: SiteRecord, modality: str, frames: list[Frame]) -> None:

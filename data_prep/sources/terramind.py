@@ -1,6 +1,6 @@
 """TerraMind / TerraMesh example folders: `<MODALITY>/<row>_<column>_<i>_<j>.tif`, all modalities of a key on one 10 m UTM grid.
 
-Read: S2L2A (12 bands), S1RTC or S1GRD (dB), LULC (label `lulc`). S2L1C (13 bands) rides along for the audit only. S2RGB, DEM and
+Read: S2L2A (12 bands), S1RTC, or S1GRD where there is no S1RTC (dB), LULC (label `lulc`). S2L1C (13 bands) rides along for the audit only. S2RGB, DEM and
 NDVI are not read: they are derived from, or no part of, our sensors. The Sentinel-2 files carry no date and no processing
 baseline: the date comes from the tags of S2RGB, NDVI or LULC (same acquisition), and the layout declares offset-free values.
 """
@@ -52,7 +52,7 @@ def item(url: str, site: tuple[str, ...]) -> dict[str, Any]:
     assets: dict[str, AssetFields] = {}
     faults: list[SourceFault] = []
     for folder in folders:
-        if folder not in FOLDERS:
+        if folder not in FOLDERS or (folder == "S1GRD" and "S1RTC" in folders):
             continue
         href = join(url, folder, f"{stem}.tif")
         try:

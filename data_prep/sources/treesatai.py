@@ -33,6 +33,12 @@ from data_prep.sources.records import Asset, SourceFault
 
 SERIES_GSD_M = 10.0
 SERIES_PX = 6
+# The twenty classes of the data set; a file name begins with the dominant one. Rides along as the scalar label `species`.
+SPECIES = (
+    "Abies_alba", "Acer_pseudoplatanus", "Alnus_spec", "Betula_spec", "Cleared", "Fagus_sylvatica", "Fraxinus_excelsior",
+    "Larix_decidua", "Larix_kaempferi", "Picea_abies", "Pinus_nigra", "Pinus_strobus", "Pinus_sylvestris", "Populus_spec",
+    "Prunus_spec", "Pseudotsuga_menziesii", "Quercus_petraea", "Quercus_robur", "Quercus_rubra", "Tilia_spec",
+)  # fmt: skip
 # asset key: member of the file, modality, orbit
 SERIES = {
     "s2": ("sen-2", "s2", ""),
@@ -74,7 +80,11 @@ def item(url: str, site: tuple[str, ...]) -> dict[str, Any]:
                 if f"{member}-data" in file:
                     times += [info.datetime for info in _dates(file, member, orbit, stem)]
                     assets[name] = _series_fields(href, member, modality, orbit, grid)
-    return make_item(stem, assets, times=sorted(times))
+    species = next((i for i, name in enumerate(SPECIES) if stem.startswith(f"{name}_")), None)
+    label: dict[str, Any] = (
+        {} if species is None else {"scalars": {"species": species}, "classes": {"species": SPECIES}}
+    )
+    return make_item(stem, assets, times=sorted(times), **label)
 
 
 def _series_fields(href: str, member: str, modality: str, orbit: str, grid: Grid) -> AssetFields:

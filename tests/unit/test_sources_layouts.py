@@ -116,6 +116,7 @@ def test_treesatai_three_modalities_both_orbits_and_cloud_masks(tmp_path):
     assert all("assumed" in decision["position"] for decision in s2.decisions)
     assert all(decision["source_unit"] == "linear" for decision in s1.decisions)
     assert site.footprint[2] - site.footprint[0] == pytest.approx(60)
+    assert site.classes["species"][site.scalars["species"]] == "Abies_alba"
 
 
 def test_majortom_offset_is_removed_and_native_bands_meet(tmp_path):

@@ -239,6 +239,13 @@ def test_footprint_outside_the_asset(tmp_path):
     assert "outside" in str(faults[0])
 
 
+def test_a_date_elsewhere_is_left_out_while_others_cover_the_site(tmp_path):
+    far = dataclasses.replace(GRID, transform=(10.0, 0.0, 700000.0, 0.0, -10.0, 5300000.0))
+    here, there = s2_item(tmp_path, "here"), s2_item(tmp_path, "there", grid=far, datetime="2021-07-01T00:00:00Z")
+    here["properties"]["geoloom:site"] = there["properties"]["geoloom:site"] = "place"
+    assert read_site(only(tmp_path, [here, there]), NATIVE).series["s2"].datetimes == ["2021-06-01T10:00:00Z"]
+
+
 def test_modalities_that_share_no_ground(tmp_path):
     far = dataclasses.replace(GRID, transform=(10.0, 0.0, 700000.0, 0.0, -10.0, 5300000.0))
     one, two = s2_item(tmp_path, "a"), cube_item(tmp_path, s1_pixels(), far, "b", modality="s1")
