@@ -22,6 +22,7 @@ LAYOUTS = {
     "treesatai": "data_prep.sources.treesatai",
     "ssl4eo": "data_prep.sources.ssl4eo",
     "majortom": "data_prep.sources.majortom",
+    "copernicus": "data_prep.sources.copernicus",
     "geotiff": "data_prep.sources.geotiff",
 }
 THREADS = 4
@@ -105,6 +106,8 @@ def detect_layout(url: str) -> str:
         return "terramind"
     if names & {"s2a", "s2c"} or {"s1", "s2"} <= names:
         return "ssl4eo"
+    if any(name.startswith("example-") and name.endswith(".tar") for name in names):
+        return "copernicus"
     if any(name.endswith(".h5") for name in names):
         return "treesatai"
     for layout in ("majortom", "stac", "geotiff"):

@@ -11,7 +11,7 @@ EXAMPLE = """example:
 
 A folder in any layout, a STAC catalog, or a finished shard set. A contradiction is metadata against pixels (offset declared
 or not, dB or linear), or metadata against itself. Exit 1 when there is one, or an asset that cannot be used."""
-LAYOUTS = ("stac", "terramind", "treesatai", "ssl4eo", "majortom", "geotiff")
+LAYOUTS = ("stac", "terramind", "treesatai", "ssl4eo", "majortom", "copernicus", "geotiff")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ import argparse
 EXAMPLE = """example:
   python -m data_prep catalog /data/terramind terramind.parquet --layout terramind
   python -m data_prep catalog s3://bucket/items catalog.parquet --layout stac"""
-LAYOUTS = ("stac", "terramind", "treesatai", "ssl4eo", "majortom", "geotiff")
+LAYOUTS = ("stac", "terramind", "treesatai", "ssl4eo", "majortom", "copernicus", "geotiff")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from data_prep.sources.copernicus import CopernicusCube
 from data_prep.sources.cube import Cube
 from data_prep.sources.mesh import MeshCube
 from data_prep.sources.raster import RasterCube
@@ -21,4 +22,6 @@ def open_cube(assets: list[Asset], wanted: tuple[str, ...], cloud: Asset | None 
         return TreeSatCube(first, wanted)
     if first.format == "mesh":
         return MeshCube(first, wanted)
+    if first.format == "copernicus":
+        return CopernicusCube(first, wanted)
     raise SourceFault(first.id, f"format {first.format!r} is not known: {first.href}")

@@ -31,7 +31,7 @@ class Asset:
         id: `ITEM/ASSET`, names it in messages and in the audit.
         modality: hr, s2, s1; s2_l1c (audited, never built); cloud, scl (mask rasters of the image of the same item); label.
         href: absolute fsspec URL.
-        format: reader: raster, zarr, treesatai, mesh, parquet_raster.
+        format: reader: raster, zarr, treesatai, mesh, parquet_raster, copernicus.
         bands: our band names in file order; a name we don't know stays as it is and is never read.
         datetime: ISO 8601 UTC; "" where the file carries its own dates.
         level: L2A or L1C (s2).

@@ -66,7 +66,7 @@ from data_prep.sources.records import MODALITY_ROLES, Asset, SourceFault
 
 PRODUCT_FIELDS = ("s2:product_uri", "sar:product_id", "product_id", "s2:product_id")
 # formats that carry their own dates
-CUBES = ("zarr", "treesatai", "mesh")
+CUBES = ("zarr", "treesatai", "mesh", "copernicus")
 
 
 def site_name(item: dict[str, Any]) -> str:

@@ -1,8 +1,11 @@
-"""Data sets as their authors publish them (TerraMesh, SSL4EO-S12 v1.1, Major-TOM Parquet), on small files made to the published layout."""
+"""Data sets as their authors publish them (TerraMesh, SSL4EO-S12 v1.1, Major-TOM Parquet, Copernicus-Pretrain), on small files made
+to the published layouts.
+"""
 
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 import zipfile
 from pathlib import Path
@@ -148,3 +151,56 @@ def test_majortom_parquet_rows_with_geotiff_bytes(tmp_path):
         for number, band in enumerate(MODALITIES["s2"].bands):
             assert (s2.pixels_TCHW[0, number] == np.clip(truth[record.cell, band].astype(int) - 1000, 1, None)).all()
         assert s2.decisions[0]["baseline"] == "04.00"
+
+
+def test_copernicus_tensors_are_read_without_touching_their_pickle(tmp_path):
+    rng = np.random.default_rng(3)
+    names = {
+        "s1_grd": [
+            [f"0772176_-96.00_44.00/086583{p}_-95.95_43.{99 - 3 * p}/2021{m:02d}05" for m in (3, 9)] for p in range(2)
+        ],
+        "s2_toa": [
+            [f"0772176_-96.00_44.00/086583{p}_-95.95_43.{99 - 3 * p}/2021{m:02d}11" for m in (3, 9)] for p in range(2)
+        ],
+    }
+    s1 = rng.normal(-14, 3, (2, 2, 2, 264, 264)).astype(np.float32)
+    s2 = rng.integers(5, 3000, (2, 2, 13, 264, 264)).astype(np.int16)
+    (tmp_path / "set").mkdir()
+    shard = tmp_path / "set" / "example-000000.tar"
+    with tarfile.open(shard, "w") as tar:
+        for member, values in (("s1_grd", s1), ("s2_toa", s2)):
+            stored = io.BytesIO()
+            with zipfile.ZipFile(stored, "w") as archive:
+                archive.writestr("archive/data.pkl", b"cos\nsystem\n(S'exit 9'\ntR.")  # never looked at
+                archive.writestr("archive/byteorder", b"little")
+                archive.writestr("archive/data/0", values.tobytes())
+            _add(tar, f"0772176.{member}.pth", stored.getvalue())
+        _add(tar, "0772176.json", json.dumps(names).encode())
+    assert detect_layout(str(tmp_path / "set")) == "copernicus"
+    make_catalog(str(tmp_path / "set"), str(tmp_path / "c.parquet"), "copernicus")
+    records = open_catalog(str(tmp_path / "c.parquet"))
+    assert [(r.key, r.modalities) for r in records] == [("0772176_0", ("s1",)), ("0772176_1", ("s1",))]
+    for number, record in enumerate(records):
+        site = read_site(record, NATIVE)
+        assert set(site.series) == {"s1"}
+        assert (site.series["s1"].pixels_TCHW == s1[number].astype(np.float16)).all()
+        assert site.series["s1"].datetimes == ["2021-03-05T00:00:00Z", "2021-09-05T00:00:00Z"]
+        assert site.series["s1"].decisions[0]["position"].startswith("assumed")
+        west, south, east, north = site.bbox_wgs84
+        assert west < -95.95 < east
+        assert south < 43.99 - 0.03 * number < north
+    assert figures(audit(str(tmp_path / "set")))["contradictions"] == []
+    names["s1_grd"][0].append("0772176_-96.00_44.00/0865830_-95.95_43.99/20211205")
+    with tarfile.open(shard, "a") as tar:
+        _add(tar, "0772177.json", json.dumps(names).encode())
+        _add(tar, "0772177.s1_grd.pth", b"no zip")
+    make_catalog(str(tmp_path / "set"), str(tmp_path / "c.parquet"), "copernicus")
+    broken = next(r for r in open_catalog(str(tmp_path / "c.parquet")) if r.key == "0772177_0")
+    with pytest.raises(SourceFault, match="not as its JSON says"):
+        read_site(broken, NATIVE)
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
