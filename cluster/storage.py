@@ -20,6 +20,9 @@ from fsspec.core import url_to_fs
 
 from cluster.errors import RunFailure, UsageError
 
+PART_BYTES = 16 << 20
+"""Part size of a multipart upload: several are in flight, and a lost one costs little."""
+
 TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$")
 """What `open_atomic` adds to a name while it writes; a killed writer may leave one, `list_names` does not show it."""
 
@@ -170,7 +173,11 @@ def create(url: str, data: bytes) -> bool:
         try:
             with explained(url):
                 fs.pipe_file(path, data, mode="create")  # S3: If-None-Match
-        except FileExistsError:
+        except (
+            OSError
+        ):  # servers say "exists" in several ways (s3fs: FileExistsError, or errno 22 for a failed precondition)
+            if not exists(url):
+                raise
             return False
         return True
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -198,8 +205,9 @@ def upload(local: str, url: str) -> None:
                 target.write(block)
         return
     fs, path = filesystem(url)
+    options = {"chunksize": PART_BYTES} if url.startswith(("s3://", "s3a://")) else {}
     with explained(url):
-        fs.put_file(local, path)
+        fs.put_file(local, path, **options)
 
 
 def _fsync_folder(path: str) -> None:

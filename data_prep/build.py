@@ -340,6 +340,6 @@ def _check_written(path: str, sha256: str) -> None:
 def _storage_failure(url: str, error: OSError) -> RunFailure | UsageError:
     if error.errno in FULL:
         return RunFailure(f"{url}: no space left; finished shards are kept: free space and run the same command again")
-    if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
+    if isinstance(error, PermissionError | NotADirectoryError | FileExistsError | FileNotFoundError):
         return UsageError(f"{url} cannot be written: {error.strerror or error}")
     return RunFailure(f"{url}: {type(error).__name__}: {error}")

@@ -1,0 +1,221 @@
+"""Build throughput: sites/s and MB/s, what each stage costs alone, what the build makes of it, with 1 and 2 workers; memory.
+
+The stages of every site are first timed alone: read (raw bytes of its files), decode (GeoTIFF and Zarr to arrays), resample and
+harmonise (the rest of reading a site), encode, write (tar, checksums, index, statistics, fsync, read-back). Their sum is the
+limit of one worker; the share of it that the build reaches is what planning, processes and waiting cost. MB are uncompressed
+pixels and masks. With --scene-px a Sentinel-2 tile of that side is made and a part of it is cut into 640 m sites.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from data_prep.config import BuildConfig
+    from data_prep.sources.records import SiteRecord
+
+STAGES = ("read", "decode", "resample + harmonise", "encode", "write")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--catalog", metavar="URL", help="catalog to build (default: simulated sites)")
+    parser.add_argument("--sites", type=int, default=48, metavar="N", help="simulated sites (default 48)")
+    parser.add_argument("--side-m", type=int, default=640, metavar="M", help="side of a simulated site (default 640)")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="worker counts (default 1 2)"
+    )
+    parser.add_argument(
+        "--scene-px", type=int, metavar="PX", help="instead: sites out of one Sentinel-2 scene of this side"
+    )
+    parser.add_argument("--json", action="store_true", help="last line: the figures as one JSON object")
+
+
+def main(args: argparse.Namespace) -> int:
+    from cluster.cli import print_json
+    from data_prep.config import BuildConfig, GridConfig, OutputConfig, ShardsConfig, SourceConfig, SplitConfig
+
+    with tempfile.TemporaryDirectory(prefix="geoloom-bench-") as folder:
+        catalog, grid = args.catalog, GridConfig()
+        if args.scene_px:
+            from data_prep.bench.scene import make_scene
+
+            catalog, grid = make_scene(folder, args.scene_px), GridConfig(side_m=640, tile=True)
+        elif catalog is None:
+            from data_prep.simulate.write import simulate
+
+            catalog = simulate(os.path.join(folder, "scenes"), args.sites, 0, args.side_m)
+        config = BuildConfig(
+            SourceConfig((catalog,)), OutputConfig(os.path.join(folder, "set")), grid, SplitConfig({"train": 1.0}),
+        )  # fmt: skip
+        records = _records(config, args.sites)
+        per_shard = max(
+            len(records) // (4 * max(args.workers)), 1
+        )  # enough tasks that the last one does not leave others idle
+        config = dataclasses.replace(config, shards=ShardsConfig(max_samples=per_shard, order="catalog"))
+        figures = alone(records, config)
+        report_alone(figures)
+        figures["builds"] = [
+            timed_build(records, config, n, os.path.join(folder, f"w{n}"), figures) for n in args.workers
+        ]
+        report_builds(figures)
+    if args.json:
+        print_json(figures)
+    return 0
+
+
+def _records(config: BuildConfig, number: int) -> list[SiteRecord]:
+    """At most `number` sites of the plan, in catalog order."""
+    from data_prep.plan import read_catalogs
+
+    return read_catalogs(config)[0][:number]
+
+
+def alone(records: list[SiteRecord], config: BuildConfig) -> dict[str, Any]:
+    """Seconds of every stage by itself, one site after another."""
+    from data_prep.build import Job, build_shard
+    from data_prep.plan import make_plan
+    from data_prep.sources import read_site
+
+    read_site(records[0], config.grid)  # imports and first-use costs are not a stage
+    seconds = dict.fromkeys(STAGES, 0.0)
+    pixels = 0
+    for record in records:
+        start = time.perf_counter()
+        _read_files(record)
+        seconds["read"] += time.perf_counter() - start
+        decode = [0.0]
+        with _timed_decoders(decode):
+            start = time.perf_counter()
+            site = read_site(record, config.grid)
+            whole = time.perf_counter() - start
+        seconds["decode"] += decode[0]
+        seconds["resample + harmonise"] += whole - decode[0]
+        pixels += sum(s.pixels_TCHW.nbytes + s.mask_THW.nbytes for s in site.series.values())
+    plan = make_plan(records, _at(config, os.path.join(config.output.url, "alone")))
+    for shard in plan.shards:  # encode and write as the build's own task times them, with reading left out
+        sites = {record.key: read_site(record, config.grid) for record in shard.records}
+        job = Job(shard, _at(config, os.path.join(config.output.url, "alone")), plan.fingerprint)
+        _, spent = build_shard(job, lambda _: None, lambda record, grid, sites=sites: sites[record.key])  # type: ignore[misc]
+        seconds["encode"] += spent["encode"]
+        seconds["write"] += spent["write"] + spent["check"] + spent["commit"]
+    # raw bytes are read again by decode: count them once
+    seconds["decode"] = max(seconds["decode"] - seconds["read"], 0.0)
+    return {"sites": len(records), "mb": pixels / 1e6, "seconds": seconds, "sum_s": sum(seconds.values())}
+
+
+def timed_build(
+    records: list[SiteRecord], config: BuildConfig, workers: int, url: str, figures: dict[str, Any]
+) -> dict[str, Any]:
+    """One build in its own process tree; time counts from the moment all workers stand (first site reported − its own time)."""
+    from data_prep.build import Job, build_shard
+    from data_prep.plan import make_plan
+    from data_prep.pool import run_jobs
+
+    config = _at(config, url)
+    plan = make_plan(records, config)
+    jobs = [Job(shard, config, plan.fingerprint) for shard in plan.shards]
+    # `warm`: every worker has made one small throw-away shard before the clock starts (imports, first use of libraries)
+    warm = [
+        Job(dataclasses.replace(shard, records=shard.records[:1]), _at(config, url + "-warm"), "warm")
+        for shard in plan.shards[:workers]
+    ]
+    marks: list[float] = []
+    stages: dict[str, float] = {}
+    both = [*warm, *jobs]
+    results = run_jobs(build_shard, both, workers, lambda _: None, [job.shard.name for job in both])
+    for done, (_, spent) in enumerate(results, 1):
+        if done == len(warm):
+            marks.append(time.perf_counter())
+        elif done > len(warm):
+            for stage, value in spent.items():
+                stages[stage] = stages.get(stage, 0.0) + value
+    seconds = time.perf_counter() - marks[0]
+    limit = figures["sum_s"] / min(workers, os.cpu_count() or 1)
+    return {
+        "workers": workers, "seconds": seconds, "sites_per_s": len(records) / seconds, "mb_per_s": figures["mb"] / seconds,
+        "share_of_limit": limit / seconds, "stages_s": stages, "peak_rss_mb": _peak_rss_mb(workers), "shards": len(plan.shards),
+    }  # fmt: skip
+
+
+def report_alone(figures: dict[str, Any]) -> None:
+    print(f"{figures['sites']} sites, {figures['mb']:.0f} MB of pixels and masks; every stage alone, one core:")
+    for stage, value in figures["seconds"].items():
+        rate = figures["mb"] / value if value else float("inf")
+        print(f"  {stage:<22}{value:8.2f} s  {value / figures['sum_s']:5.0%}   {rate:8.0f} MB/s")
+    print(f"  {'sum of parts':<22}{figures['sum_s']:8.2f} s          {figures['mb'] / figures['sum_s']:8.0f} MB/s")
+
+
+def report_builds(figures: dict[str, Any]) -> None:
+    first = figures["builds"][0]
+    for build in figures["builds"]:
+        print(
+            f"build, {build['workers']} workers: {build['seconds']:.2f} s  {build['sites_per_s']:.2f} sites/s  "
+            f"{build['mb_per_s']:.0f} MB/s  {build['share_of_limit']:.0%} of the limit  "
+            f"×{first['seconds'] / build['seconds']:.2f}  peak {build['peak_rss_mb']:.0f} MB per worker"
+        )
+
+
+def _at(config: BuildConfig, url: str) -> BuildConfig:
+    return dataclasses.replace(config, output=dataclasses.replace(config.output, url=url))
+
+
+def _read_files(record: SiteRecord) -> None:
+    """Every byte of a site's files, once."""
+    for href in dict.fromkeys(asset.href for asset in record.assets):
+        path = href.removeprefix("file://")
+        files = [path] if os.path.isfile(path) else [os.path.join(d, f) for d, _, names in os.walk(path) for f in names]
+        for name in files:
+            if os.path.getsize(name) > 64 << 20:
+                continue  # a whole scene is shared by its sites and read by windows
+            with open(name, "rb", buffering=0) as stream:
+                while stream.read(8 << 20):
+                    pass
+
+
+@contextlib.contextmanager
+def _timed_decoders(total: list[float]) -> Iterator[None]:
+    """Adds up the time inside the cubes' read methods (raster and Zarr)."""
+    from data_prep.sources.raster import RasterCube
+    from data_prep.sources.zarr_cube import ZarrCube
+
+    methods = [
+        (cube, name) for cube in (RasterCube, ZarrCube) for name in ("__init__", "read", "read_valid", "read_cloud")
+    ]
+    originals = [getattr(cube, name) for cube, name in methods]
+    depth = [0]
+
+    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            depth[0] += 1
+            start = time.perf_counter()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                depth[0] -= 1
+                if depth[0] == 0:
+                    total[0] += time.perf_counter() - start
+
+        return call
+
+    for (cube, name), original in zip(methods, originals):
+        setattr(cube, name, timed(original))
+    try:
+        yield
+    finally:
+        for (cube, name), original in zip(methods, originals):
+            setattr(cube, name, original)
+
+
+def _peak_rss_mb(workers: int) -> float:
+    """Largest resident size of any worker so far (of this process where it is the worker)."""
+    import resource
+
+    who = resource.RUSAGE_SELF if workers <= 1 else resource.RUSAGE_CHILDREN
+    return resource.getrusage(who).ru_maxrss / 1024
