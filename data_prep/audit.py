@@ -189,14 +189,18 @@ def _meets(source: Grid, target: Grid) -> str:
 
 def audit_shards(url: str) -> list[Row]:
     """Rows of a finished shard set: recorded decisions and flags, against the numbers that were stored."""
+    from data_prep.codec import MemberError
     from data_prep.shards import ShardSet
 
     shards = ShardSet.open(url)
     rows = []
     with progress(shards.num_samples, "auditing") as bar:
         for number in range(shards.num_samples):
-            site = shards.read_sample(number)
-            rows += [_stored_row(site, name) for name in site.series]
+            try:
+                site = shards.read_sample(number)
+                rows += [_stored_row(site, name) for name in site.series]
+            except (MemberError, OSError) as error:
+                rows.append(Row(f"{url} row {number}", "", fault=f"{error}; see data_prep verify"))
             bar.advance()
     return rows
 

@@ -44,6 +44,7 @@ def scan(url: str, layout: str) -> Scan:
 
     Raises:
         UsageError: nothing there, or another layout.
+        RunFailure: a container that cannot be listed.
     """
     if layout == "stac":
         from data_prep.sources.stac_io import read_items, unique_ids
@@ -53,7 +54,10 @@ def scan(url: str, layout: str) -> Scan:
         raise UsageError(f"{url} does not exist")
     url = absolute_url(url)
     module = importlib.import_module(LAYOUTS[layout])
-    sites: list[tuple[str, ...]] = module.sites(url)
+    try:
+        sites: list[tuple[str, ...]] = module.sites(url)
+    except SourceFault as fault:  # a damaged tar or Parquet footer: what it holds cannot even be listed
+        raise RunFailure(f"{layout}: {fault}") from None
     out = Scan()
     with ThreadPoolExecutor(THREADS) as pool, progress(len(sites), "cataloguing") as bar:
         for result in pool.map(functools.partial(_item, module.item, url), sites):

@@ -1,7 +1,7 @@
 """A plain folder of GeoTIFFs, any depth: what a file is follows from its name, band count and number type.
 
     one file per band     `NAME_B02.tif`, `NAME_VV.tif`, or `NAME/B02.tif`: bands of one image NAME
-    one file, all bands   uint8 with 3 or 4 bands → hr (R G B N); 10, 12 or 13 bands of whole numbers → s2; 2 bands of
+    one file, all bands   uint8 with 3 or 4 bands and pixels up to 5 m → hr (R G B N); 10, 12 or 13 bands of whole numbers → s2; 2 bands of
                           decimals → s1 (VV VH). Band descriptions in the file win.
     labels                `NAME_label.tif`, `…_labels`, `…_landcover`, `…_lulc`, `…_reference_map`, or below such a folder
 
@@ -34,6 +34,7 @@ from data_prep.sources.records import SourceFault
 
 _BAND = re.compile(r"^(?:(.*)[_-])?(B\d{1,2}A?|VV|VH)$", re.IGNORECASE)
 _LABEL = re.compile(r"^(?:(.*)[_-])?(labels?|landcover|lulc|reference_map)$", re.IGNORECASE)
+HR_GSD_M = 5.0  # coarser colour images are previews of something else
 _LABEL_FOLDERS = ("label", "labels", "landcover", "lulc")
 _PATCH = re.compile(r"_T?(\d{2}[A-Z]{3}_\d+_\d+)$")
 
@@ -99,7 +100,7 @@ def _image_asset(href: str, image: str, item_id: str, fields: RasterFields) -> A
         return _fields("s2", tuple(named), href, image, fields)
     if len(named) == fields.count and {"VV", "VH"} <= set(named):
         return _fields("s1", tuple(named), href, image, fields)
-    if fields.data_type == "uint8" and fields.count in (3, 4):
+    if fields.data_type == "uint8" and fields.count in (3, 4) and fields.grid.gsd_m() <= HR_GSD_M:
         return _fields("hr", HR_BANDS[: fields.count], href, image, fields)
     by_count = {10: MODALITIES["s2"].bands, 12: L2A_ORDER, 13: L1C_ORDER}
     if integer and fields.count in by_count:

@@ -59,6 +59,8 @@ def _json_items(url: str, strict: bool = True) -> Iterator[dict[str, Any]]:
         tree = json.loads(read_bytes(url))
     except FileNotFoundError:
         raise UsageError(f"{url} does not exist") from None
+    except OSError as error:
+        raise UsageError(f"{url} cannot be read: {error}") from None
     except (ValueError, UnicodeDecodeError) as error:
         raise UsageError(f"{url} is not valid JSON: {error}") from None
     kind = tree.get("type") if isinstance(tree, dict) else None

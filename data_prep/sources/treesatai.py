@@ -49,15 +49,13 @@ POSITION = "position assumed: centred on the aerial tile, the file has no georef
 
 
 def sites(url: str) -> list[tuple[str, ...]]:
-    """(stem, extensions …), sorted. Raises UsageError if there is no aerial tile."""
+    """(stem, extensions …), sorted. Raises UsageError if no aerial tile has a series beside it."""
     held: dict[str, list[str]] = {}
     for name in list_names(url):
         if name.endswith((".tif", ".h5")):
             held.setdefault(name.rsplit(".", 1)[0], []).append(name.rsplit(".", 1)[1])
-    if not any("tif" in extensions for extensions in held.values()):
-        raise UsageError(
-            f"{url} is no treesatai folder: it holds no aerial tile <stem>.tif (with its series <stem>.h5 beside it)"
-        )
+    if not any({"tif", "h5"} <= set(extensions) for extensions in held.values()):
+        raise UsageError(f"{url} is no treesatai folder: no aerial tile <stem>.tif with its series <stem>.h5 beside it")
     return [(stem, *extensions) for stem, extensions in sorted(held.items())]
 
 
