@@ -1,0 +1,57 @@
+"""Job that runs inside ranks: train the real (debug-size) student under several layouts and return losses and weight sums."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cluster.config import from_dict
+from cluster.ranks import Ranks
+from model.losses.reduce import DistributedReduce
+from model.pretrain import Student, make_teacher
+from pipeline.config import PretrainConfig
+from pipeline.engine import Engine
+from pipeline.parallel.layout import Layout
+from tests.integration.layouts import full_state
+from tests.synthetic_batch import STATISTICS, make_batch, split
+
+BATCH, STEPS = 8, 3
+
+
+def config_of(case: dict[str, Any]) -> PretrainConfig:
+    model = {"size": "debug", "drop_path": 0.3, "moe": {"experts": 4, "top_k": 2}, **case.get("model", {})}
+    small = {
+        "prototypes": 32,
+        "head_hidden": 32,
+        "head_bottleneck": 16,
+        "queries": 4,
+        "pixel_pairs": 8,
+        "object_clusters": 2,
+    }
+    return from_dict(PretrainConfig, {
+        "model": model, "objective": small,
+        "train": {"steps": STEPS, "batch": BATCH, "micro_batch": case.get("micro"), "precision": "fp32"},
+        "optimizer": {"lr": 1e-3, "warmup_samples": 8},
+        "parallel": {"zero_stage": case["stage"], "ep": case.get("ep", 1)},
+    })  # fmt: skip
+
+
+def train(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Losses of every step, and the norm of every logical parameter after the last one (rank 0)."""
+    results, ranks = [], Ranks.from_environment()
+    for case in cases:
+        config = config_of(case)
+        torch.manual_seed(0)
+        student = Student(config.model, config.objective, STATISTICS)
+        layout = Layout.of(config, ranks)
+        engine = Engine(student, make_teacher(student), config, layout, torch.device("cpu"), DistributedReduce())
+        losses = []
+        for step in range(STEPS):
+            parts = split(make_batch(BATCH, seed=step), layout.world * layout.accumulation)
+            mine = parts[layout.rank * layout.accumulation : (layout.rank + 1) * layout.accumulation]
+            losses.append(engine.step(mine, step * BATCH).loss)
+        state = full_state(engine)
+        results.append({"losses": losses, "norms": {k: float(v.double().norm()) for k, v in state.items()}})
+        engine.deepspeed.destroy()
+    return results
