@@ -152,8 +152,8 @@ class SlurmCluster:
         return {key: value for key, separator, value in pairs if separator}
 
     def wait(self, condition: Callable[[], object], what: str, timeout: float = 60) -> object:
-        """Polls until `condition` holds and returns its value."""
-        end = time.monotonic() + timeout
+        """Polls until `condition` holds and returns its value. On a machine with more to do than cores it is more patient."""
+        end = time.monotonic() + timeout * min(max(os.getloadavg()[0] / (os.cpu_count() or 1), 1.0), 6.0)
         while not (value := condition()):
             if time.monotonic() > end:
                 raise AssertionError(f"{what}: not within {timeout:.0f} s\n{self.run('squeue', '-l', check=False)}")
