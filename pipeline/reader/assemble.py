@@ -12,7 +12,7 @@ from data_prep.codec import Member
 from data_prep.schema import CLEAR, MODALITIES
 from pipeline.config import ViewConfig
 from pipeline.reader.buffers import ModalityArrays, ViewArrays, blank_modality, canvas_px
-from pipeline.reader.geometry import GRID_M, Crop, Window, affine, aligned_window, unturned
+from pipeline.reader.geometry import GRID_M, Crop, Window, affine, aligned_window, copy_turned, turned_box, unturned
 from pipeline.reader.resample import nearest, resample, taps
 from pipeline.reader.views import ViewPlan
 
@@ -142,9 +142,9 @@ def _decode(member: Member, dates: np.ndarray, window: Window, name: str) -> np.
 
 def _fill_dates(out: ModalityArrays, i: int, chosen: np.ndarray, jitter_days: np.ndarray, doy: np.ndarray) -> None:
     day = doy[chosen]
-    moved = (day - 1 + jitter_days) % 366 + 1 if jitter_days.any() else day
-    out.doy_BT[i] = 0
-    out.doy_BT[i, : len(chosen)] = np.where(day > 0, moved, 0)
+    if jitter_days.any():
+        day = np.where(day > 0, (day - 1 + jitter_days) % 366 + 1, 0)
+    out.doy_BT[i, : len(chosen)], out.doy_BT[i, len(chosen) :] = day, 0
 
 
 def _place(pixels: np.ndarray, codes: np.ndarray, window: Window, turn: int, out: ModalityArrays, i: int) -> None:
@@ -154,14 +154,16 @@ def _place(pixels: np.ndarray, codes: np.ndarray, window: Window, turn: int, out
         x[...], valid[...] = 0, False
     else:
         x[count:], valid[count:] = 0, False
-    part = np.s_[
-        :count, ..., window.row : window.row + pixels.shape[-2], window.column : window.column + pixels.shape[-1]
-    ]
-    unturned(x, turn)[part] = pixels
-    inside = unturned(valid, turn)[part]
-    np.equal(codes, CLEAR, out=inside)
+    rows, columns = (window.row, window.row + pixels.shape[-2]), (window.column, window.column + pixels.shape[-1])
+    box = turned_box(rows, columns, x.shape[-1], turn)
+    clear = codes == CLEAR
     if pixels.dtype.kind == "f":  # a number that is none is missing, whatever the mask says
-        inside &= np.isfinite(pixels).all(axis=1)
+        clear &= np.isfinite(pixels).all(axis=1)
+    copy_turned(pixels, x[:count, ..., *box], turn)
+    if clear.all():
+        valid[:count, *box] = True
+    else:
+        copy_turned(clear, valid[:count, *box], turn)
 
 
 def _place_resampled(

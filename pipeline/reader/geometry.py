@@ -14,6 +14,7 @@ import numpy as np
 
 GRID_M = 10.0
 MIN_OVERLAP = 0.5  # least overlap of u and v along each axis, as a share of the side
+STRIP, SMALL_BYTES = 64, 32 << 10  # of copies of turned images
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,6 +49,61 @@ def unturned(x: np.ndarray, turn: int) -> np.ndarray:
     return x
 
 
+def turned_box(rows: tuple[int, int], columns: tuple[int, int], side: int, turn: int) -> tuple[slice, slice]:
+    """Where the box [rows, columns) of an upright canvas lies on the turned one."""
+    if turn & 4:
+        rows, columns = columns, rows
+    if turn & 2:
+        rows = (side - rows[1], side - rows[0])
+    if turn & 1:
+        columns = (side - columns[1], side - columns[0])
+    return slice(*rows), slice(*columns)
+
+
+def copy_turned(source: np.ndarray, target: np.ndarray, turn: int) -> None:
+    """`unturned(target, turn)[...] = source` for [..., h, w], as fast as memory allows.
+
+    A plain strided copy of a 3-band 512² uint8 image costs 0.2 ms (columns flipped) to 0.6 ms (transposed). Flipping words of
+    eight bytes and then the bytes in them costs 0.06, transposing in strips that fit the L1 cache 0.19. Small arrays are
+    copied plainly. (torch.flip is fast too, but starts OpenMP threads that spin beside the training.)
+    """
+    upright = unturned(target, turn)
+    if turn == 0 or source.nbytes < SMALL_BYTES:
+        upright[...] = source
+    elif turn & 4:
+        for y in range(0, source.shape[-2], STRIP):
+            upright[..., y : y + STRIP, :] = source[..., y : y + STRIP, :]
+    elif (
+        turn & 1
+        and source.itemsize == 1
+        and source.shape[-1] % 8 == 0
+        and source.strides[-1] == target.strides[-1] == 1
+    ):
+        words = target.view(np.uint64)
+        words[...] = (source[..., ::-1, :] if turn & 2 else source).view(np.uint64)[..., ::-1]
+        words.byteswap(inplace=True)
+    else:
+        upright[...] = source
+
+
+def _unit_affines() -> tuple[np.ndarray, np.ndarray]:
+    """[8, 2, 3] each: canvas → unturned canvas is the first plus n times the second, for a canvas of n pixels."""
+    linear, shift = np.zeros((8, 2, 3)), np.zeros((8, 2, 3))
+    for turn in range(8):
+        column, row = np.array([[1.0, 0, 0], [0, 0, 0]]), np.array([[0, 1.0, 0], [0, 0, 0]])
+        if turn & 1:  # undo the column flip, the row flip, then the transpose
+            column = np.array([[-1.0, 0, 0], [0, 0, 1]])
+        if turn & 2:
+            row = np.array([[0, -1.0, 0], [0, 0, 1]])
+        if turn & 4:
+            column, row = row, column
+        linear[turn], shift[turn] = (column[0], row[0]), (column[1], row[1])
+    return linear, shift
+
+
+_LINEAR, _SHIFT = _unit_affines()
+
+
 def affine(crop: Crop, canvas_px: int, gsd_m: float) -> np.ndarray:
     """float64 [2, 3]: (column, row) on the turned canvas → site metres.
 
@@ -55,15 +111,10 @@ def affine(crop: Crop, canvas_px: int, gsd_m: float) -> np.ndarray:
         canvas_px: side n of the square canvas. Its unturned (column, row) is (x0 + gsd·column, y0 + gsd·row).
         gsd_m: metres per canvas pixel.
     """
-    # canvas → unturned canvas: undo the column flip, the row flip, then the transpose
-    column, row = np.array([1.0, 0.0, 0.0]), np.array([0.0, 1.0, 0.0])
-    if crop.turn & 1:
-        column = np.array([-1.0, 0.0, canvas_px])
-    if crop.turn & 2:
-        row = np.array([0.0, -1.0, canvas_px])
-    if crop.turn & 4:
-        column, row = row, column
-    return np.stack([gsd_m * column + [0, 0, crop.x0_m], gsd_m * row + [0, 0, crop.y0_m]])
+    found = gsd_m * _LINEAR[crop.turn] + (gsd_m * canvas_px) * _SHIFT[crop.turn]
+    found[0, 2] += crop.x0_m
+    found[1, 2] += crop.y0_m
+    return found
 
 
 def origin(low_m: float, high_m: float, side_m: float, u: float) -> float:

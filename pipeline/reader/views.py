@@ -7,6 +7,7 @@ run, and more local views change nothing for u and v.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -69,11 +70,17 @@ def plan_whole(site: SiteFacts, view: ViewConfig, min_clear: float = 0.0) -> Vie
     x0, y0 = (np.floor((room - side) / 2 / GRID_M) * GRID_M for room in (site.width_m, site.height_m))
     dates = {}
     for modality, clear in site.clear.items():
-        usable = np.flatnonzero(clear >= min_clear) if (clear >= min_clear).any() else np.arange(len(clear))
-        count = min(dates_wanted(view, modality), len(usable))
-        dates[modality] = usable[np.linspace(0, len(usable) - 1, count).round().astype(int)]
+        usable = np.flatnonzero(clear >= min_clear) if min_clear > 0 else np.arange(len(clear))
+        if len(usable) == 0:
+            usable = np.arange(len(clear))
+        dates[modality] = usable[_evenly(len(usable), dates_wanted(view, modality))]
     none = {modality: np.zeros(len(chosen), np.int16) for modality, chosen in dates.items()}
     return ViewPlan(Crop(float(x0), float(y0), side), dates, none, np.array(NEUTRAL, np.float32))
+
+
+@functools.lru_cache(maxsize=1024)
+def _evenly(there: int, wanted: int) -> np.ndarray:
+    return np.linspace(0, there - 1, min(wanted, there)).round().astype(int)
 
 
 def _plan_view(

@@ -14,7 +14,16 @@ from model.augment import PHOTOMETRIC as MODEL_PHOTOMETRIC
 from pipeline.config import DataConfig, ViewConfig
 from pipeline.reader.assemble import SiteMembers, fill_site
 from pipeline.reader.buffers import BatchBuffers
-from pipeline.reader.geometry import GRID_M, MIN_OVERLAP, Crop, affine, turned, unturned
+from pipeline.reader.geometry import (
+    GRID_M,
+    MIN_OVERLAP,
+    Crop,
+    affine,
+    copy_turned,
+    turned,
+    turned_box,
+    unturned,
+)
 from pipeline.reader.resample import nearest, resample, taps
 from pipeline.reader.views import (
     NEUTRAL,
@@ -249,3 +258,18 @@ def test_the_whole_view_is_centred_and_takes_dates_evenly():
     whole = plan_whole(SiteFacts(320.0, 320.0, {"s2": np.ones(9)}), ViewConfig(64, 16, 3, 2))
     assert (whole.crop.x0_m, whole.crop.y0_m, whole.crop.turn) == (80.0, 80.0, 0)
     assert whole.dates["s2"].tolist() == [0, 4, 8]
+
+
+@given(
+    st.integers(0, 7),
+    st.sampled_from([(3, 128, 128), (128, 128), (1, 2, 130, 130), (1, 129, 136)]),
+    st.sampled_from(["u1", "u2", "f2", "?"]),
+)
+def test_fast_copies_equal_plain_ones(turn, shape, dtype):
+    source = np.random.default_rng(0).integers(0, 250, shape).astype(dtype)
+    height, width = shape[-2:]
+    canvas = np.zeros((*shape[:-2], 140, 140), dtype)
+    wanted = canvas.copy()
+    unturned(wanted, turn)[..., 2 : 2 + height, 1 : 1 + width] = source
+    copy_turned(source, canvas[..., *turned_box((2, 2 + height), (1, 1 + width), 140, turn)], turn)
+    assert np.array_equal(canvas, wanted)
