@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cluster import logs
+from cluster import logs, storage
 from cluster.config import fingerprint, to_dict
 from cluster.errors import UsageError
 from cluster.exit_codes import DONE, REQUEUE
@@ -28,6 +28,7 @@ from pipeline.health import Heartbeat, SpikeWatch, check_step
 from pipeline.parallel.layout import Layout
 from pipeline.parallel.processes import start
 from pipeline.probes.in_loop import probe_set, run_probes
+from pipeline.probes.picture import feature_sheet
 from pipeline.reader.reader import Reader
 from pipeline.steplog import StepLog
 from pipeline.stop import StopFlag
@@ -189,7 +190,13 @@ def next_batches(run: Run, batches: Iterator[Batch]) -> tuple[list[Batch], list[
 
 def probe(run: Run) -> dict[str, float]:
     """Scores of the teacher's features; all ranks take part (experts may live on any of them)."""
-    return run_probes(run.engine.teacher.module.skysense, run.config, probe_set(run.config), run.device)
+    skysense, shardset = run.engine.teacher.module.skysense, probe_set(run.config)
+    figures = run_probes(skysense, run.config, shardset, run.device)
+    if run.step == run.config.train.steps:
+        picture = feature_sheet(skysense, run.config, shardset, run.device)
+        if run.ranks.is_first:
+            storage.write_atomic(storage.join(run.rundir.url, "artifacts", "features.png"), picture)
+    return figures
 
 
 def save(run: Run) -> None:

@@ -11,7 +11,7 @@ DRAWS = 1000
 
 @dataclass(frozen=True)
 class Score:
-    """value with a 95 % interval [low, high]; chance: the score of always naming the commonest training class."""
+    """value with a 95 % interval [low, high]; chance: what knowing nothing scores, see `accuracy` and `mean_iou`."""
 
     value: float
     low: float
@@ -20,16 +20,20 @@ class Score:
     sites: int
 
 
-def accuracy(predicted: np.ndarray, truth: np.ndarray, commonest: int, seed: int = 0) -> Score:
-    """Share of sites named rightly."""
+def accuracy(predicted: np.ndarray, truth: np.ndarray, trained_on: np.ndarray, seed: int = 0) -> Score:
+    """Share of sites named rightly. Chance: guessing with the frequencies of the training labels, expected."""
+    frequency = np.bincount(trained_on, minlength=int(truth.max()) + 1) / len(trained_on)
     right = (predicted == truth).astype(np.float64)
     draws = right[_resample(len(right), seed)].mean(1)
     low, high = np.quantile(draws, [0.025, 0.975])
-    return Score(float(right.mean()), float(low), float(high), float((truth == commonest).mean()), len(truth))
+    return Score(float(right.mean()), float(low), float(high), float(frequency[truth].mean()), len(truth))
 
 
 def mean_iou(confusions_SKK: np.ndarray, commonest: int, seed: int = 0) -> Score:
-    """Mean over the classes that occur of intersection / union, from per-site confusion matrices [S, truth, predicted]."""
+    """Mean over the classes that occur of intersection / union, from per-site confusion matrices [S, truth, predicted].
+
+    Chance: always naming the commonest training class.
+    """
     whole = confusions_SKK.sum(0)
     picks = _resample(len(confusions_SKK), seed)
     draws = [_miou(confusions_SKK[pick].sum(0)) for pick in picks]

@@ -13,7 +13,7 @@ from cluster import storage
 from cluster.rundir import RunDir
 from pipeline.config import PretrainConfig
 from pipeline.tracking.facts import RunFacts
-from pipeline.tracking.mirror import Mirror, add_event, set_status, write_record
+from pipeline.tracking.mirror import Mirror, add_event, read_record, set_status, write_record
 from pipeline.tracking.store import Store, StoreUnavailable
 
 FLUSH_S = 2.0  # how far the store lags behind while all is well
@@ -21,6 +21,7 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0  # between attempts while it is away
 CLOSE_S = 20.0  # how long a finished run waits for it
 CHECKPOINT_S = 15.0  # how often the run directory is asked for a newly committed checkpoint
 PROBE = re.compile(r"probe/(knn|linear|segment)/[^/]+$")
+MAX_SHEET_SAMPLES = 100_000  # of larger sets the index alone is gigabytes: `data_prep show` draws their sheet
 MAX_PENDING = 4096  # lines kept in memory; past it they are read again from the run directory
 
 
@@ -189,10 +190,22 @@ class Tracker:
 
 
 def draw(rundir: RunDir) -> None:
-    """Loss curves and expert loads of the run so far, as `artifacts/loss.png` and `artifacts/experts.png`."""
+    """Pictures of the run so far under `artifacts/`: loss curves, expert loads, and a contact sheet of the data, once."""
     from pipeline.tracking.plots import expert_plot, loss_plot
 
-    lines = rundir.read_metrics()
+    folder, lines = storage.join(rundir.url, "artifacts"), rundir.read_metrics()
     for name, picture in (("loss.png", loss_plot(lines)), ("experts.png", expert_plot(lines))):
         if picture is not None:
-            storage.write_atomic(storage.join(rundir.url, "artifacts", name), picture)
+            storage.write_atomic(storage.join(folder, name), picture)
+    sheet_url = storage.join(folder, "data.png")
+    sets = [
+        dataset
+        for dataset in read_record(rundir)["facts"].get("datasets", ())
+        if 0 < dataset["samples"] <= MAX_SHEET_SAMPLES
+    ]
+    if sets and lines and not storage.exists(sheet_url):
+        from data_prep.shards import ShardSet
+        from data_prep.show import sheet
+
+        shards = ShardSet.open(sets[0]["url"])
+        storage.write_atomic(sheet_url, sheet(shards, samples=6))

@@ -20,6 +20,7 @@ from pipeline.config import DataConfig, PretrainConfig, ProbeConfig, ViewConfig
 from pipeline.probes.classify import knn, ridge
 from pipeline.probes.features import extract
 from pipeline.probes.in_loop import raster_name, run_probes, statistics_dict
+from pipeline.probes.picture import feature_sheet
 from pipeline.probes.scores import accuracy, confusion, mean_iou
 from pipeline.probes.sites import view_of_sites
 from pipeline.probes.split import split_of
@@ -70,11 +71,11 @@ def test_intervals_hold_the_score_and_shrink_with_sites() -> None:
     rng = np.random.default_rng(0)
     truth = rng.integers(0, 2, 400)
     predicted = np.where(rng.random(400) < 0.8, truth, 1 - truth)
-    few, many = accuracy(predicted[:40], truth[:40], 0), accuracy(predicted, truth, 0)
+    few, many = accuracy(predicted[:40], truth[:40], truth), accuracy(predicted, truth, truth)
     for score in (few, many):
         assert score.low <= score.value <= score.high
     assert many.high - many.low < few.high - few.low
-    assert many.chance == pytest.approx((truth == 0).mean())
+    assert many.chance == pytest.approx((truth == 0).mean() ** 2 + (truth == 1).mean() ** 2)
 
 
 def test_mean_iou_against_counts_done_by_hand() -> None:
@@ -155,3 +156,8 @@ def test_unknown_task_is_refused(shards: ShardSet, skysense: SkySense) -> None:
 def test_rasters_are_found_by_themselves(shards: ShardSet) -> None:
     assert raster_name(shards, None) == "landcover"
     assert raster_name(shards, "other") == "other"
+
+
+def test_the_feature_sheet_is_a_picture(shards: ShardSet, skysense: SkySense) -> None:
+    picture = feature_sheet(skysense, PretrainConfig(data=DataConfig(views_global=VIEW)), shards)
+    assert picture.startswith(b"\x89PNG")
