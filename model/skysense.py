@@ -5,6 +5,7 @@ Dimension legend: B sites · T dates · N = B·T images · h, w tokens · D back
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,11 +61,19 @@ class SkySense(nn.Module):
             if callable(reset) and module is not self:
                 reset()
 
-    def forward(self, view: View, sample_seed_B: Tensor | None = None) -> Features:
-        """Args:
-        view: normalised float pixels; whatever is invalid may be anything, NaN included.
-        sample_seed_B: int64 per site (of sample, epoch, view), decides drop-path in training. None in training: drawn
-            from the default generator.
+    def forward(
+        self,
+        view: View,
+        sample_seed_B: Tensor | None = None,
+        merges: Mapping[str, tuple[bool, bool, bool]] | None = None,
+    ) -> Features:
+        """Features of one view of B sites.
+
+        Args:
+            view: normalised float pixels; whatever is invalid may be anything, NaN included.
+            sample_seed_B: int64 per site (of sample, epoch, view), decides drop-path in training. None in training: drawn
+                from the default generator.
+            merges: merge or keep at the three transitions, for modalities that shall differ from the configuration.
         """
         seed_B = self._seeds(view, sample_seed_B)
         dense, dense_valid, stride, grids, frames, calls = {}, {}, {}, {}, {}, []
@@ -72,7 +81,7 @@ class SkySense(nn.Module):
             part = view.modalities[name]
             num_dates = part.valid_BTHW.shape[1]
             seeds_BT = None if seed_B is None else image_seeds(seed_B, m, num_dates)
-            tokens = self._images(name, part, seeds_BT)
+            tokens = self._images(name, part, seeds_BT, (merges or {}).get(name))
             dense[name], dense_valid[name], stride[name] = tokens.feat_NhwD, tokens.valid_Nhw, tokens.stride
             hw, canvas = tokens.valid_Nhw.shape[2:], part.valid_BTHW.shape[2:]
             grids[name] = TokenGrid((hw[0], hw[1]), (canvas[0], canvas[1]), tokens.stride)
@@ -88,7 +97,9 @@ class SkySense(nn.Module):
             return torch.randint(0, 2**62, view.side_m_B.shape, device=view.side_m_B.device)
         return sample_seed_B
 
-    def _images(self, name: str, part: ModalityView, seeds_BT: Tensor | None) -> Tokens:
+    def _images(
+        self, name: str, part: ModalityView, seeds_BT: Tensor | None, merges: tuple[bool, bool, bool] | None
+    ) -> Tokens:
         """Runs the images that have any valid pixel (at least one image, see the class) and lays the results out as
         [B, T, h, w, …]; the others are zero and invalid.
         """
@@ -100,7 +111,7 @@ class SkySense(nn.Module):
         if kept is not None:
             x_NCHW, valid_NHW, gsd_N = x_NCHW[kept], valid_NHW[kept], gsd_N[kept]
             seed_N = None if seed_N is None else seed_N[kept]
-        tokens = self.backbone(name, x_NCHW, valid_NHW, gsd_N, seed_N)
+        tokens = self.backbone(name, x_NCHW, valid_NHW, gsd_N, seed_N, merges)
         feat_NhwD, valid_Nhw = tokens.feat_NhwD, tokens.valid_Nhw
         if kept is not None:
             shape = (sites * dates, *feat_NhwD.shape[1:])

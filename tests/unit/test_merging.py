@@ -7,6 +7,7 @@ import torch
 from model.backbone import Backbone
 from model.config import ModelConfig
 from model.merging import AdaptivePatchMerging, keep_weight, merge_neighbours
+from model.skysense import SkySense
 from tests.model_views import random_view, randomise
 
 
@@ -67,3 +68,17 @@ def test_merging_switches_per_call_and_per_transition_without_new_weights() -> N
         (True, True, True): 2, (True, False, True): 4, (False, True, False): 8, (False, False, False): 16,
     }  # fmt: skip
     assert all(torch.equal(p, before[name]) for name, p in backbone.named_parameters())
+
+
+def test_whole_model_runs_with_merging_switched_off_for_hr_alone() -> None:
+    """What fine-tuning does: the fused grid becomes hr's finer one; the other modalities' features stay as they are."""
+    torch.manual_seed(0)
+    model = SkySense(ModelConfig(size="debug")).eval()
+    view = random_view(1)
+    with torch.no_grad():
+        usual, fine = model(view), model(view, merges={"hr": (False, False, False)})
+    assert usual.fused.shape[1:3] == (4, 4)
+    assert fine.fused.shape[1:3] == fine.dense["hr"].shape[2:4] == (16, 16)
+    assert (fine.stride["hr"], usual.stride["hr"], fine.fused_like) == (4, 32, "hr")
+    assert torch.equal(fine.dense["s2"], usual.dense["s2"])
+    assert bool(fine.fused_valid.all())
