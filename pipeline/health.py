@@ -27,8 +27,6 @@ log = logging.getLogger(__name__)
 class AgreedFailure(RunFailure):
     """A failure every rank has found at the same place: the first rank tells it, the others stay quiet."""
 
-    everywhere = True
-
 
 def check_step(step: int, result: Any, keys: Sequence[str], ranks: Ranks) -> None:
     """Raises AgreedFailure on all ranks if the step's loss or gradient is not finite, or its update was skipped.

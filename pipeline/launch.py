@@ -14,7 +14,9 @@ from collections.abc import Sequence
 
 from cluster.exit_codes import REQUEUE
 
-GRACE_S = 3.0  # between one rank's death and the killing of the others: long enough for them to print what they know
+# Between one rank's end and the killing of the others: one that was killed leaves them waiting in a collective, one that ended
+# by itself has found something that they are about to find and tell, too.
+GRACE_KILLED_S, GRACE_ENDED_S = 2.0, 15.0
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PR_SET_PDEATHSIG = 1
 
@@ -23,7 +25,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     """Runs `python -m pipeline ARGUMENTS` as N ranks of one job; returns the job's exit code.
 
     SIGTERM, SIGUSR1 and SIGINT are passed on to every rank. The first rank that ends with a code other than 0 ends the job:
-    the others get GRACE_S seconds, then SIGKILL.
+    the others get a few seconds, then SIGKILL.
     """
     port = free_port()
     ranks = [subprocess.Popen(
@@ -64,7 +66,7 @@ def _wait(ranks: list[subprocess.Popen]) -> int:
 
 def _end(ranks: list[subprocess.Popen], failed: int) -> int:
     """Waits out the grace time and tells who went first, unless every rank ended alike (then it said so itself)."""
-    deadline = time.monotonic() + GRACE_S
+    deadline = time.monotonic() + (GRACE_KILLED_S if ranks[failed].returncode < 0 else GRACE_ENDED_S)
     while time.monotonic() < deadline and any(rank.poll() is None for rank in ranks):
         time.sleep(0.05)
     code = ranks[failed].returncode

@@ -89,17 +89,18 @@ def run_rank(config: PretrainConfig, ranks: Ranks, resume: str, as_json: bool) -
     from pipeline.parallel.processes import choose_accelerator, finish
 
     choose_accelerator()
+    from pipeline.health import AgreedFailure
     from pipeline.train import train
 
     if ranks.launcher == "none":  # alone: any port will do, and a fixed one may be another run's
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         ranks = replace(ranks, port=free_port())
-    code = FAILED
+    code, together = FAILED, None
     try:
         code = train(config, ranks, resume, stop)
     except (UsageError, RunFailure) as error:
-        code = error.exit_code
-        if ranks.is_first or not getattr(error, "everywhere", isinstance(error, UsageError)):
+        code, together = error.exit_code, isinstance(error, AgreedFailure)
+        if ranks.is_first or not isinstance(error, AgreedFailure | UsageError):
             explain("python -m pipeline train", error)
     except KeyboardInterrupt:
         code = 130
@@ -107,7 +108,7 @@ def run_rank(config: PretrainConfig, ranks: Ranks, resume: str, as_json: bool) -
         traceback.print_exc()
     if as_json and code == DONE and ranks.is_first:
         report(config)
-    finish(code)
+    finish(code, together)
 
 
 def report(config: PretrainConfig) -> None:
