@@ -231,7 +231,8 @@ class ObjectiveConfig:
         if unknown or not self.mgcl_levels:
             raise ValueError(f"mgcl_levels={list(self.mgcl_levels)} must be some of pixel, object, image")
         for name in ("prototypes", "head_hidden", "head_bottleneck", "pixel_pairs", "object_clusters", "queries"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            least = 2 if name == "prototypes" else 1
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         if min(self.student_temperature, *self.teacher_temperature, self.ita_temperature) <= 0:
             raise ValueError("temperatures must be above 0")

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.losses.dino import prototype_cross_entropy
-
+from model.losses.dino import CrossEntropy, prototype_cross_entropy
 
 SAME = 1e-4  # a row nearer to its mean than this share of the mean's length is the mean
 
@@ -61,8 +60,8 @@ class Prototypes(nn.Module):
     def directions(self) -> Tensor:
         return F.normalize(self.weight.float() if self.weight.dtype != torch.float64 else self.weight, dim=-1)
 
-    def forward(self, z_Nd: Tensor, targets: HeadTargets, student_temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        """(Σ weight·ce, ce_N, best_N)."""
+    def forward(self, z_Nd: Tensor, targets: HeadTargets, student_temperature: float) -> CrossEntropy:
+        """See `losses.dino.prototype_cross_entropy`."""
         return prototype_cross_entropy(
             z_Nd, self.directions(), targets.z_Nd, targets.prototypes_Kd, targets.log_v_GK, targets.group_N, targets.weight_N,
             student_temperature, targets.temperature,
@@ -91,6 +90,6 @@ class ProjectionHead(nn.Module):
         y_Nd = self.mlp(x_ND.to(self.prototypes.weight.dtype))
         return y_Nd if y_Nd.dtype == torch.float64 else y_Nd.float()
 
-    def forward(self, x_ND: Tensor, targets: HeadTargets, student_temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_ND: Tensor, targets: HeadTargets, student_temperature: float) -> CrossEntropy:
         z_Nd = unit_rows(self.project(x_ND), targets.group_N, targets.mean_Gd)
         return self.prototypes(z_Nd, targets, student_temperature)

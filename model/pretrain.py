@@ -10,7 +10,8 @@ One optimiser step with A micro-batches on each of W ranks:
 
 Loss and metrics follow the convention of `model.losses.reduce`: their mean over ranks and micro-batches is exact.
 Metric names: `loss`; `loss/mgcl_<modality|fused>` (sum of the granularities); `loss/qsacl`; `loss/ita`; `loss/balance`,
-`loss/z` (means over layers); `feature/effective_rank`, `feature/std` (`model.collapse`); from `finish_step`: `moe/…`
+`loss/z` (means over layers); `targets/entropy` (of the teacher's
+targets, as a share of log K, mean over groups: 1 = they say nothing, 0 = one prototype each); `feature/effective_rank`, `feature/std` (`model.collapse`); from `finish_step`: `moe/…`
 (`model.moe.balance.describe`), `prototypes/usage` and `prototypes/usage_<head>`.
 
 Dimension legend: B sites · T dates · h, w tokens · D final dim · F fused dim · N rows · L layers with experts · E experts.
@@ -19,6 +20,7 @@ Dimension legend: B sites · T dates · h, w tokens · D final dim · F fused di
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -213,13 +215,17 @@ class Student(nn.Module):
         loss = u.fused.new_zeros((), dtype=torch.float32)
         for name, head in self._heads().items():
             target, groups = targets.heads[name], targets.groups[name]
-            part, ce_N, best_N = head(torch.cat([rows[g] for g in groups]), target, self.objective.student_temperature)
-            loss = loss + part * (self.objective.qsacl_weight if name == "query" else self.objective.mgcl_weight)
-            self._note_hits(name, best_N[target.weight_N > 0], head)
+            out = head(torch.cat([rows[g] for g in groups]), target, self.objective.student_temperature)
+            loss = loss + out.loss * (self.objective.qsacl_weight if name == "query" else self.objective.mgcl_weight)
+            self._note_hits(name, out.best_N[target.weight_N > 0], head)
             for i, group in enumerate(groups):
-                mean = (ce_N * target.weight_N * (target.group_N == i)).sum()
+                weight_N = target.weight_N * (target.group_N == i)
                 key = "loss/qsacl" if group == "query" else f"loss/mgcl_{group.split('/')[0]}"
-                metrics[key] = metrics.get(key, 0.0) + mean
+                metrics[key] = metrics.get(key, 0.0) + (out.ce_N * weight_N).sum()
+                share = (out.entropy_N * weight_N).sum() / (
+                    len(self.head_of_group) * math.log(self.objective.prototypes)
+                )
+                metrics["targets/entropy"] = metrics.get("targets/entropy", 0.0) + share
         return loss
 
     def _router(self, features: list[Features], targets: TeacherTargets, metrics: dict[str, Tensor]) -> Tensor | float:

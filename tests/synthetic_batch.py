@@ -18,7 +18,7 @@ STATISTICS = {
     name: {"mean": [0.0] * len(spec.bands), "std": [1.0] * len(spec.bands)} for name, spec in MODALITIES.items()
 }
 CANVAS = {"hr": 64, "s2": 8, "s1": 8}
-DATES = {"hr": 1, "s2": 3, "s1": 2}
+DATES = {"hr": 1, "s2": 2, "s1": 2}
 
 
 def affine(side_m: float, pixels: int, origin: tuple[float, float], turn: int, flip: bool) -> Tensor:

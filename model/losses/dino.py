@@ -5,7 +5,7 @@ Legend: N rows · D bottleneck dim · K prototypes · G centring groups.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,29 +20,39 @@ def teacher_temperature(samples_seen: int, limits: tuple[float, float], warmup_s
     return limits[0] + (limits[1] - limits[0]) * min(1.0, samples_seen / warmup_samples)
 
 
-def target_probabilities(
+def target_log_probabilities(
     z_ND: Tensor, prototypes_KD: Tensor, log_v_GK: Tensor, group_N: Tensor, temperature: float
 ) -> Tensor:
-    """Teacher distribution q_NK = softmax_k(z·w_k / τ + log v_gk); see `sinkhorn.prototype_scaling`."""
+    """log q_NK of the teacher's distribution q = softmax_k(z·w_k / τ + log v_gk); see `sinkhorn.prototype_scaling`."""
     score_NK = (z_ND @ prototypes_KD.T).to(log_v_GK.dtype) / temperature
-    return torch.softmax(score_NK + log_v_GK[group_N], dim=-1)
+    return torch.log_softmax(score_NK + log_v_GK[group_N], dim=-1)
 
 
 def prototype_cross_entropy(
     student_ND: Tensor, student_prototypes_KD: Tensor, teacher_ND: Tensor, teacher_prototypes_KD: Tensor,
     log_v_GK: Tensor, group_N: Tensor, weight_N: Tensor, student_temperature: float, temperature: float,
     chunk: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(Σ_n weight_n · ce_n, ce_N, best_N) with ce_n = −Σ_k q_nk log softmax_k(z_n·w_k / τ_s).
+) -> CrossEntropy:  # fmt: skip
+    """(Σ_n weight_n · ce_n, ce_N, entropy_N, best_N) with ce_n = −Σ_k q_nk log softmax_k(z_n·w_k / τ_s).
 
     Only the first output carries gradients, to `student_ND` and `student_prototypes_KD`. The K-wide rows live one chunk at a
     time: the gradient ∂ce/∂logits = p − q is known in the forward, so N×K logits are never kept for the backward.
-    A row with weight 0 contributes exactly 0 (its ce is still returned). best_N: the student's nearest prototype.
+    A row with weight 0 contributes exactly 0 (its ce is still returned). entropy_N: of q, so ce − entropy is the divergence
+    that training can remove; best_N: the student's nearest prototype.
     """
-    return _FusedCrossEntropy.apply(
+    return CrossEntropy(*_FusedCrossEntropy.apply(
         student_ND, student_prototypes_KD, teacher_ND, teacher_prototypes_KD, log_v_GK, group_N, weight_N,
         student_temperature, temperature, chunk or chunk_rows(student_prototypes_KD.shape[0]),
-    )  # fmt: skip
+    ))  # fmt: skip
+
+
+class CrossEntropy(NamedTuple):
+    """What `prototype_cross_entropy` returns; only `loss` carries gradients."""
+
+    loss: Tensor
+    ce_N: Tensor
+    entropy_N: Tensor
+    best_N: Tensor
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
@@ -52,10 +62,11 @@ class _FusedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, student_ND: Tensor, student_prototypes_KD: Tensor, teacher_ND: Tensor, teacher_prototypes_KD: Tensor,
         log_v_GK: Tensor, group_N: Tensor, weight_N: Tensor, student_temperature: float, temperature: float, chunk: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         dtype = work_dtype(student_ND)
         weight_N = weight_N.to(dtype)
         ce_N = torch.zeros(student_ND.shape[0], device=student_ND.device, dtype=dtype)
+        entropy_N = torch.zeros_like(ce_N)
         best_N = torch.zeros(student_ND.shape[0], device=student_ND.device, dtype=torch.int64)
         grad_ND = torch.zeros_like(student_ND)
         grad_KD = torch.zeros_like(student_prototypes_KD, dtype=dtype)
@@ -64,14 +75,18 @@ class _FusedCrossEntropy(torch.autograd.Function):
             logit_nK = (student_ND[part] @ student_prototypes_KD.T).to(dtype) / student_temperature
             best_N[part] = logit_nK.argmax(dim=-1)
             logp_nK = torch.log_softmax(logit_nK, dim=-1)
-            q_nK = target_probabilities(teacher_ND[part], teacher_prototypes_KD, log_v_GK, group_N[part], temperature)
+            logq_nK = target_log_probabilities(
+                teacher_ND[part], teacher_prototypes_KD, log_v_GK, group_N[part], temperature
+            )
+            q_nK = logq_nK.exp()
+            entropy_N[part] = -(q_nK * logq_nK).sum(dim=-1)
             ce_N[part] = -(q_nK * logp_nK).sum(dim=-1)
             delta_nK = (logp_nK.exp() - q_nK) * (weight_N[part, None] / student_temperature)
             grad_ND[part] = delta_nK.to(student_prototypes_KD.dtype) @ student_prototypes_KD
             grad_KD += delta_nK.T @ student_ND[part].to(dtype)
         ctx.save_for_backward(grad_ND, grad_KD.to(student_prototypes_KD.dtype))
-        ctx.mark_non_differentiable(ce_N, best_N)
-        return (weight_N * ce_N).sum(), ce_N, best_N
+        ctx.mark_non_differentiable(ce_N, entropy_N, best_N)
+        return (weight_N * ce_N).sum(), ce_N, entropy_N, best_N
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:

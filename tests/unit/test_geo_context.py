@@ -50,12 +50,12 @@ def test_prototypes_move_to_the_mean_of_what_is_assigned() -> None:
     assert torch.equal(context.prototypes_RPF[0], before[0])  # nobody was there
 
 
-@pytest.mark.parametrize(("ranks", "micro"), [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(("ranks", "micro"), [(2, 2)])
 def test_any_split_gives_the_same_losses_and_prototypes(ranks: int, micro: int) -> None:
     batches = []
     for seed in (0, 1):
-        batch = make_batch(8, seed=seed)
-        batch.lonlat_B2 = torch.tensor([[10.0, 50.0], [100.0, 20.0]], dtype=torch.float64).repeat(4, 1)
+        batch = make_batch(4, seed=seed)
+        batch.lonlat_B2 = torch.tensor([[10.0, 50.0], [100.0, 20.0]], dtype=torch.float64).repeat(2, 1)
         batches.append(batch)
 
     torch.manual_seed(0)

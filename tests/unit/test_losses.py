@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from model.config import ModelConfig, MoEConfig, ObjectiveConfig
 from model.losses import qsacl
-from model.losses.dino import prototype_cross_entropy, target_probabilities, teacher_temperature
+from model.losses.dino import prototype_cross_entropy, target_log_probabilities, teacher_temperature
 from model.losses.ita import alignment_cross_entropy, token_classes
 from model.losses.reduce import SingleProcess
 from model.losses.router import router_terms
@@ -49,7 +49,7 @@ def test_centred_targets_equal_sinkhorn_on_the_full_matrix(iterations: int) -> N
     group = torch.arange(30) % 2
     valid = torch.rand(30, generator=torch.Generator().manual_seed(2)) > 0.3
     log_v = prototype_scaling(z, prototypes, group, valid, 2, 0.05, iterations, SingleProcess(), chunk=7)
-    got = target_probabilities(z, prototypes, log_v, group, 0.05)
+    got = target_log_probabilities(z, prototypes, log_v, group, 0.05).exp()
     for g in range(2):
         rows = (group == g) & valid
         expected = sinkhorn_by_the_book((z[rows] @ prototypes.T).numpy(), 0.05, iterations)
@@ -76,7 +76,7 @@ def test_centring_balances_prototypes_where_sharpening_alone_collapses() -> None
     usage = []
     for iterations in (0, 20):
         log_v = prototype_scaling(z, prototypes, group, valid, 1, 0.05, iterations, SingleProcess())
-        usage.append(target_probabilities(z, prototypes, log_v, group, 0.05).mean(0))
+        usage.append(target_log_probabilities(z, prototypes, log_v, group, 0.05).exp().mean(0))
     assert float(usage[0].max()) > 0.5
     assert float(usage[1].max()) < 0.12  # uniform is 0.1
 
@@ -149,7 +149,7 @@ def test_cross_entropy_equals_loops_and_its_gradients_are_right() -> None:
     def loss(s, w):
         return prototype_cross_entropy(s, w, teacher, teacher_prototypes, log_v, group, weight, 0.1, 0.05, chunk=3)[0]
 
-    total, ce, best = prototype_cross_entropy(
+    total, ce, entropy, best = prototype_cross_entropy(
         student, prototypes, teacher, teacher_prototypes, log_v, group, weight, 0.1, 0.05, chunk=3
     )
     expected = 0.0
@@ -159,6 +159,8 @@ def test_cross_entropy_equals_loops_and_its_gradients_are_right() -> None:
         log_a, log_b = math.log(sum(math.exp(i) for i in a)), math.log(sum(math.exp(i) for i in b))
         value = -sum(math.exp(a[k] - log_a) * (b[k] - log_b) for k in range(6))
         assert float(ce[n]) == pytest.approx(value, rel=1e-10)
+        plogp = sum(math.exp(i - log_a) * (i - log_a) for i in a)
+        assert float(entropy[n]) == pytest.approx(-plogp, rel=1e-10)
         assert int(best[n]) == max(range(6), key=lambda k: b[k])
         expected += float(weight[n]) * value
     assert float(total) == pytest.approx(expected, rel=1e-10)

@@ -47,7 +47,7 @@ def one_step(student: Student, teacher: Student, batches: list, reduce, samples_
 
 
 def whole_and_split(ranks: int, micro: int, objective: ObjectiveConfig = OBJECTIVE, steps: int = 2):
-    batches = [make_batch(8, seed=seed) for seed in range(steps)]
+    batches = [make_batch(4, seed=seed) for seed in range(steps)]
     whole = build(objective=objective)
     teacher = make_teacher(build(objective=objective))
     rank_students = [copy.deepcopy(whole) for _ in range(ranks)]
@@ -68,7 +68,7 @@ def whole_and_split(ranks: int, micro: int, objective: ObjectiveConfig = OBJECTI
     return expected, (metrics, grads, got[0][2])
 
 
-@pytest.mark.parametrize(("ranks", "micro"), [(2, 1), (1, 2), (2, 2), (4, 2)])
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 2), (2, 2), (4, 1)])
 def test_any_split_gives_the_same_loss_metrics_and_gradients(ranks: int, micro: int) -> None:
     (metrics, grads, step), (split_metrics, split_grads, split_step) = whole_and_split(ranks, micro)
     for name, value in metrics.items():
@@ -87,7 +87,7 @@ def test_loads_of_the_micro_batch_are_exact_over_ranks_but_not_over_accumulation
     (metrics, grads, _), (split_metrics, split_grads, _) = whole_and_split(2, 1, objective)
     for name, grad in grads.items():
         torch.testing.assert_close(split_grads[name], grad, rtol=1e-7, atol=1e-11)
-    (metrics, _, _), (split_metrics, _, _) = whole_and_split(1, 2, objective)
+    (metrics, _, _), (split_metrics, _, _) = whole_and_split(1, 2, objective, steps=1)
     torch.testing.assert_close(split_metrics["loss/mgcl_hr"], metrics["loss/mgcl_hr"])
     assert abs(float(split_metrics["loss/balance"] - metrics["loss/balance"])) > 1e-6
 
