@@ -137,9 +137,9 @@ def _audit_s2(row: Row, assets: tuple[Asset, ...], cube: Cube) -> None:
 
 
 def _audit_s1(row: Row, cube: Cube) -> None:
-    declared = cube.asset.unit or str(getattr(cube, "attributes", {}).get("unit") or "")
+    declared = cube.asset.unit
     sample = backscatter_sample(cube)
-    unit, flags = backscatter_unit(sample, declared if declared in ("dB", "linear") else "", cube.asset.id)
+    unit, flags = backscatter_unit(sample, declared, cube.asset.id)
     orbits = sorted({info.orbit for info in cube.dates} - {""})
     row.claim = " ".join(filter(None, (declared or "unit not said", cube.asset.calibration, "+".join(orbits))))
     row.pixels = unit

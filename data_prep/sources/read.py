@@ -265,10 +265,7 @@ def s2_decisions(assets: tuple[Asset, ...], cube: Cube) -> dict[int, tuple[Decis
 
 
 def _s1_frames(assets: tuple[Asset, ...], cube: Cube, dates: list[int], target: Grid, order: str) -> list[Frame]:
-    declared = cube.asset.unit or str(getattr(cube, "attributes", {}).get("unit") or "")
-    unit, flags = backscatter_unit(
-        backscatter_sample(cube), declared if declared in ("dB", "linear") else "", cube.asset.id
-    )
+    unit, flags = backscatter_unit(backscatter_sample(cube), cube.asset.unit, cube.asset.id)
     frames = []
     for date in dates:
         info = cube.dates[date]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import itertools
+import math
 import os
 import re
 from typing import Any
@@ -22,7 +24,8 @@ from data_prep.sources.raster import first_line, scl_codes
 from data_prep.sources.records import Asset, SourceFault
 
 DIMS = ("time", "band", "y", "x")
-CACHE_BYTES = 256 << 20
+CACHE_BYTES = 64 << 20
+READ_AHEAD = 8  # dates per request where each has its own chunks
 BLOSC_HEADER_BYTES = 16
 
 
@@ -32,60 +35,70 @@ class ZarrCube:
     def __init__(self, asset: Asset, wanted: tuple[str, ...]) -> None:
         self.asset = asset
         group = open_group(asset)
-        self._data = _data_array(group, asset)
+        arrays = _arrays(group, asset)
+        self._data = _data_array(arrays, asset)
         attributes = {**group.attrs.asdict(), **self._data.attrs.asdict()}
-        self.attributes = attributes
+        self._nodata = attributes.get("nodata")
+        self.asset = _with_attributes(asset, attributes)
         times, bands, height, width = self._data.shape
-        names = [band_name(str(name)) for name in _listed(attributes, "bands", group, "band", asset)]
+        names = [band_name(str(name)) for name in _listed(attributes, "bands", arrays, "band", asset)]
         if len(names) != bands:
             raise SourceFault(asset.id, f"names {len(names)} bands, the array has {bands}: {asset.href}")
         missing = [band for band in wanted if band not in names]
         if missing:
             raise SourceFault(asset.id, f"has no band {missing[0]}; it holds {', '.join(names)}")
         self._indices = [names.index(band) for band in wanted]
-        self.dates = _dates(attributes, group, times, asset)
-        self._grid = _grid(attributes, group, height, width, asset)
+        self.dates = _dates(attributes, arrays, times, asset)
+        self._grid = _grid(attributes, arrays, height, width, asset)
         self.layers = [Layer(wanted, self._grid)]
-        self._mask, self._mask_is_scl = _mask_array(group, (times, height, width), asset)
+        self._mask, self._mask_is_scl = _mask_array(arrays, (times, height, width), asset)
         self.cloud = self._grid if self._mask is not None else None
-        self._is_local_blosc = is_local(asset.href) and not asset.href.endswith(".zip") and _uses_blosc(self._data)
-        self._cached: tuple[Any, np.ndarray] | None = None
+        self._is_local = is_local(asset.href) and not asset.href.endswith(".zip")
+        self._held: dict[str, tuple[tuple[int, Window], np.ndarray]] = {}
 
     def read(self, date: int, layer: int, window: Window) -> np.ndarray:
-        row0, row1, col0, col1 = window
-        # a chunk may span dates: decode it once and serve its dates from memory, as long as that stays small
-        span = self._data.chunks[0]
-        if span * len(self._indices) * (row1 - row0) * (col1 - col0) * self._data.dtype.itemsize > CACHE_BYTES:
-            return self._get(slice(date, date + 1), window)[0]
-        start = date // span * span
-        key = (start, window)
-        if self._cached is None or self._cached[0] != key:
-            self._cached = (key, self._get(slice(start, start + span), window))
-        return self._cached[1][date - start]
+        return self._read_date(self._data, date, window)[self._indices]
 
-    def _get(self, times: slice, window: Window) -> np.ndarray:
+    def _read_date(self, array: Any, date: int, window: Window) -> np.ndarray:
+        """One date of an array, out of a block of dates that is fetched at once and kept.
+
+        A chunk may span dates, and one call for several chunks costs little more than one call for one.
+        """
+        row0, row1, col0, col1 = window
+        date_bytes = array.dtype.itemsize * math.prod(array.shape[1:-2]) * (row1 - row0) * (col1 - col0)
+        span = array.chunks[0] if array.chunks[0] > 1 else READ_AHEAD
+        span = span if span * date_bytes <= CACHE_BYTES else 1
+        start = date // span * span
+        held = self._held.get(array.path)
+        if held is None or held[0] != (start, window):
+            held = ((start, window), self._fetch(array, slice(start, min(start + span, array.shape[0])), window))
+            self._held[array.path] = held
+        return held[1][date - start]
+
+    def _fetch(self, array: Any, times: slice, window: Window) -> np.ndarray:
         row0, row1, col0, col1 = window
         try:
-            self._refuse_cut_blosc(times, window)
-            block = np.asarray(self._data[times, :, row0:row1, col0:col1])
+            self._refuse_cut_blosc(array, times, window)
+            return np.asarray(array[times, ..., row0:row1, col0:col1])
         except Exception as error:  # codecs raise what they like on damaged bytes
-            raise SourceFault(self.asset.id, f"corrupt chunk in {self.asset.href}: {first_line(error)}") from None
-        return block[:, self._indices]
+            raise SourceFault(
+                self.asset.id, f"corrupt chunk in {self.asset.href}/{array.path}: {first_line(error)}"
+            ) from None
 
-    def _refuse_cut_blosc(self, times: slice, window: Window) -> None:
+    def _refuse_cut_blosc(self, array: Any, times: slice, window: Window) -> None:
         """Raises ValueError for a chunk file shorter than its Blosc header says: the decoder would make pixels up.
 
         Only for local folders: object stores show no half-written objects, zips carry checksums, other codecs notice.
         """
-        if not self._is_local_blosc:
+        if not (self._is_local and _uses_blosc(array)):
             return
         row0, row1, col0, col1 = window
-        stop = min(times.stop, self._data.shape[0])
-        ranges = [(times.start, stop), (0, self._data.shape[1]), (row0, row1), (col0, col1)]
-        spans = [range(a // size, -(-b // size)) for (a, b), size in zip(ranges, self._data.chunks)]
-        folder = os.path.join(local_path(self.asset.href), self._data.path)
+        middle = [(0, size) for size in array.shape[1:-2]]
+        ranges = [(times.start, times.stop), *middle, (row0, row1), (col0, col1)]
+        spans = [range(a // size, -(-b // size)) for (a, b), size in zip(ranges, array.chunks)]
+        folder = os.path.join(local_path(self.asset.href), array.path)
         for place in itertools.product(*spans):
-            path = os.path.join(folder, self._data.metadata.encode_chunk_key(place))
+            path = os.path.join(folder, array.metadata.encode_chunk_key(place))
             if not os.path.exists(path):
                 continue  # absent chunks are the fill value, by the format's rules
             with open(path, "rb") as stream:
@@ -99,19 +112,14 @@ class ZarrCube:
 
     def read_cloud(self, date: int, window: Window) -> np.ndarray:
         assert self._mask is not None
-        row0, row1, col0, col1 = window
-        try:
-            values = np.asarray(self._mask[date, row0:row1, col0:col1])
-        except Exception as error:
-            raise SourceFault(self.asset.id, f"corrupt mask chunk in {self.asset.href}: {first_line(error)}") from None
+        values = self._read_date(self._mask, date, window)
         return scl_codes(values) if self._mask_is_scl else np.where(values != 0, CLOUD, CLEAR).astype(np.uint8)
 
     def nodata_of(self, layer: int) -> float | None:
-        value = self.attributes.get("nodata")
-        return None if value is None else float(value)
+        return None if self._nodata is None else float(self._nodata)
 
     def close(self) -> None:
-        self._cached = None
+        self._held = {}
 
 
 def open_group(asset: Asset) -> Any:
@@ -132,8 +140,25 @@ def open_group(asset: Asset) -> Any:
         raise SourceFault(asset.id, f"{href} cannot be opened as Zarr: {first_line(error)}") from None
 
 
-def _data_array(group: Any, asset: Asset) -> Any:
-    arrays = dict(group.arrays())
+def _arrays(group: Any, asset: Asset) -> dict[str, Any]:
+    try:
+        return dict(group.arrays())
+    except Exception as error:  # damaged array metadata
+        raise SourceFault(asset.id, f"{asset.href} cannot be opened as Zarr: {first_line(error)}") from None
+
+
+def _with_attributes(asset: Asset, attributes: dict[str, Any]) -> Asset:
+    """The asset with what the cube itself says where the catalog is silent: unit (s1), scale and offset (s2)."""
+    said: dict[str, Any] = {}
+    if not asset.unit and attributes.get("unit") in ("dB", "linear"):
+        said["unit"] = attributes["unit"]
+    for name in ("scale", "offset"):
+        if getattr(asset, name) is None and isinstance(attributes.get(name), int | float):
+            said[name] = float(attributes[name])
+    return dataclasses.replace(asset, **said)
+
+
+def _data_array(arrays: dict[str, Any], asset: Asset) -> Any:
     if asset.member:
         array = arrays.get(asset.member)
     else:
@@ -165,21 +190,21 @@ def _uses_blosc(array: Any) -> bool:
     return any("blosc" in type(codec).__name__.lower() for codec in codecs)
 
 
-def _listed(attributes: dict[str, Any], name: str, group: Any, coordinate: str, asset: Asset) -> list[Any]:
+def _listed(attributes: dict[str, Any], name: str, arrays: dict[str, Any], coordinate: str, asset: Asset) -> list[Any]:
     if isinstance(attributes.get(name), list):
         return attributes[name]
-    if coordinate in group:
-        values = np.asarray(group[coordinate][:])
+    if coordinate in arrays:
+        values = np.asarray(arrays[coordinate][:])
         return [item.decode() if isinstance(item, bytes) else item for item in values.tolist()]
     if name == "bands" and asset.bands:
         return list(asset.bands)
     raise SourceFault(asset.id, f"has neither an attribute {name} nor a coordinate {coordinate}: {asset.href}")
 
 
-def _dates(attributes: dict[str, Any], group: Any, times: int, asset: Asset) -> list[DateInfo]:
-    stamps = _listed(attributes, "datetimes", group, "time", asset)
+def _dates(attributes: dict[str, Any], arrays: dict[str, Any], times: int, asset: Asset) -> list[DateInfo]:
+    stamps = _listed(attributes, "datetimes", arrays, "time", asset)
     if stamps and not isinstance(stamps[0], str):
-        stamps = _cf_times(stamps, str(group["time"].attrs.get("units", "")), asset)
+        stamps = _cf_times(stamps, str(arrays["time"].attrs.get("units", "")), asset)
     stamps = [iso_datetime(str(stamp)) for stamp in stamps]
     if len(stamps) != times:
         raise SourceFault(asset.id, f"names {len(stamps)} dates, the array has {times}: {asset.href}")
@@ -224,16 +249,16 @@ def _cf_times(values: list[Any], units: str, asset: Asset) -> list[str]:
     return [(start + dt.timedelta(seconds=float(value) * seconds)).isoformat() for value in values]
 
 
-def _grid(attributes: dict[str, Any], group: Any, height: int, width: int, asset: Asset) -> Grid:
+def _grid(attributes: dict[str, Any], arrays: dict[str, Any], height: int, width: int, asset: Asset) -> Grid:
     crs = str(attributes.get("crs") or asset.crs or "")
-    if not crs and "spatial_ref" in group:
-        reference = group["spatial_ref"].attrs
+    if not crs and "spatial_ref" in arrays:
+        reference = arrays["spatial_ref"].attrs
         crs = str(reference.get("crs_wkt") or reference.get("spatial_ref") or "")
     if not crs:
         raise SourceFault(asset.id, f"has no CRS (attribute crs, or proj:code in the catalog): {asset.href}")
     transform = attributes.get("transform") or asset.transform
-    if transform is None and "x" in group and "y" in group and width > 1 and height > 1:
-        xs, ys = np.asarray(group["x"][:], float), np.asarray(group["y"][:], float)
+    if transform is None and "x" in arrays and "y" in arrays and width > 1 and height > 1:
+        xs, ys = np.asarray(arrays["x"][:], float), np.asarray(arrays["y"][:], float)
         step_x, step_y = (xs[-1] - xs[0]) / (width - 1), (ys[-1] - ys[0]) / (height - 1)
         transform = (step_x, 0.0, xs[0] - step_x / 2, 0.0, step_y, ys[0] - step_y / 2)  # coordinates are pixel centres
     if transform is None or len(transform) < 6:
@@ -247,10 +272,10 @@ def _grid(attributes: dict[str, Any], group: Any, height: int, width: int, asset
         raise SourceFault(asset.id, f"CRS or transform cannot be read: {first_line(error)}") from None
 
 
-def _mask_array(group: Any, shape: tuple[int, int, int], asset: Asset) -> tuple[Any, bool]:
+def _mask_array(arrays: dict[str, Any], shape: tuple[int, int, int], asset: Asset) -> tuple[Any, bool]:
     for name in ("scl", "cloud"):
-        if name in group:
-            array = group[name]
+        if name in arrays:
+            array = arrays[name]
             if array.shape != shape:
                 raise SourceFault(asset.id, f"array {name} has shape {array.shape}, wanted {shape}: {asset.href}")
             return array, name == "scl"

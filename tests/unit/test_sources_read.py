@@ -14,7 +14,7 @@ import zarr
 
 from cluster.errors import UsageError
 from data_prep.config import GridConfig
-from data_prep.geo import Grid
+from data_prep.geo import Grid, crs_of
 from data_prep.schema import CLEAR, CLOUD, MODALITIES, NODATA
 from data_prep.sources import SiteRecord, SourceFault, open_catalog, read_site, split_site
 from data_prep.sources.items import AssetFields
@@ -98,6 +98,24 @@ def test_time_axis_out_of_order_is_sorted_and_said_so(tmp_path):
     assert series.datetimes == sorted(stamps)
     assert (series.pixels_TCHW == pixels[[1, 2, 0]]).all()
     assert all(d["time_order"] == "sorted" for d in series.decisions)
+
+
+def test_cf_coordinates_do_where_attributes_are_missing(tmp_path):
+    pixels = s2_pixels(4, 2)
+    group = zarr.open_group(str(tmp_path / "site.zarr"), mode="w", zarr_format=2)
+    for name, data in {
+        "dn": pixels, "time": np.array([10, 375.5]), "band": np.array(S2_BANDS, dtype="S3"),
+        "x": 500000 + 10 * (np.arange(16) + 0.5), "y": 5300000 - 10 * (np.arange(16) + 0.5), "spatial_ref": np.array(0),
+    }.items():  # fmt: skip
+        group.create_array(name, data=data)
+    group["time"].attrs["units"] = "days since 2021-01-01 00:00:00"
+    group["spatial_ref"].attrs["crs_wkt"] = crs_of("EPSG:32633").to_wkt()
+    group.attrs.update({"scale": 0.0001, "offset": -0.1})
+    entry = item("site", {"s2": AssetFields("s2", str(tmp_path / "site.zarr"), "application/vnd+zarr", S2_BANDS, GRID)})
+    series = read_site(only(tmp_path, [entry]), NATIVE).series["s2"]
+    assert series.datetimes == ["2021-01-11T00:00:00Z", "2022-01-11T12:00:00Z"]
+    assert series.transform == GRID.transform
+    assert (series.pixels_TCHW == np.clip(pixels.astype(int) - 1000, 1, None)).all()  # the cube's own offset
 
 
 def test_bands_of_several_sizes_meet_on_the_finest_grid(tmp_path):
