@@ -15,8 +15,10 @@ from data_prep.schema import SiteArrays
 from data_prep.shards import ShardSet
 from data_prep.simulate.write import simulate
 from model.config import ModelConfig, MoEConfig
+from model.pretrained import Pretrained
 from model.skysense import SkySense
 from pipeline.config import DataConfig, PretrainConfig, ProbeConfig, ViewConfig
+from pipeline.examples.segmentation import SegmentationModel, finetune, pixel_accuracy
 from pipeline.probes.classify import knn, ridge
 from pipeline.probes.features import extract
 from pipeline.probes.in_loop import raster_name, run_probes, statistics_dict
@@ -161,3 +163,12 @@ def test_rasters_are_found_by_themselves(shards: ShardSet) -> None:
 def test_the_feature_sheet_is_a_picture(shards: ShardSet, skysense: SkySense) -> None:
     picture = feature_sheet(skysense, PretrainConfig(data=DataConfig(views_global=VIEW)), shards)
     assert picture.startswith(b"\x89PNG")
+
+
+def test_the_segmentation_example_learns(shards: ShardSet) -> None:
+    torch.manual_seed(0)
+    backbone = Pretrained(ModelConfig(size="debug", moe=MoEConfig(experts=2, blocks=1)), statistics_dict(shards))
+    model = SegmentationModel(backbone, "s2", len(shards.classes["landcover"]))
+    losses = finetune(model, shards, "landcover", steps=12, batch=4, lr=3e-3)
+    assert min(losses[-3:]) < losses[0]
+    assert 0 <= pixel_accuracy(model, shards, "probe", "landcover") <= 1

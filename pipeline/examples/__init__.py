@@ -1,0 +1,1 @@
+"""Downstream use of an exported backbone, to copy from."""
