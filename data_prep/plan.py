@@ -6,6 +6,7 @@ Sites that turn out faulty while reading drop out of *their* shard only; nothing
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,7 @@ from data_prep.config import SPLITS, BuildConfig, GridConfig
 from data_prep.merge import shaping_config
 from data_prep.schema import MODALITIES
 from data_prep.shards import shard_name
-from data_prep.sources.records import SiteRecord, SourceFault
+from data_prep.sources.records import Asset, SiteRecord, SourceFault
 from data_prep.split import assign
 
 MODALITY_OF = {"cloud": "s2", "scl": "s2"}  # mask rasters go with their image
@@ -181,8 +182,12 @@ def _deduplicated(records: Iterable[SiteRecord]) -> tuple[list[SiteRecord], int,
 
 def _content(record: SiteRecord) -> tuple[Any, ...]:
     """What makes two records the same observation: ground, and per asset its sensor, bands, date and product (or file)."""
-    assets = sorted((a.modality, a.bands, a.datetime, a.product_id or a.href, a.member) for a in record.assets)
-    return record.crs, tuple(round(v, 2) for v in record.footprint), tuple(assets)
+    return record.crs, tuple(round(v, 2) for v in record.footprint), _observed(record.assets)
+
+
+@functools.lru_cache(maxsize=4096)  # the sites cut out of one scene share its assets
+def _observed(assets: tuple[Asset, ...]) -> tuple[Any, ...]:
+    return tuple(sorted((a.modality, a.bands, a.datetime, a.product_id or a.href, a.member) for a in assets))
 
 
 def _packed(records: Sequence[SiteRecord], config: BuildConfig) -> Iterable[list[SiteRecord]]:
@@ -205,8 +210,17 @@ def _fingerprint(shards: Sequence[PlannedShard], config: BuildConfig) -> str:
     for shard in shards:
         digest.update(shard.name.encode())
         for record in shard.records:
-            tree = record.to_dict()
-            for asset in tree["assets"]:
-                asset["href"] = asset["href"].rsplit("/", 1)[-1]
-            digest.update(json.dumps(tree, sort_keys=True, default=str).encode())
+            facts = (
+                record.key, record.cell, record.crs, record.footprint, record.bbox_wgs84, record.datetimes, record.product_ids,
+                sorted(record.scalars.items()), sorted(record.classes.items()),
+            )  # fmt: skip
+            digest.update(json.dumps(facts).encode())
+            digest.update(_assets_text(record.assets))
     return digest.hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=4096)
+def _assets_text(assets: tuple[Asset, ...]) -> bytes:
+    """Everything the catalog says about the assets but the folders they lie in."""
+    trees = [dataclasses.asdict(asset) | {"href": asset.href.rsplit("/", 1)[-1]} for asset in assets]
+    return json.dumps(trees, sort_keys=True).encode()

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     from cluster.cli import print_json
+    from cluster.errors import UsageError
     from data_prep.config import BuildConfig, GridConfig, OutputConfig, ShardsConfig, SourceConfig, SplitConfig
 
     with tempfile.TemporaryDirectory(prefix="geoloom-bench-") as folder:
@@ -55,6 +56,8 @@ def main(args: argparse.Namespace) -> int:
             SourceConfig((catalog,)), OutputConfig(os.path.join(folder, "set")), grid, SplitConfig({"train": 1.0}),
         )  # fmt: skip
         records = _records(config, args.sites)
+        if not records:
+            raise UsageError(f"{catalog} lists no site")
         per_shard = max(
             len(records) // (4 * max(args.workers)), 1
         )  # enough tasks that the last one does not leave others idle
@@ -127,19 +130,21 @@ def timed_build(
         for shard in plan.shards[:workers]
     ]
     marks: list[float] = []
+    before = _cpu_s()
     stages: dict[str, float] = {}
     both = [*warm, *jobs]
     results = run_jobs(build_shard, both, workers, lambda _: None, [job.shard.name for job in both])
     for done, (_, spent) in enumerate(results, 1):
         if done == len(warm):
             marks.append(time.perf_counter())
+            before = _cpu_s() if workers <= 1 else before
         elif done > len(warm):
             for stage, value in spent.items():
                 stages[stage] = stages.get(stage, 0.0) + value
-    seconds = time.perf_counter() - marks[0]
+    seconds, cpu_s = time.perf_counter() - marks[0], _cpu_s() - before
     limit = figures["sum_s"] / min(workers, os.cpu_count() or 1)
     return {
-        "workers": workers, "seconds": seconds, "sites_per_s": len(records) / seconds, "mb_per_s": figures["mb"] / seconds,
+        "workers": workers, "seconds": seconds, "cpu_s": cpu_s, "sites_per_s": len(records) / seconds, "mb_per_s": figures["mb"] / seconds,
         "share_of_limit": limit / seconds, "stages_s": stages, "peak_rss_mb": _peak_rss_mb(workers), "shards": len(plan.shards),
     }  # fmt: skip
 
@@ -158,7 +163,7 @@ def report_builds(figures: dict[str, Any]) -> None:
         print(
             f"build, {build['workers']} workers: {build['seconds']:.2f} s  {build['sites_per_s']:.2f} sites/s  "
             f"{build['mb_per_s']:.0f} MB/s  {build['share_of_limit']:.0%} of the limit  "
-            f"×{first['seconds'] / build['seconds']:.2f}  peak {build['peak_rss_mb']:.0f} MB per worker"
+            f"×{first['seconds'] / build['seconds']:.2f}  CPU {build['cpu_s']:.2f} s  peak {build['peak_rss_mb']:.0f} MB per worker"
         )
 
 
@@ -211,6 +216,12 @@ def _timed_decoders(total: list[float]) -> Iterator[None]:
     finally:
         for (cube, name), original in zip(methods, originals):
             setattr(cube, name, original)
+
+
+def _cpu_s() -> float:
+    """CPU seconds of this process and its finished children: what a stage costs whatever else the machine does."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _peak_rss_mb(workers: int) -> float:
