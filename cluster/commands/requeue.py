@@ -55,7 +55,9 @@ def read_attempt(run: RunDir, job_dir: str, job: str, code: int, asked_to_stop: 
     )  # srun itself may die of a signal before its tasks run
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     failures = [f for f in logs.read_failures(run.logs_url) if (f.get("job") or "", f.get("restart")) == (job, restart)]
-    step = failures[0].get("step") if failures else run.last_step()
+    step = failures[0].get("step") if failures else None
+    if step is None or step < 0:  # it failed outside a step
+        step = run.last_step()
     error = failures[0].get("error", "") if failures else _describe(code)
     return Attempt(job, restart, code, step or 0, error, (marked and code == 0) or signalled, asked_to_stop)
 

@@ -12,9 +12,15 @@ from typing import Any
 import pytest
 
 from cluster.commands import submit as command
+from cluster.commands.plan import figures_of
 from cluster.errors import RunFailure, UsageError
+from cluster.plan.facts import configured_layout, hardware, model_facts
+from cluster.plan.recommend import recommend
 from cluster.slurm import commands as door
+from cluster.slurm.resolve import resolve
 from cluster.slurm.submit import submit
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -176,3 +182,33 @@ def test_a_run_in_memory_cannot_be_submitted(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(command, "resolve", lambda *_: answer)
     with pytest.raises(UsageError, match="memory of one process"):
         command.main(parse("train", "c.yaml", "--dry-run"))
+
+
+def test_a_run_on_an_object_store_keeps_its_jobs_on_a_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_dir: Path
+) -> None:
+    sbatch(tmp_path, COUNTING)
+    tree = {"resolved": {"run": {"dir": "s3://bucket/runs/a b", "name": "n"}}, "fingerprint": ""}
+    monkeypatch.setattr(command, "resolve", lambda *_: tree)
+    monkeypatch.chdir(tmp_path)
+    sent = submit(command.plan_submission(parse("train", "c.yaml")))
+    assert sent["run_dir"] == "s3://bucket/runs/a b"
+    assert sent["job_dir"] == str(tmp_path / "runs_out" / "a-b.jobs" / "001")
+    assert f"LOGS={tmp_path}/runs_out/a-b.jobs/001/logs\n" in Path(sent["job_dir"], "job.sbatch").read_text()
+
+
+def test_the_owner_of_a_config_refuses_it() -> None:
+    """The real dry run, as a subprocess: its own message and exit code come through."""
+    with pytest.raises(UsageError, match=r"unknown key train\.stepz; nearest valid key is train\.steps"):
+        resolve("train", "pipeline/runs/demo.yaml", ["train.stepz=1"])
+    with pytest.raises(UsageError, match="does not exist"):
+        resolve("build", "nowhere.yaml", [])
+
+
+@pytest.mark.parametrize("name", ["demo", "demo_dense", "tiny", "skysense_v2", "skysense_v2_dense"])
+def test_shipped_configs_resolve_and_plan(name: str) -> None:
+    answer = resolve("train", str(REPOSITORY / "pipeline" / "runs" / f"{name}.yaml"), [])
+    layout = configured_layout(answer["resolved"], 1, 2)
+    figures = figures_of(answer, layout, hardware("h200"))
+    assert figures["memory_gb"]["total"] > 0
+    assert recommend(model_facts(answer), layout, hardware("h200")) is not None
