@@ -157,3 +157,14 @@ def test_softmax_centering_and_no_local_views_run() -> None:
     metrics, _, _ = one_step(student, make_teacher(student), [make_batch(2, local_views=0)], SingleProcess())
     assert torch.isfinite(metrics["loss"])
     assert float(metrics["loss/qsacl"]) > 0
+
+
+def test_bfloat16_weights_give_nearly_the_same_loss() -> None:
+    batch = make_batch(4, seed=7)
+    torch.manual_seed(0)
+    student = Student(MODEL, OBJECTIVE, STATISTICS, CLASSES)
+    teacher = make_teacher(student)
+    expected, _, _ = one_step(copy.deepcopy(student), teacher, [batch], SingleProcess())
+    metrics, grads, _ = one_step(student.bfloat16(), teacher, [batch], SingleProcess())
+    assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), rel=0.03)
+    assert all(grad is not None and grad.dtype == torch.bfloat16 and torch.isfinite(grad).all() for grad in grads.values())
