@@ -28,8 +28,15 @@ class Teacher:
     def __init__(self, module: Any, state: ShardedState) -> None:
         self.module, self.state = module.requires_grad_(False).eval(), state
         self._parameters = dict(module.named_parameters())
+        self._dtype = next(iter(self._parameters.values())).dtype
+        self._device = next(iter(self._parameters.values())).device
         # Starts as the student is, bit by bit: the student's masters are what the teacher is an average of.
         self.averages = {id(master): master.tensor.detach().clone() for master in state.masters}
+        self._tables: dict[int, Tensor] = {}  # where the teacher's weights can be views of what is gathered
+        for master in state.masters:
+            if master.bind is not None:
+                self._tables[id(master)] = self._new_table(master)
+                master.bind(self._parameters, self._tables[id(master)])
         self.publish()
 
     @torch.no_grad()
@@ -44,19 +51,25 @@ class Teacher:
     def publish(self) -> None:
         """Compute weights from the averages; a collective over each master's group."""
         for master in self.state.masters:
-            master.scatter(self._parameters, self._gather(master))
+            table = self._tables.get(id(master))
+            gathered = self._gather(master, self._new_table(master) if table is None else table)
+            if table is None:
+                master.scatter(self._parameters, gathered)
 
     def of(self, piece: Piece) -> Tensor:
         """This rank's part of the average, fp32."""
         return piece.of(self.averages[id(piece.master)])
 
-    def _gather(self, master: Master) -> Tensor:
-        average = self.averages[id(master)]
-        example = next(iter(self._parameters.values()))
-        part = average.to(example.device, example.dtype)  # gathered in compute precision: half the traffic in bf16
-        if master.group is None or dist.get_world_size(master.group) == 1:
-            return part.reshape(1, -1)
-        world = dist.get_world_size(master.group)
-        gathered = torch.empty(world, part.numel(), dtype=part.dtype, device=part.device)
-        dist.all_gather_into_tensor(gathered.view(-1), part.contiguous(), group=master.group)
-        return gathered
+    def _new_table(self, master: Master) -> Tensor:
+        """Room for all partitions in compute precision: [ranks, size]."""
+        ranks = 1 if master.group is None else dist.get_world_size(master.group)
+        return torch.zeros(ranks, master.tensor.numel(), dtype=self._dtype, device=self._device)
+
+    def _gather(self, master: Master, table: Tensor) -> Tensor:
+        """Fills `table` with every rank's average, cast before it travels: half the traffic in bf16."""
+        part = self.averages[id(master)].reshape(-1)
+        if table.shape[0] == 1:
+            table[0].copy_(part)
+        else:
+            dist.all_gather_into_tensor(table.view(-1), part.to(table.device, table.dtype), group=master.group)
+        return table

@@ -57,12 +57,14 @@ class Master:
     Attributes:
         tensor: fp32; a flat partition (ZeRO 1-3) or a parameter (ZeRO 0).
         group: process group over which `tensor` is one of equal partitions; None where it is whole.
-        scatter: given all partitions concatenated, [ranks, size], puts them into a twin model's parameters.
+        scatter: given all partitions, [ranks, size], puts them into a twin model's parameters.
+        bind: makes a twin's parameters views of such a table, so that filling it is all; None where that cannot be.
     """
 
     tensor: Tensor
     group: dist.ProcessGroup | None
     scatter: Callable[[dict[str, nn.Parameter], Tensor], None]
+    bind: Callable[[dict[str, nn.Parameter], Tensor], None] | None = None
 
 
 class ShardedState:
@@ -137,7 +139,7 @@ class ShardedState:
             group, size = wrapper.real_dp_process_group[i], int(wrapper.partition_size[i])
             low = dist.get_rank(group) * size
             places = [(self.names[id(p)], p.shape, int(o)) for p, o in zip(parameters, offsets)]
-            master, pieces = Master(flat, group, _scatter_flat(places)), []
+            master, pieces = Master(flat, group, _scatter_flat(places), _bind_flat(places)), []
             for parameter, offset in zip(parameters, offsets):
                 a, b = max(offset, low), min(offset + parameter.numel(), low + size)
                 if a < b:
@@ -200,6 +202,15 @@ def _scatter_flat(places: list[Any]) -> Callable[[dict[str, nn.Parameter], Tenso
             twin[name].copy_(flat[offset : offset + shape.numel()].view(shape))
 
     return scatter
+
+
+def _bind_flat(places: list[Any]) -> Callable[[dict[str, nn.Parameter], Tensor], None]:
+    def bind(twin: dict[str, nn.Parameter], partitions: Tensor) -> None:
+        flat = partitions.view(-1)
+        for name, shape, offset in places:
+            twin[name].data = flat[offset : offset + shape.numel()].view(shape)
+
+    return bind
 
 
 def _scatter_partitioned(places: list[Any]) -> Callable[[dict[str, nn.Parameter], Tensor], None]:

@@ -13,6 +13,7 @@ from model.losses.reduce import DistributedReduce
 from pipeline.config import PretrainConfig
 from pipeline.engine import Engine
 from pipeline.parallel.layout import Layout
+from pipeline.schedules import ema_momentum
 from tests.standin import Rows, StandIn, make_batch
 
 
@@ -75,18 +76,23 @@ def train_all(cases: list[dict[str, Any]]) -> list[Any]:
     for case in cases:
         engine = build(case)
         losses, norms = [], []
+        unsharded = {n: t for n, t in full_state(engine).items() if n.startswith("teacher/")}
         for step in range(case.get("steps", 20)):
             result = engine.step(micro_batches(engine.layout, step), step * engine.layout.batch)
             losses.append(result.loss)
             norms.append(result.grad_norm)
-        state = full_state(engine)
+            state = full_state(engine)
+            momentum = ema_momentum((step + 1) * engine.layout.batch, engine.total_samples, 0.9, 1.0)
+            for name, average in unsharded.items():
+                average.lerp_(state[name.replace("teacher", "student", 1)], 1.0 - momentum)
+        same_average = all(torch.equal(state[name], average) for name, average in unsharded.items())
         twin = {name: p.detach().float() for name, p in engine.teacher.module.named_parameters()}
         drift = max(  # the teacher computes with its average
             (twin[n.split("/", 1)[1]] - t[: len(twin[n.split("/", 1)[1]])]).abs().max().item()
             for n, t in state.items() if n.startswith("teacher/") and "experts" not in n
         )  # fmt: skip
         tensors = {k: v.flatten().tolist() for k, v in state.items()} if dist.get_rank() == 0 else {}
-        results.append({"losses": losses, "norms": norms, "tensors": tensors, "teacher_drift": drift})
+        results.append({"losses": losses, "norms": norms, "tensors": tensors, "teacher_drift": drift, "same_average": same_average})
         engine.deepspeed.destroy()
     return results
 
