@@ -48,8 +48,12 @@ def sample_json(site: SiteArrays, split: str) -> dict[str, Any]:
 
 
 def clear_fractions(mask_THW: np.ndarray) -> list[float]:
-    """Share of CLEAR pixels per date, rounded so that it reads the same from JSON and from the index (float32)."""
-    return [round(float(n), 6) for n in (mask_THW == CLEAR).mean(axis=(1, 2))]
+    """Share of CLEAR pixels per date, rounded so that it reads the same from JSON and from the index (float32).
+
+    1.0 means that every pixel is clear, exactly: the reader then does not decode the mask.
+    """
+    shares = (mask_THW == CLEAR).mean(axis=(1, 2))
+    return [1.0 if n == 1 else min(round(float(n), 6), 0.999999) for n in shares]
 
 
 def encode_members(site: SiteArrays, split: str, codecs: CodecsConfig) -> Iterator[tuple[str, bytes]]:

@@ -14,13 +14,19 @@ from data_prep.schema import CLEAR, CLOUD, MODALITIES, Series, SiteArrays
 from data_prep.shards import ShardWriter
 
 
-def texture(rng: np.random.Generator, shape: tuple[int, int], octaves: int = 5) -> np.ndarray:
-    """Noise in [0, 1] with as much detail at each scale as land has: float32 [H, W], halving amplitudes by octave."""
+def texture(rng: np.random.Generator, shape: tuple[int, int], octaves: int = 6) -> np.ndarray:
+    """Smooth noise in [0, 1] with detail at every scale, as land has: float32 [H, W], amplitudes halved by octave."""
     total = np.zeros(shape, np.float32)
     for octave in range(octaves):
-        step = 2 ** (octaves - 1 - octave)
-        coarse = rng.random((-(-shape[0] // step), -(-shape[1] // step)), np.float32)
-        total += np.kron(coarse, np.ones((step, step), np.float32))[: shape[0], : shape[1]] / 2**octave
+        step = 2 ** (octaves - octave)
+        size = [-(-side // step) + 1 for side in shape]
+        coarse = rng.random(size, np.float32)
+        for axis, side in enumerate(shape):
+            at = np.arange(side) / step
+            low = at.astype(int)
+            part = (at - low).astype(np.float32)[:, None] if axis == 0 else (at - low).astype(np.float32)
+            coarse = coarse.take(low, axis) * (1 - part) + coarse.take(low + 1, axis) * part
+        total += coarse / 2**octave
     return total / 2
 
 
@@ -52,11 +58,20 @@ def make_site(number: int, hr_px: int = 512, series_px: int = 16, s2_dates: int 
     east = 300_000.0 + 200 * side_m * (number % 200) / 100
     lon = 15.0 + 0.001 * number
     bbox = (lon, 46.9, lon + side_m / 76_000, 46.9 + side_m / 111_000)
-    return SiteArrays(f"site_{number:06d}", "EPSG:32633", bbox, (east, 0.0, east + side_m, side_m), series, f"cell_{number}")
+    return SiteArrays(
+        f"site_{number:06d}", "EPSG:32633", bbox, (east, 0.0, east + side_m, side_m), series, f"cell_{number}"
+    )
 
 
 def make_set(
-    url: str, count: int, codec: str, per_shard: int = 64, hr_px: int = 512, series_px: int = 16, s2_dates: int = 20, s1_dates: int = 10
+    url: str,
+    count: int,
+    codec: str,
+    per_shard: int = 64,
+    hr_px: int = 512,
+    series_px: int = 16,
+    s2_dates: int = 20,
+    s1_dates: int = 10,
 ) -> str:
     """A shard set of `count` sites, all members in one codec; returns its URL."""
     config = BuildConfig(codecs=CodecsConfig(hr=codec, s2=codec, s1=codec, mask=codec, label=codec))

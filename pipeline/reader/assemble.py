@@ -21,11 +21,13 @@ from pipeline.reader.views import ViewPlan
 class SiteMembers:
     """Opened members of a sample by stem (`s2`, `s2.mask`, `label.landcover`), and what the index says of it.
 
-    doy: per modality the day of year of every stored date. width_m: ground extent of the site.
+    doy, clear: per modality the day of year and the share of clear pixels of every stored date (1.0: all, exactly).
+    width_m: ground extent of the site.
     """
 
     members: Mapping[str, Member]
     doy: Mapping[str, np.ndarray]
+    clear: Mapping[str, np.ndarray]
     width_m: float
 
 
@@ -71,7 +73,7 @@ def _canvas_gsd(name: str, crop: Crop, side_px: int) -> float:
 
 
 def _fill_modality(site: SiteMembers, name: str, canvases: list[tuple[ViewPlan, ModalityArrays, int]], i: int) -> None:
-    member, mask = site.members[name], site.members[f"{name}.mask"]
+    member = site.members[name]
     _, _, height, width = member.shape
     gsd = site.width_m / width
     wanted = []  # (window of source pixels, aligned?) per view
@@ -81,7 +83,7 @@ def _fill_modality(site: SiteMembers, name: str, canvases: list[tuple[ViewPlan, 
         wanted.append((window or _covering(plan.crop, height, width, gsd), window is not None))
     shared = _union([window for window, _ in wanted])
     dates = np.unique(np.concatenate([plan.dates[name] for plan, _, _ in canvases]))
-    source = _read(member, mask, dates, shared) if shared else None
+    source = _read(site, name, dates, shared) if shared else None
     for (plan, out, side), (window, aligned) in zip(canvases, wanted):
         chosen = plan.dates[name]
         _fill_dates(out, i, chosen, plan.jitter_days[name], site.doy[name])
@@ -89,18 +91,18 @@ def _fill_modality(site: SiteMembers, name: str, canvases: list[tuple[ViewPlan, 
             out.x_BTCHW[i], out.valid_BTHW[i] = 0, False
             continue
         if source is None or shared is None:
-            pixels, codes = _read(member, mask, chosen, window)
+            pixels, clear = _read(site, name, chosen, window)
             at, top, left = np.arange(len(chosen)), window.y0, window.x0
         else:
-            (pixels, codes), at, top, left = source, np.searchsorted(dates, chosen), shared.y0, shared.x0
+            (pixels, clear), at, top, left = source, np.searchsorted(dates, chosen), shared.y0, shared.x0
         part = np.s_[..., window.y0 - top : window.y1 - top, window.x0 - left : window.x1 - left]
-        pixels, codes = pixels[part], codes[part]
+        pixels, clear = pixels[part], None if clear is None else clear[part]
         if len(at) != len(pixels):
-            pixels, codes = pixels[at], codes[at]
+            pixels, clear = pixels[at], None if clear is None else clear[at]
         if aligned:
-            _place(pixels, codes, window, plan.crop.turn, out, i)
+            _place(pixels, clear, window, plan.crop.turn, out, i)
         else:
-            _place_resampled(pixels, codes, window, plan.crop, gsd, _canvas_gsd(name, plan.crop, side), out, i)
+            _place_resampled(pixels, clear, window, plan.crop, gsd, _canvas_gsd(name, plan.crop, side), out, i)
 
 
 def _union(windows: list[Window]) -> Window | None:
@@ -123,9 +125,22 @@ def _covering(crop: Crop, height: int, width: int, gsd: float) -> Window:
     )
 
 
-def _read(member: Member, mask: Member, dates: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels [n, C, h, w] and validity codes [n, h, w] of some dates in a window; scratch memory or a view of the bytes."""
-    return _decode(member, dates, window, "pixels"), _decode(mask, dates, window, "codes")[:, 0]
+def _read(site: SiteMembers, name: str, dates: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray | None]:
+    """Pixels [n, C, h, w] (scratch memory or a view of the bytes) and where they are clear, bool [n, h, w]; None: everywhere.
+
+    Masks of dates that the index knows to be clear all over are not decoded. A number that is none is missing, whatever the
+    mask says.
+    """
+    pixels = _decode(site.members[name], dates, window, "pixels")
+    clear = None
+    masked = np.flatnonzero(site.clear[name][dates] < 1)
+    if len(masked):
+        clear = np.ones((len(dates), *pixels.shape[2:]), bool)
+        clear[masked] = _decode(site.members[f"{name}.mask"], dates[masked], window, "codes")[:, 0] == CLEAR
+    if pixels.dtype.kind == "f":
+        finite = np.isfinite(pixels).all(axis=1)
+        clear = finite if clear is None else clear & finite
+    return pixels, clear
 
 
 def _decode(member: Member, dates: np.ndarray, window: Window, name: str) -> np.ndarray:
@@ -147,7 +162,9 @@ def _fill_dates(out: ModalityArrays, i: int, chosen: np.ndarray, jitter_days: np
     out.doy_BT[i, : len(chosen)], out.doy_BT[i, len(chosen) :] = day, 0
 
 
-def _place(pixels: np.ndarray, codes: np.ndarray, window: Window, turn: int, out: ModalityArrays, i: int) -> None:
+def _place(
+    pixels: np.ndarray, clear: np.ndarray | None, window: Window, turn: int, out: ModalityArrays, i: int
+) -> None:
     """Copies aligned pixels to their place on the turned canvas and empties the rest."""
     x, valid, count = out.x_BTCHW[i], out.valid_BTHW[i], len(pixels)
     if pixels.shape[-2:] != x.shape[-2:]:
@@ -156,11 +173,8 @@ def _place(pixels: np.ndarray, codes: np.ndarray, window: Window, turn: int, out
         x[count:], valid[count:] = 0, False
     rows, columns = (window.row, window.row + pixels.shape[-2]), (window.column, window.column + pixels.shape[-1])
     box = turned_box(rows, columns, x.shape[-1], turn)
-    clear = codes == CLEAR
-    if pixels.dtype.kind == "f":  # a number that is none is missing, whatever the mask says
-        clear &= np.isfinite(pixels).all(axis=1)
     copy_turned(pixels, x[:count, ..., *box], turn)
-    if clear.all():
+    if clear is None:
         valid[:count, *box] = True
     else:
         copy_turned(clear, valid[:count, *box], turn)
@@ -168,7 +182,7 @@ def _place(pixels: np.ndarray, codes: np.ndarray, window: Window, turn: int, out
 
 def _place_resampled(
     pixels: np.ndarray,
-    codes: np.ndarray,
+    clear: np.ndarray | None,
     window: Window,
     crop: Crop,
     gsd: float,
@@ -180,10 +194,8 @@ def _place_resampled(
     count, side = round(crop.side_m / canvas_gsd), out.x_BTCHW.shape[-1]
     rows = taps(crop.y0_m / gsd - window.y0, canvas_gsd / gsd, min(count, side), pixels.shape[-2])
     columns = taps(crop.x0_m / gsd - window.x0, canvas_gsd / gsd, min(count, side), pixels.shape[-1])
-    valid = codes == CLEAR
-    if pixels.dtype.kind == "f":
-        valid &= np.isfinite(pixels).all(axis=1)
-    values, inside = resample(pixels, valid, rows, columns)
+    clear = np.ones((len(pixels), *pixels.shape[2:]), bool) if clear is None else clear
+    values, inside = resample(pixels, clear, rows, columns)
     x, mask = unturned(out.x_BTCHW[i], crop.turn), unturned(out.valid_BTHW[i], crop.turn)
     x[...], mask[...] = 0, False
     part = np.s_[: len(values), ..., : values.shape[-2], : values.shape[-1]]

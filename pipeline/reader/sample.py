@@ -75,8 +75,12 @@ class SampleReader:
     def _fill_from(self, span: memoryview, plans: list[ViewPlan], buffers: BatchBuffers, i: int, row: int) -> None:
         began = time.thread_time()
         members = self._open(span, row)
-        doy = {m: self._table.dates[m].doy_D[self._table.dates[m].of(row)] for m in self._modalities if m in members}
-        fill_site(SiteMembers(members, doy, float(self._table.width_m_N[row])), plans, buffers.views, self.configs, i)
+        dates = {m: self._table.dates[m] for m in self._modalities if m in members}
+        doy = {m: d.doy_D[d.of(row)] for m, d in dates.items()}
+        clear = {m: d.clear_D[d.of(row)] for m, d in dates.items()}
+        fill_site(
+            SiteMembers(members, doy, clear, float(self._table.width_m_N[row])), plans, buffers.views, self.configs, i
+        )
         self.decode_s += time.thread_time() - began
 
     def _open(self, span: memoryview, row: int) -> dict[str, Member]:

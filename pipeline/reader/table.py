@@ -239,7 +239,7 @@ def _dates(index: pa.Table, modality: str) -> Dates:
     if known.any():
         date = day[known].astype(str).astype("datetime64[D]")
         doy_D[known] = (date - date.astype("datetime64[Y]")).astype(int) + 1
-    return Dates(first_N.astype(np.int64), np.nan_to_num(clear_D, nan=1.0), doy_D)
+    return Dates(first_N.astype(np.int64), np.nan_to_num(clear_D, nan=0.999), doy_D)
 
 
 def _list(index: pa.Table, name: str) -> pa.ListArray:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.codec import encode, extension, open_member
+from data_prep.sample import clear_fractions
 from data_prep.schema import CLEAR, CLOUD
 from model.augment import NEUTRAL as MODEL_NEUTRAL
 from model.augment import PHOTOMETRIC as MODEL_PHOTOMETRIC
@@ -70,9 +71,8 @@ def coded_site(width: int = 12, height: int = 10, hr_per_px: int = 4, codec: str
     members = {"s2": member(s2.astype(np.uint16)), "hr": member(hr.astype(np.uint8))}
     members |= {f"{name}.mask": member(mask) for name, mask in masks.items()}
     members["label.landcover"] = member((places(height, width, 100)).astype(np.int16)[None, None])
-    return SiteMembers(
-        members, {"s2": np.array([10, 50, 0, 150, 366], np.int16), "hr": np.array([200], np.int16)}, 10.0 * width
-    )
+    doy = {"s2": np.array([10, 50, 0, 150, 366], np.int16), "hr": np.array([200], np.int16)}
+    return SiteMembers(members, doy, {"s2": np.full(5, 0.99), "hr": np.ones(1)}, 10.0 * width)
 
 
 def filled(site: SiteMembers, plans: list[ViewPlan], view: ViewConfig = VIEW) -> BatchBuffers:
@@ -273,3 +273,10 @@ def test_fast_copies_equal_plain_ones(turn, shape, dtype):
     unturned(wanted, turn)[..., 2 : 2 + height, 1 : 1 + width] = source
     copy_turned(source, canvas[..., *turned_box((2, 2 + height), (1, 1 + width), 140, turn)], turn)
     assert np.array_equal(canvas, wanted)
+
+
+def test_only_a_wholly_clear_date_counts_as_clear():
+    """The reader does not decode masks of dates with share 1.0, so rounding must not make one."""
+    mask = np.full((2, 2048, 2048), CLEAR, np.uint8)
+    mask[1, 5, 5] = CLOUD
+    assert clear_fractions(mask) == [1.0, 0.999999]
