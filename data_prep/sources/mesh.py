@@ -106,7 +106,7 @@ def item(url: str, site: tuple[str, ...]) -> dict[str, Any]:
         cube = MeshCube(asset, ())
         times += [info.datetime for info in cube.dates if info.datetime]
         s2 = modality.startswith("s2")
-        assets[folder.lower()] = AssetFields(
+        assets[folder] = AssetFields(
             modality, href, "application/vnd+zarr", cube.names, cube.grid, format="mesh", member=member, level=level,
             unit="" if s2 else "dB", scale=1e-4 if s2 else None, offset=0.0 if s2 else None, nodata=0.0 if s2 else None,
             calibration=calibration, data_type=cube.data_type,

@@ -66,7 +66,7 @@ def item(url: str, site: tuple[str, ...]) -> dict[str, Any]:
     for unread in faults:  # stays in the catalog without a grid, so that the build meets and counts it
         folder = unread.asset.rsplit("/", 1)[1]
         modality = {"S2L2A": "s2", "S2L1C": "s2_l1c", "LULC": "label"}.get(folder, "s1")
-        assets[modality if modality != "label" else "lulc"] = AssetFields(modality, join(url, folder, f"{stem}.tif"))
+        assets["lulc" if folder == "LULC" else folder] = AssetFields(modality, join(url, folder, f"{stem}.tif"))
     has_label = "lulc" in assets
     return make_item(
         stem, assets, cell="_".join(stem.split("_")[:2]), classes={"lulc": LULC_CLASSES} if has_label else None,
@@ -79,7 +79,7 @@ def _asset(folder: str, href: str, name: str, moment: str) -> tuple[str, AssetFi
     grid, kind = fields.grid, fields.data_type
     if folder in ("S2L2A", "S2L1C"):
         modality, bands = ("s2", L2A_ORDER) if folder == "S2L2A" else ("s2_l1c", L1C_ORDER)
-        return modality, AssetFields(
+        return folder, AssetFields(
             modality, href, bands=bands, grid=grid, datetime=moment, level=folder[2:], scale=1e-4, offset=0.0, nodata=0.0,
             data_type=kind,
         )  # fmt: skip
@@ -87,7 +87,7 @@ def _asset(folder: str, href: str, name: str, moment: str) -> tuple[str, AssetFi
         return "lulc", AssetFields("label", href, grid=grid, nodata=0.0, data_type=kind)
     own = iso_datetime(fields.tags.get("datetime", ""))
     note = "gamma0 RTC" if folder == "S1RTC" else "sigma0 GRD"
-    return "s1", AssetFields(
+    return folder, AssetFields(
         "s1", href, bands=("VV", "VH"), grid=grid, datetime=own, unit="dB", data_type=kind, calibration=note
     )
 

@@ -178,7 +178,7 @@ def test_plain_geotiffs_bigearthnet_and_naip(tmp_path):
 def test_audit_of_real_imagery_flags_exactly_the_known_contradictions():
     found = figures(audit(str(real_data("terramind"))))
     flagged = {entry["asset"] for entry in found["contradictions"]}
-    assert flagged == {"433D_629L_3_1/s2", "433D_629L_3_1/s2_l1c", "609U_541L_3_0/s2_l1c"}
+    assert flagged == {"433D_629L_3_1/S2L2A", "433D_629L_3_1/S2L1C", "609U_541L_3_0/S2L1C"}
     assert found["assets"] == 9
     assert found["faults"] == []
 

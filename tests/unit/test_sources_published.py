@@ -103,7 +103,7 @@ def test_terramesh_tars_one_per_modality(tmp_path):
     middle = int(records[0].of("s2")[0].member.split(":")[0]) + 3000
     damaged[middle : middle + 400] = b"\0" * 400
     shard.write_bytes(damaged)
-    with pytest.raises(SourceFault, match="100U_20L_0_1/s2l2a"):
+    with pytest.raises(SourceFault, match="100U_20L_0_1/S2L2A"):
         read_site(records[0], NATIVE)
     read_site(records[1], NATIVE)
 
