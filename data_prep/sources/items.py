@@ -13,12 +13,13 @@ from data_prep.geo import Grid, bbox_wgs84, centre_wgs84, ground_cell
 from data_prep.sources.raster import open_raster, raster_grid
 
 STAC_VERSION = "1.0.0"
-EXTENSIONS = [
-    "https://stac-extensions.github.io/projection/v2.0.0/schema.json",
-    "https://stac-extensions.github.io/raster/v1.1.0/schema.json",
-    "https://stac-extensions.github.io/eo/v1.1.0/schema.json",
-    "https://stac-extensions.github.io/sat/v1.0.0/schema.json",
-]
+# declared where their fields are used: a schema refuses an item that declares it and has none of its fields
+EXTENSIONS = {
+    "proj": "https://stac-extensions.github.io/projection/v2.0.0/schema.json",
+    "raster": "https://stac-extensions.github.io/raster/v1.1.0/schema.json",
+    "eo": "https://stac-extensions.github.io/eo/v1.1.0/schema.json",
+    "sat": "https://stac-extensions.github.io/sat/v1.0.0/schema.json",
+}
 COG = "image/tiff; application=geotiff"
 ROLES = {"cloud": ["cloud"], "scl": ["cloud"], "label": ["labels"]}
 
@@ -107,16 +108,18 @@ def make_item(
         properties["label:classes"] = [{"name": name, "classes": list(names)} for name, names in classes.items()]
     properties |= _summary(list(assets.values()))
     properties |= extra or {}
+    described = {name: asset_json(asset, main) for name, asset in assets.items()}
+    used = {key.partition(":")[0] for fields in (properties, *described.values()) for key in fields}
     return {
         "type": "Feature",
         "stac_version": STAC_VERSION,
-        "stac_extensions": EXTENSIONS,
+        "stac_extensions": [url for prefix, url in EXTENSIONS.items() if prefix in used],
         "id": item_id,
         "geometry": shapely.geometry.mapping(shapely.box(west, south, east, north)),
         "bbox": [west, south, east, north],
         "properties": properties,
         "links": [],
-        "assets": {name: asset_json(asset, main) for name, asset in assets.items()},
+        "assets": described,
     }
 
 

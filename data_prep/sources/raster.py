@@ -186,7 +186,9 @@ class RasterCube:
         try:
             return dataset.read(indices, window=_raster_window(window))
         except (RasterioError, OSError) as error:
-            raise SourceFault(asset.id, f"corrupt pixels in {dataset.name}: {first_line(error.__cause__ or error)}") from None
+            raise SourceFault(
+                asset.id, f"corrupt pixels in {dataset.name}: {first_line(error.__cause__ or error)}"
+            ) from None
 
     def nodata_of(self, layer: int) -> float | None:
         """The nodata value the file itself declares for a layer's first band."""
