@@ -173,9 +173,8 @@ def create(url: str, data: bytes) -> bool:
         try:
             with explained(url):
                 fs.pipe_file(path, data, mode="create")  # S3: If-None-Match
-        except (
-            OSError
-        ):  # servers say "exists" in several ways (s3fs: FileExistsError, or errno 22 for a failed precondition)
+        except OSError:
+            # servers say "exists" in several ways (s3fs: FileExistsError, or errno 22 for a failed precondition)
             if not exists(url):
                 raise
             return False
