@@ -33,7 +33,7 @@ from data_prep.plan import Plan, PlannedShard, make_plan, read_catalogs
 from data_prep.pool import run_jobs
 from data_prep.sample import SampleError
 from data_prep.schema import CLEAR, SiteArrays
-from data_prep.shards import FAULTS, ShardWriter
+from data_prep.shards import FAULTS, INDEX, MANIFEST, ShardWriter
 from data_prep.sources import read_site
 from data_prep.sources.records import SiteRecord, SourceFault
 from data_prep.split import cell_of
@@ -188,13 +188,14 @@ def build_shard(
 
 
 def sweep(url: str) -> None:
-    """Removes temporary files that killed builders left; every shard is finished, so none can still be wanted."""
+    """Removes temporary files that killed builders left. Every shard is finished, so none of a shard's can still be wanted;
+    those of index, manifest and fault list may be another task's that merges at this moment."""
     if not storage.is_local(url):
         return
     folder = storage.local_path(url)
     for where in (folder, os.path.join(folder, merge.PARTS)):
         for entry in os.listdir(where):
-            if entry.endswith(".tmp"):
+            if entry.endswith(".tmp") and not entry.startswith((INDEX, MANIFEST, FAULTS)):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(where, entry))
 

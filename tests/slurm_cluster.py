@@ -161,7 +161,15 @@ class SlurmCluster:
         return value
 
     def wait_state(self, job: str, *states: str, timeout: float = 60) -> dict[str, str]:
-        self.wait(lambda: self.job(job).get("JobState") in states, f"job {job} {' or '.join(states)}", timeout)
+        """Waits for one of `states`; fails at once when the job has ended in another."""
+
+        def reached() -> bool:
+            state = self.job(job).get("JobState")
+            if state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT") and state not in states:
+                raise AssertionError(f"job {job} ended {state}, awaited was {' or '.join(states)}")
+            return state in states
+
+        self.wait(reached, f"job {job} {' or '.join(states)}", timeout)
         return self.job(job)
 
     def task_processes(self, name: str, job: str) -> list[int]:

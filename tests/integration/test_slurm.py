@@ -121,12 +121,6 @@ def test_a_signal_ahead_checkpoints_and_requeues(slurm: SlurmCluster, tmp_path: 
     assert sent.attempts[0]["checkpointed"]
 
 
-def test_requeue_by_an_operator(slurm: SlurmCluster, tmp_path: Path) -> None:
-    sent = Sent(slurm, tmp_path / "run", step_s=0.1).at_step(12)
-    slurm.run("scontrol", "requeue", sent.job)
-    sent.ends().assert_every_step_once()
-
-
 def test_a_chain_hands_over(slurm: SlurmCluster, tmp_path: Path) -> None:
     sent = Sent(slurm, tmp_path / "run", chain=3, step_s=0.1).at_step(5)
     slurm.run("scancel", "--signal=USR1", "--batch", sent.jobs[0])
@@ -173,15 +167,6 @@ def test_preemption_by_a_more_urgent_job(slurm: SlurmCluster, tmp_path: Path) ->
     slurm.run("srun", "--partition=urgent", "--nodes=2", "--exclusive", "true", timeout=60)
     sent.ends().assert_every_step_once(40)
     assert sent.attempts[0]["checkpointed"]
-
-
-def test_a_crashed_node_is_survived(slurm: SlurmCluster, tmp_path: Path) -> None:
-    sent = Sent(slurm, tmp_path / "run", step_s=0.2, steps=50).at_step(15)
-    slurm.crash_node("node2")
-    slurm.wait(lambda: slurm.job(sent.job).get("JobState") != "RUNNING", "the crash noticed")
-    slurm.start_node("node2")  # after a reboot
-    sent.ends(timeout=90).assert_every_step_once(50)
-    assert int(slurm.job(sent.job)["Restarts"]) >= 1
 
 
 def cluster_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

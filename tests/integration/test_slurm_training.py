@@ -166,7 +166,7 @@ def test_time_limit_and_requeue_leave_one_continuous_run(slurm: SlurmCluster, fo
     import mlflow
 
     uri = f"sqlite:///{folder}/mlflow.db"
-    run = Run(slurm, folder, "limited", f"tracking.uri={uri}", "--time", "2", "--signal-s", "60")
+    run = Run(slurm, folder, "limited", f"tracking.uri={uri}", "--time", "2", "--signal-s", "80")
     run.at_step(3)
     held = [process for node in slurm.names for process in run.trainers(node)]
     for process in held:

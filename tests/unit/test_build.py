@@ -93,6 +93,15 @@ def test_a_rerun_makes_only_what_is_missing(world, tmp_path):
     assert tree(tmp_path) == before
 
 
+def test_sweeping_leaves_what_another_merge_is_writing(tmp_path):
+    """Two array tasks that finish together both merge; one must not take the other's half-written index away."""
+    (tmp_path / "_build").mkdir()
+    for name in ("index.parquet.0123abcd.tmp", "manifest.json.0123abcd.tmp", "train-000000.tar.0123abcd.tmp"):
+        (tmp_path / name).write_bytes(b"")
+    building.sweep(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.glob("*.tmp")) == ["index.parquet.0123abcd.tmp", "manifest.json.0123abcd.tmp"]
+
+
 def test_faulty_sites_drop_out_of_their_shard_only(world, tmp_path):
     build(config(tmp_path / "good"))
     world.broken = {"k_3": SourceFault("k_3/s2", "corrupt tile"), "k_5": OSError(5, "source vanished")}
