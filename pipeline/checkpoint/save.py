@@ -104,8 +104,7 @@ class Saver:
         manifest = {**facts, **_index(notes)}
         self.before_commit()
         final = store.commit(self.url, step, self._token, manifest)
-        for rank in range(self.world):
-            storage.remove(storage.join(final, self._note_name(rank)))
+        store.tidy(final, manifest)
         self.after_commit(final, step)
         store.retain(self.url, self.config.keep_last, self.config.keep_every)
 

@@ -114,6 +114,13 @@ def commit(checkpoints_url: str, step: int, token: str, manifest: Mapping[str, A
     return final
 
 
+def tidy(url: str, manifest: Mapping[str, Any]) -> None:
+    """Removes what lies in a committed checkpoint's folder and is none of it: notes, files of an older attempt."""
+    for name in storage.list_names(url):
+        if name != MANIFEST and name not in manifest["files"]:
+            storage.remove(storage.join(url, name))
+
+
 def remove(url: str) -> None:
     """Removes a checkpoint so that no reader sees a part of it as whole: the manifest first."""
     storage.remove(storage.join(url, MANIFEST))
