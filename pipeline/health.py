@@ -20,7 +20,7 @@ from cluster.logs import record_failure
 from cluster.ranks import Ranks
 
 PHASES = ("start", "data", "teacher", "student", "update", "log", "probe", "save", "end")
-PATIENCE = 10  # an upload or a probe may take so many times longer than a step's phase
+PATIENCE, SLOW_PHASES = 10, ("start", "probe", "save", "end")  # these may take so many times longer than the rest
 log = logging.getLogger(__name__)
 
 
@@ -104,7 +104,7 @@ class Heartbeat:
         while not self._over.wait(self._interval):
             self._publish()
             waited = time.monotonic() - self._moved
-            if waited > self.timeout_s * (PATIENCE if self.phase in ("save", "probe") else 1):
+            if waited > self.timeout_s * (PATIENCE if self.phase in SLOW_PHASES else 1):
                 self._end(waited)
 
     def _publish(self) -> None:

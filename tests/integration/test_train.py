@@ -135,7 +135,7 @@ def test_a_non_finite_loss_stops_all_ranks_by_name(shards: str, tmp_path: Path) 
 
 
 def test_a_stalled_rank_is_named(shards: str, tmp_path: Path) -> None:
-    job = Job(shards, tmp_path / "run", "train.stall_timeout_s=8", "train.steps=10000", "checkpoint.every=0")
+    job = Job(shards, tmp_path / "run", "train.stall_timeout_s=15", "train.steps=10000", "checkpoint.every=0")
     job.reach_step(2)
     stopped = job.ranks()[1]
     stopped.suspend()
