@@ -23,7 +23,6 @@ from cluster.plan.memory import memory_bytes
 from cluster.plan.recommend import FILL, as_overrides, recommend
 from cluster.slurm.resolve import resolve
 
-
 CHECKED = ["memory on CPU ranks, ZeRO 0-2: within 10 %", "collective bytes, ZeRO 0-2: within 5 %"]
 NOT_CHECKED = ["step time and GPU-hours", "what accelerators' fused attention keeps", "reserve", "ZeRO-3", "offload"]
 """What tests/integration/test_plan_measured.py compares with real steps, and what nothing here was compared with."""
