@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from data_prep.build import Job
     from data_prep.config import BuildConfig
     from data_prep.sources.records import SiteRecord
 
@@ -88,10 +89,10 @@ def alone(records: list[SiteRecord], config: BuildConfig) -> dict[str, Any]:
 
     read_site(records[0], config.grid)  # imports and first-use costs are not a stage
     seconds = dict.fromkeys(STAGES, 0.0)
-    pixels = 0
+    pixels, seen = 0, set[str]()
     for record in records:
         start = time.perf_counter()
-        _read_files(record)
+        _read_files(record, seen)
         seconds["read"] += time.perf_counter() - start
         decode = [0.0]
         with _timed_decoders(decode):
@@ -116,15 +117,15 @@ def alone(records: list[SiteRecord], config: BuildConfig) -> dict[str, Any]:
 def timed_build(
     records: list[SiteRecord], config: BuildConfig, workers: int, url: str, figures: dict[str, Any]
 ) -> dict[str, Any]:
-    """One build in its own process tree; time counts from the moment all workers stand (first site reported − its own time)."""
-    from data_prep.build import Job, build_shard
+    """One build; the clock starts when the first worker has made its throw-away shard (others may still be importing)."""
+    from data_prep.build import Job
     from data_prep.plan import make_plan
     from data_prep.pool import run_jobs
 
     config = _at(config, url)
     plan = make_plan(records, config)
     jobs = [Job(shard, config, plan.fingerprint) for shard in plan.shards]
-    # `warm`: every worker has made one small throw-away shard before the clock starts (imports, first use of libraries)
+    # one small throw-away shard per worker: imports and first use of libraries are no throughput
     warm = [
         Job(dataclasses.replace(shard, records=shard.records[:1]), _at(config, url + "-warm"), "warm")
         for shard in plan.shards[:workers]
@@ -133,19 +134,21 @@ def timed_build(
     before = _cpu_s()
     stages: dict[str, float] = {}
     both = [*warm, *jobs]
-    results = run_jobs(build_shard, both, workers, lambda _: None, [job.shard.name for job in both])
-    for done, (_, spent) in enumerate(results, 1):
-        if done == len(warm):
+    peak = 0.0
+    results = run_jobs(measured_shard, both, workers, lambda _: None, [job.shard.name for job in both])
+    for done, (_, spent, rss) in enumerate(results, 1):
+        peak = max(peak, rss)
+        if done == 1:
             marks.append(time.perf_counter())
             before = _cpu_s() if workers <= 1 else before
-        elif done > len(warm):
+        if done > len(warm):
             for stage, value in spent.items():
                 stages[stage] = stages.get(stage, 0.0) + value
     seconds, cpu_s = time.perf_counter() - marks[0], _cpu_s() - before
     limit = figures["sum_s"] / min(workers, os.cpu_count() or 1)
     return {
         "workers": workers, "seconds": seconds, "cpu_s": cpu_s, "sites_per_s": len(records) / seconds, "mb_per_s": figures["mb"] / seconds,
-        "share_of_limit": limit / seconds, "stages_s": stages, "peak_rss_mb": _peak_rss_mb(workers), "shards": len(plan.shards),
+        "share_of_limit": limit / seconds, "stages_s": stages, "peak_rss_mb": peak, "shards": len(plan.shards),
     }  # fmt: skip
 
 
@@ -171,14 +174,15 @@ def _at(config: BuildConfig, url: str) -> BuildConfig:
     return dataclasses.replace(config, output=dataclasses.replace(config.output, url=url))
 
 
-def _read_files(record: SiteRecord) -> None:
-    """Every byte of a site's files, once."""
+def _read_files(record: SiteRecord, seen: set[str]) -> None:
+    """Every byte of a site's files, once; files of a scene that an earlier site shared are not read again."""
     for href in dict.fromkeys(asset.href for asset in record.assets):
         path = href.removeprefix("file://")
+        if path in seen:
+            continue
+        seen.add(path)
         files = [path] if os.path.isfile(path) else [os.path.join(d, f) for d, _, names in os.walk(path) for f in names]
         for name in files:
-            if os.path.getsize(name) > 64 << 20:
-                continue  # a whole scene is shared by its sites and read by windows
             with open(name, "rb", buffering=0) as stream:
                 while stream.read(8 << 20):
                     pass
@@ -224,9 +228,11 @@ def _cpu_s() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def _peak_rss_mb(workers: int) -> float:
-    """Largest resident size of any worker so far (of this process where it is the worker)."""
-    import resource
+def measured_shard(job: Job, report: Callable[[Any], None]) -> tuple[dict[str, Any], dict[str, float], float]:
+    """`build_shard`, and the peak resident MB of the process that ran it (VmHWM: unlike ru_maxrss, not the parent's)."""
+    from data_prep.build import build_shard
 
-    who = resource.RUSAGE_SELF if workers <= 1 else resource.RUSAGE_CHILDREN
-    return resource.getrusage(who).ru_maxrss / 1024
+    part, seconds = build_shard(job, report)
+    with open("/proc/self/status") as status:
+        peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    return part, seconds, peak / 1024
