@@ -197,14 +197,12 @@ class ObjectiveConfig:
     balance_load: expert loads in the balance loss are those of the previous step (exact under any split into ranks and
     micro-batches) or of the current global micro-batch (Switch's formula to the letter; another accumulation, another loss).
     ita_embeddings: file made by `python -m pipeline text-embeddings`; None switches ITA off.
-    spread_weight: pushes fused features out of crowded directions (`losses.spread`; ours, off by default).
     geo_context: regional prototypes (predecessor), over `geo_regions` cells with `geo_prototypes` each.
     """
 
     mgcl_weight: float = 1.0
     ita_weight: float = 0.1
     qsacl_weight: float = 1.0
-    spread_weight: float = 0.0
     prototypes: int = 65536
     head_hidden: int = 2048
     head_bottleneck: int = 256

@@ -9,7 +9,7 @@ One optimiser step with A micro-batches on each of W ranks:
     more = student.finish_step(reduce)                                       # loads and prototype usage of the step
 
 Loss and metrics follow the convention of `model.losses.reduce`: their mean over ranks and micro-batches is exact.
-Metric names: `loss`; `loss/mgcl_<modality|fused>` (sum of the granularities); `loss/qsacl`; `loss/ita`; `loss/spread`; `loss/balance`,
+Metric names: `loss`; `loss/mgcl_<modality|fused>` (sum of the granularities); `loss/qsacl`; `loss/ita`; `loss/balance`,
 `loss/z` (means over layers); `targets/entropy` (of the teacher's
 targets, as a share of log K, mean over groups: 1 = they say nothing, 0 = one prototype each); `feature/effective_rank`, `feature/std` (`model.collapse`); from `finish_step`: `moe/…`
 (`model.moe.balance.describe`), `prototypes/usage` and `prototypes/usage_<head>`.
@@ -42,7 +42,6 @@ from model.losses.ita import IGNORE, token_classes
 from model.losses.mgcl import pair_views, pool_student
 from model.losses.reduce import Reduce
 from model.losses.router import router_terms
-from model.losses.spread import moments, spread_sum
 from model.moe.balance import MoEStats, add_stats, describe, reduce_stats
 from model.objective_plan import head_dims, head_of, uses_ita
 from model.skysense import Features, SkySense
@@ -132,11 +131,7 @@ class Student(nn.Module):
             rows["query"] = self._teacher_queries(batch, features, valid_u.fused)
         tokens_KL = torch.stack([routed_tokens(self.model, view) for view in self._student_views(batch)])
         tokens_L = tokens_KL.sum(0).to(batch.position_B.device)
-        moments_ff = None
-        if features and self.objective.spread_weight:
-            moments_ff = moments(features[0].fused.flatten(0, 2), features[0].fused_valid.flatten())
-        classes = self._classes(batch.u, valid_u.fused)
-        return TeacherScores(rows, pairings, classes, tokens_L, valid_u.fused.sum(), moments_ff, context)
+        return TeacherScores(rows, pairings, self._classes(batch.u, valid_u.fused), tokens_L, context)
 
     @torch.no_grad()
     def center(self, scores: list[TeacherScores], samples_seen: int, reduce: Reduce) -> list[TeacherTargets]:
@@ -191,11 +186,6 @@ class Student(nn.Module):
             ita = ita * targets.ita_scale.to(ita.dtype)
             loss = loss + self.objective.ita_weight * ita
             metrics["loss/ita"] = ita.detach()
-        if targets.spread is not None:
-            spread = spread_sum(u.fused.flatten(0, 2), u.fused_valid.flatten(), *targets.spread)
-            spread = spread * targets.spread_scale.to(spread.dtype)
-            loss = loss + self.objective.spread_weight * spread
-            metrics["loss/spread"] = spread.detach()
         loss = loss + self._router(features, targets, metrics)
         metrics["loss"] = loss.detach()
         if diagnose:

@@ -17,7 +17,6 @@ from model.heads import HeadTargets, unit_rows
 from model.losses.mgcl import Pairing
 from model.losses.reduce import Reduce
 from model.losses.sinkhorn import prototype_scaling
-from model.losses.spread import directions
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,6 @@ class TeacherScores:
         pairings: which tokens of u each modality compares (constants to autograd).
         class_Bhw: class of each fused token of u, -1 where unlabelled or invalid; None without ITA.
         tokens_L: router tokens that the student will see per layer.
-        fused_tokens: valid fused tokens of u. moments_ff: of the teacher's fused tokens of v (`losses.spread`); None if off.
         context: geo-context of the sites and what it learns; None if off.
     """
 
@@ -45,8 +43,6 @@ class TeacherScores:
     pairings: dict[str, Pairing]
     class_Bhw: Tensor | None
     tokens_L: Tensor
-    fused_tokens: Tensor
-    moments_ff: Tensor | None = None
     context: ContextSums | None = None
 
 
@@ -58,7 +54,6 @@ class TeacherTargets:
         router_tokens_L: tokens that each layer with experts routes in the whole step; parts: W·A.
         heads: by head; `weight_N` of a row is its group's scale, 0 if invalid.
         groups: names of the head's groups, index = `group_N`.
-        spread: mean and covariance of the teacher's fused tokens; spread_scale: W·A per valid fused token of u.
         context_BPF: geo-context prototypes of each site's region, before this step's update.
         samples_seen: of the run so far; the same for all micro-batches of the step.
         reduce: set where the student must meet the other ranks (`balance_load: micro_batch`).
@@ -69,8 +64,6 @@ class TeacherTargets:
     pairings: dict[str, Pairing]
     class_Bhw: Tensor | None
     ita_scale: Tensor
-    spread_scale: Tensor
-    spread: tuple[Tensor, Tensor] | None
     router_tokens_L: Tensor
     parts: int
     samples_seen: int = 0
@@ -91,9 +84,7 @@ def center(
         prototypes: unit rows [K, d] of the teacher's heads.
     """
     parts = reduce.world * len(scores)
-    scale, ita_scale, spread_scale, router_tokens_L = _scales(scores, list(head_of_group), parts, reduce)
-    summed = [score.moments_ff for score in scores if score.moments_ff is not None]
-    spread = directions(reduce.sum(torch.stack(summed).sum(0))) if summed else None
+    scale, ita_scale, router_tokens_L = _scales(scores, list(head_of_group), parts, reduce)
     groups = {head: [g for g, h in head_of_group.items() if h == head] for head in prototypes}
     heads: list[dict[str, HeadTargets]] = [{} for _ in scores]
     for head, names in groups.items():
@@ -120,8 +111,6 @@ def center(
             score.pairings,
             score.class_Bhw,
             ita_scale,
-            spread_scale,
-            spread,
             router_tokens_L,
             parts,
             context_BPF=None if score.context is None else score.context.prototypes_BPF,
@@ -146,18 +135,16 @@ def group_means(y_Nd: Tensor, group_N: Tensor, valid_N: Tensor, num_groups: int,
 
 def _scales(
     scores: list[TeacherScores], groups: list[str], parts: int, reduce: Reduce
-) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-    """W·A/N per group, of ITA and of spread, 0 where nothing is valid anywhere; tokens per router layer."""
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """W·A/N per group and of ITA, 0 where nothing is valid anywhere; tokens per router layer."""
     device = scores[0].tokens_L.device
     labelled = [0 if s.class_Bhw is None else (s.class_Bhw >= 0).sum() for s in scores]
     rows = [torch.as_tensor(sum(s.rows[name].valid_N.sum() for s in scores), device=device) for name in groups]
-    fused = torch.as_tensor(sum(s.fused_tokens for s in scores), device=device)
-    counts = torch.stack([*rows, torch.as_tensor(sum(labelled), device=device), fused]).to(torch.float64)
+    counts = torch.stack([*rows, torch.as_tensor(sum(labelled), device=device)]).to(torch.float64)
     tokens_L = torch.stack([s.tokens_L.to(torch.float64) for s in scores]).sum(0)
     total = reduce.sum(torch.cat([counts, tokens_L]))
     scale = torch.where(total > 0, parts / total.clamp_min(1), 0.0)
-    first = len(groups)
-    return dict(zip(groups, scale)), scale[first], scale[first + 1], total[first + 2 :]
+    return dict(zip(groups, scale)), scale[len(groups)], total[len(groups) + 1 :]
 
 
 def _stack(score: TeacherScores, names: list[str]) -> tuple[Tensor, Tensor, Tensor]:

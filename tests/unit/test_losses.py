@@ -16,7 +16,6 @@ from model.losses.ita import alignment_cross_entropy, token_classes
 from model.losses.reduce import SingleProcess
 from model.losses.router import router_terms
 from model.losses.sinkhorn import cluster_weights, prototype_scaling
-from model.losses.spread import directions, moments, spread_sum
 from model.moe.balance import MoEStats
 from model.pretrain import Student, make_teacher
 from model.view_tokens import view_affine
@@ -376,24 +375,3 @@ def test_router_terms_with_the_step_s_own_loads_are_switch_s_losses() -> None:
     assert float(batch_z) == pytest.approx(float(z_term))
     first, _ = router_terms([stats], torch.zeros(1, 4), tokens, 3, None)
     assert float(first) == pytest.approx(1.0)  # no loads yet: as if uniform, no pull on the router
-
-
-# ---- spread
-
-
-def test_spread_equals_the_formula_and_counts_directions() -> None:
-    x = torch.randn(40, 5, dtype=DOUBLE, generator=torch.Generator().manual_seed(0)) + 2
-    valid = torch.arange(40) % 3 > 0
-    mean, covariance = directions(moments(x[:17], valid[:17]) + moments(x[17:], valid[17:]))
-    rows = x[valid].numpy()
-    expected = np.cov(rows.T, bias=True)
-    np.testing.assert_allclose(mean.numpy(), rows.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(covariance.numpy(), expected * 5 / np.trace(expected), rtol=1e-5, atol=1e-6)
-    total = 0.0
-    for row in rows:
-        away = (row - mean.numpy()) / np.linalg.norm(row - mean.numpy())
-        total += float(away @ covariance.double().numpy() @ away)
-    assert float(spread_sum(x, valid, mean.double(), covariance.double())) == pytest.approx(total, rel=1e-6)
-    line = torch.randn(40, 1, dtype=DOUBLE) * torch.randn(1, 5, dtype=DOUBLE)
-    on_a_line = spread_sum(line, valid, *directions(moments(line, valid))) / valid.sum()
-    assert float(on_a_line) == pytest.approx(5, rel=1e-3)

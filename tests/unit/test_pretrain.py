@@ -19,7 +19,7 @@ from tests.thread_ranks import ThreadReduce, run_ranks
 MODEL = ModelConfig(size="debug", drop_path=0.2, moe=MoEConfig(experts=4, blocks=2, balance_weight=0.5, z_weight=0.1))
 OBJECTIVE = ObjectiveConfig(
     prototypes=32, head_hidden=16, head_bottleneck=8, pixel_pairs=12, object_clusters=3, queries=4,
-    teacher_warmup_samples=100, spread_weight=0.3, ita_embeddings=str(Path(__file__).parents[2] / "pipeline/runs/text_embeddings.safetensors"),
+    teacher_warmup_samples=100, ita_embeddings=str(Path(__file__).parents[2] / "pipeline/runs/text_embeddings.safetensors"),
 )  # fmt: skip
 
 
@@ -167,6 +167,4 @@ def test_bfloat16_weights_give_nearly_the_same_loss() -> None:
     expected, _, _ = one_step(copy.deepcopy(student), teacher, [batch], SingleProcess())
     metrics, grads, _ = one_step(student.bfloat16(), teacher, [batch], SingleProcess())
     assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), rel=0.03)
-    assert all(
-        grad is not None and grad.dtype == torch.bfloat16 and torch.isfinite(grad).all() for grad in grads.values()
-    )
+    assert all(grad is not None and grad.dtype == torch.bfloat16 and torch.isfinite(grad).all() for grad in grads.values())
