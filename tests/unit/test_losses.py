@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from model.config import ModelConfig, MoEConfig, ObjectiveConfig
+from model.decoder import QueryDecoder
 from model.losses import qsacl
 from model.losses.dino import prototype_cross_entropy, target_log_probabilities, teacher_temperature
 from model.losses.ita import alignment_cross_entropy, token_classes
@@ -375,3 +376,20 @@ def test_router_terms_with_the_step_s_own_loads_are_switch_s_losses() -> None:
     assert float(batch_z) == pytest.approx(float(z_term))
     first, _ = router_terms([stats], torch.zeros(1, 4), tokens, 3, None)
     assert float(first) == pytest.approx(1.0)  # no loads yet: as if uniform, no pull on the router
+
+
+# ---- the query decoder
+
+
+def test_queries_see_valid_tokens_only_and_a_site_without_any_stays_finite() -> None:
+    torch.manual_seed(0)
+    decoder = QueryDecoder(8, queries=3, heads=2).double()
+    fused = torch.randn(3, 2, 4, 8, dtype=DOUBLE)
+    valid = torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(1)) > 0.4
+    valid[2] = False
+    expected = decoder(fused, valid)
+    assert torch.equal(decoder(torch.where(valid[..., None], fused, float("nan")), valid), expected)
+    assert torch.isfinite(expected).all()
+    alone = decoder(fused[:1][:, valid[0].any(1)], valid[:1][:, valid[0].any(1)])
+    torch.testing.assert_close(alone, expected[:1])
+    assert float((expected[0, 0] - expected[0, 1]).detach().abs().max()) > 0.1  # queries differ
