@@ -45,8 +45,6 @@ def deepspeed_config(config: PretrainConfig, layout: Layout) -> dict[str, Any]:
         "stage": layout.zero_stage, "overlap_comm": cuda, "contiguous_gradients": True, "reduce_scatter": True,
         "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 200_000_000,
     }  # fmt: skip
-    if layout.zero_stage == 3:
-        zero.update(stage3_prefetch_bucket_size=50_000_000, stage3_param_persistence_threshold=100_000)
     if layout.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
     settings: dict[str, Any] = {
