@@ -44,7 +44,7 @@ def make_site(number: int, hr_px: int = 512, series_px: int = 16, s2_dates: int 
                 grain = rng.random((side, side), np.float32)
                 value = ground + 0.03 * grain + 0.05 * t / dates
                 if name == "hr":
-                    pixels[t, band] = np.clip(230 * value, 0, 255)
+                    pixels[t, band] = np.clip(150 * value, 0, 255)
                 elif name == "s2":
                     pixels[t, band] = 1 + 3000 * value * (1 + 0.1 * band) + 30 * grain
                 else:
