@@ -29,7 +29,8 @@ def main(args: argparse.Namespace) -> int:
     run = RunDir(record["run_dir"])
     job = os.environ.get("SLURM_JOB_ID", "")
     attempt = read_attempt(run, args.job_dir, job, args.code, args.asked_to_stop)
-    ended = is_ended_by_slurm(job_fields(job)) if job else False
+    fields = job_fields(job) if job else {}
+    ended = is_ended_by_slurm(fields)
     decision = decide(attempt, read_attempts(args.job_dir), ended, record.get("max_requeues"))
     record_attempt(args.job_dir, attempt, decision)
     print(f"{decision.action}: {decision.why}", flush=True)

@@ -104,6 +104,7 @@ def record_attempt(job_dir: str, attempt: Attempt, decision: Decision) -> None:
     records = json.loads(storage.read_bytes(url)) if storage.exists(url) else []
     records.append({**dataclasses.asdict(attempt), **dataclasses.asdict(decision)})
     storage.write_atomic(url, json.dumps(records, indent=1).encode())
+    storage.remove(storage.join(job_dir, "cut_off"))  # this start came to an orderly end: the script counts anew
     final = {"stop": "stopped", "done": "finished"}.get(decision.action)
     if final:
         storage.write_atomic(storage.join(job_dir, final), f"{decision.why}\n".encode())

@@ -165,6 +165,12 @@ stop() {
     asked_to_stop=1 signalled=1
     echo "$(date -Is) $1: asking the ranks for a checkpoint"
     [ -n "$srun_pid" ] && kill -USR1 "$srun_pid" 2>/dev/null
+    # SIGTERM at the time limit: what was asked for ahead of it has not come in time, and the end is seconds away. Back into the
+    # queue now, to go on from the last checkpoint; ten times in a row at most.
+    if [ "$1" = TERM ] && scontrol show job "$SLURM_JOB_ID" | grep -q Reason=TimeLimit; then
+        echo "cut off" >>"$JOB_DIR/cut_off"
+        [ "$(wc -l <"$JOB_DIR/cut_off")" -le 10 ] && scontrol requeue "$SLURM_JOB_ID"
+    fi
 }
 trap 'stop USR1' USR1
 trap 'stop TERM' TERM

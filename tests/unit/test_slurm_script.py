@@ -170,6 +170,25 @@ def test_a_signal_to_the_script_reaches_the_ranks_and_is_waited_for(name: str, t
     assert f"{name}: asking the ranks" in (tmp_path / "logs" / "batch.log").read_text()
 
 
+@pytest.mark.parametrize(
+    ("reason", "before", "requeued"), [("TimeLimit", 0, True), ("None", 0, False), ("TimeLimit", 10, False)]
+)
+def test_a_job_cut_off_at_its_time_limit_comes_back(reason: str, before: int, requeued: bool, tmp_path: Path) -> None:
+    """The checkpoint did not come in time and SIGTERM has: the script requeues at once, but not for ever, and not when cancelled."""
+    python, record = tmp_path / "python", tmp_path / "record"
+    stage(tmp_path, python)
+    stand_in(
+        tmp_path / "bin" / "scontrol",
+        f'if [ "$1" = show ]; then echo "node1 Reason={reason}"; else echo "$@" >>"$RECORD.q"; fi',
+    )
+    stand_in(tmp_path / "bin" / "srun", "kill -TERM $PPID; sleep 0.1; exit 0")
+    if before:
+        (tmp_path / "cut_off").write_text("cut off\n" * before)
+    job = Job("x", "", str(tmp_path), str(tmp_path / "logs"), str(tmp_path), str(python))
+    bash(train_script(job), tmp_path, RECORD=str(record), **SLURM)
+    assert (tmp_path / "record.q").exists() == requeued
+
+
 def test_a_stopped_or_finished_run_is_not_started_again(tmp_path: Path) -> None:
     stage(tmp_path, tmp_path / "python")
     job = Job("x", "", str(tmp_path), str(tmp_path / "logs"), str(tmp_path), str(tmp_path / "python"))
