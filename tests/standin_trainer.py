@@ -2,7 +2,7 @@
 
 It keeps the trainer's conventions: metrics through RunDir, a checkpoint every few steps, SIGUSR1 and SIGTERM mean "stop after
 this step with a checkpoint and exit code 85", failures are recorded. config: {"run": {"dir"}, "train": {"steps"}, "test":
-{"step_s", "every", "fail_at", "hang_at"}}.
+{"step_s", "every", "fail_at", "hang_at" (in the first start, deaf to signals)}}.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ def main(config_path: str) -> int:
         while step < config["train"]["steps"]:
             step += 1
             time.sleep(test["step_s"])
+            if step == test.get("hang_at") and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+                signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGTERM])
+                time.sleep(3600)
             if step == test["fail_at"]:
                 raise ValueError(f"bad sample seen by process {os.getpid()}")
             if rank == 0:

@@ -81,13 +81,17 @@ class Sent:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def limited(slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Sent:
-    """A run with a time limit, sent first, so that it is struck while other tests run. SLURM's shortest limit is a minute,
-    and it looks every half a minute who is near it: with 58 s ahead the signal comes within 30 s."""
+def limited(slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[Sent, Sent]:
+    """Two runs with a time limit, sent first, so that it strikes while other tests run: one that hears the signal ahead of it,
+    one that hangs. SLURM's shortest limit is a minute, and it looks every half a minute who is near it: with 58 s ahead the
+    signal comes within 30 s."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
-        folder = tmp_path_factory.mktemp("limited")
-        return Sent(slurm, folder / "run", steps=320, options={"time": "1"}, signal_s=58, step_s=0.1)
+        hears, hangs = (tmp_path_factory.mktemp(name) / "run" for name in ("hears", "hangs"))
+        return (
+            Sent(slurm, hears, steps=320, options={"time": "1"}, signal_s=58, step_s=0.1),
+            Sent(slurm, hangs, options={"time": "1"}, signal_s=30, hang_at=25),
+        )
 
 
 def test_a_run_completes_on_two_nodes(slurm: SlurmCluster, tmp_path: Path) -> None:
@@ -156,10 +160,17 @@ def test_a_cancelled_job_stays_cancelled(slurm: SlurmCluster, tmp_path: Path) ->
     assert (slurm.job(sent.job)["JobState"], slurm.job(sent.job)["Restarts"]) == ("CANCELLED", "0")
 
 
-def test_the_time_limit_is_no_end(slurm: SlurmCluster, limited: Sent) -> None:
-    limited.ends(timeout=120).assert_every_step_once(320)
-    assert int(slurm.job(limited.job)["Restarts"]) >= 1
-    assert limited.attempts[0]["checkpointed"]
+def test_the_time_limit_is_no_end(slurm: SlurmCluster, limited: tuple[Sent, Sent]) -> None:
+    hears, _ = limited
+    hears.ends(timeout=120).assert_every_step_once(320)
+    assert int(slurm.job(hears.job)["Restarts"]) >= 1
+    assert hears.attempts[0]["checkpointed"]
+
+
+def test_a_hanging_run_comes_back_from_its_time_limit(slurm: SlurmCluster, limited: tuple[Sent, Sent]) -> None:
+    _, hangs = limited
+    hangs.ends(timeout=150).assert_every_step_once()
+    assert slurm.job(hangs.job)["Restarts"] == "1"
 
 
 def test_preemption_by_a_more_urgent_job(slurm: SlurmCluster, tmp_path: Path) -> None:
