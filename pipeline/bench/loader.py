@@ -178,7 +178,9 @@ def _measure(spec: dict[str, Any]) -> dict[str, float]:
     with subprocess.Popen(
         _command(spec), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdin and process.stdout and process.stderr
+        assert process.stdin
+        assert process.stdout
+        assert process.stderr
         tree = psutil.Process(process.pid)
         first = _line(process.stdout, "ready")
         if first is None:

@@ -12,7 +12,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,8 +119,6 @@ def stub_torchvision() -> None:
     """mosaicml-streaming imports torchvision for data sets we do not use; any name in it is an empty class here."""
 
     class Anything(types.ModuleType):
-        __path__: ClassVar[list[str]] = []
-
         def __getattr__(self, name: str) -> Any:
             if name.startswith("__"):
                 raise AttributeError(name)
@@ -129,6 +127,7 @@ def stub_torchvision() -> None:
     for name in ("torchvision", "torchvision.datasets", "torchvision.datasets.folder", "torchvision.transforms",
                  "torchvision.transforms.functional", "torchvision.io", "torchvision.datasets.vision"):  # fmt: skip
         module = Anything(name)
+        module.__path__ = []
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         sys.modules.setdefault(name, module)
 

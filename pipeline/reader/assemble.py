@@ -19,7 +19,7 @@ from pipeline.reader.views import ViewPlan
 
 @dataclasses.dataclass(frozen=True)
 class SiteMembers:
-    """Opened members of a sample by stem (`s2`, `s2.mask`, `label.landcover`), and what the index says of it.
+    """Members of a sample by stem (`s2`, `s2.mask`, `label.landcover`), opened when looked up, and what the index says of it.
 
     doy, clear: per modality the day of year and the share of clear pixels of every stored date (1.0: all, exactly).
     width_m: ground extent of the site.
@@ -61,9 +61,10 @@ def fill_site(
             if name not in site.members:
                 blank_modality(out, i)
             out.gsd_B[i], out.affine_B23[i] = gsd, affine(plan.crop, side, gsd)
+    stem = next((stem for stem in site.members if stem.startswith("label.")), None)
+    label = None if stem is None else site.members[stem]
     for plan, view in zip(plans, views):
         if view.classes_BHW is not None:
-            label = next((m for stem, m in site.members.items() if stem.startswith("label.")), None)
             _fill_classes(label, site.width_m, plan.crop, view.classes_BHW[i])
 
 
@@ -82,8 +83,10 @@ def _fill_modality(site: SiteMembers, name: str, canvases: list[tuple[ViewPlan, 
         window = aligned_window(plan.crop, height, width, gsd, side) if abs(canvas_gsd - gsd) < 0.002 * gsd else None
         wanted.append((window or _covering(plan.crop, height, width, gsd), window is not None))
     shared = _union([window for window, _ in wanted])
-    dates = np.unique(np.concatenate([plan.dates[name] for plan, _, _ in canvases]))
-    source = _read(site, name, dates, shared) if shared else None
+    dates = canvases[0][0].dates[name]
+    if len(canvases) > 1:
+        dates = np.unique(np.concatenate([plan.dates[name] for plan, _, _ in canvases]))
+    source = _read(site, name, member, dates, shared) if shared else None
     for (plan, out, side), (window, aligned) in zip(canvases, wanted):
         chosen = plan.dates[name]
         _fill_dates(out, i, chosen, plan.jitter_days[name], site.doy[name])
@@ -91,10 +94,11 @@ def _fill_modality(site: SiteMembers, name: str, canvases: list[tuple[ViewPlan, 
             out.x_BTCHW[i], out.valid_BTHW[i] = 0, False
             continue
         if source is None or shared is None:
-            pixels, clear = _read(site, name, chosen, window)
+            pixels, clear = _read(site, name, member, chosen, window)
             at, top, left = np.arange(len(chosen)), window.y0, window.x0
         else:
-            (pixels, clear), at, top, left = source, np.searchsorted(dates, chosen), shared.y0, shared.x0
+            (pixels, clear), top, left = source, shared.y0, shared.x0
+            at = np.searchsorted(dates, chosen) if len(chosen) < len(dates) else chosen
         part = np.s_[..., window.y0 - top : window.y1 - top, window.x0 - left : window.x1 - left]
         pixels, clear = pixels[part], None if clear is None else clear[part]
         if len(at) != len(pixels):
@@ -125,13 +129,15 @@ def _covering(crop: Crop, height: int, width: int, gsd: float) -> Window:
     )
 
 
-def _read(site: SiteMembers, name: str, dates: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray | None]:
+def _read(
+    site: SiteMembers, name: str, member: Member, dates: np.ndarray, window: Window
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Pixels [n, C, h, w] (scratch memory or a view of the bytes) and where they are clear, bool [n, h, w]; None: everywhere.
 
     Masks of dates that the index knows to be clear all over are not decoded. A number that is none is missing, whatever the
     mask says.
     """
-    pixels = _decode(site.members[name], dates, window, "pixels")
+    pixels = _decode(member, dates, window, "pixels")
     clear = None
     masked = np.flatnonzero(site.clear[name][dates] < 1)
     if len(masked):

@@ -26,6 +26,14 @@ from pipeline.reader.table import Table
 OPEN_FILES = 64
 
 
+class Parts(Protocol):
+    """The bytes of one sample, member by member."""
+
+    def part(self, offset: int, length: int, slot: int) -> memoryview:
+        """Bytes [offset, offset + length) of the sample's shard, in the calling thread; valid until the next `part` of the
+        same slot, and until the sample is released. Raises BadSample, RunFailure."""
+
+
 class Fetcher(Protocol):
     """Where bytes of samples come from. Tickets number the samples of this rank in the order of `follow`."""
 
@@ -34,13 +42,13 @@ class Fetcher(Protocol):
     def follow(self, rows: Iterator[int]) -> None:
         """From now on ticket n is the n-th of `rows`; a fetcher may read ahead along them."""
 
-    def get(self, ticket: int, row: int) -> memoryview:
-        """The span of a sample; valid until `release(ticket)`, in the calling thread. Raises BadSample, RunFailure."""
+    def get(self, ticket: int, row: int) -> Parts:
+        """The bytes of a sample. Raises BadSample, RunFailure."""
 
     def release(self, ticket: int) -> None: ...
 
-    def again(self, row: int) -> memoryview:
-        """The span once more, past every cache: for a sample whose bytes were wrong."""
+    def again(self, row: int) -> Parts:
+        """The same bytes once more, past every cache: for a sample whose bytes were wrong."""
 
     def close(self) -> None: ...
 
@@ -112,7 +120,7 @@ def open_fetcher(
 
 
 class LocalFetcher:
-    """Shard sets on mounted file systems."""
+    """Shard sets on mounted file systems. A member is read when it is wanted, into a buffer that is still in cache."""
 
     def __init__(self, spans: Spans, policy: RetryPolicy, faults: FaultLog) -> None:
         self._spans, self._paths = spans, [storage.local_path(url) for url in spans.urls]
@@ -123,26 +131,43 @@ class LocalFetcher:
     def follow(self, rows: Iterator[int]) -> None:
         """Nothing to do: the kernel's page cache reads ahead."""
 
-    def get(self, ticket: int, row: int) -> memoryview:
-        path, start = self._paths[self._spans.shard[row]], self._spans.start[row]
-        view = self._memory(self._spans.stop[row] - start)
-        read = functools.partial(read_into, self._files, path, start, view)
-        with_retries(read, self._spans.what(row), self._policy, self._faults, self._stopping)
-        self.bytes_read += len(view)
-        return view
+    def get(self, ticket: int, row: int) -> Parts:
+        return _LocalParts(self, self._paths[self._spans.shard[row]])
 
     def release(self, ticket: int) -> None:
-        """The thread's buffer is simply used again."""
+        """The thread's buffers are simply used again."""
 
-    def again(self, row: int) -> memoryview:
+    def again(self, row: int) -> Parts:
         return self.get(-1, row)
 
     def close(self) -> None:
         self._stopping.set()
 
-    def _memory(self, size: int) -> memoryview:
-        held = getattr(self._thread, "memory", None)
-        if held is None or len(held) < size:
-            held = memoryview(bytearray(size + size // 4))
-            self._thread.memory = held
-        return held[:size]
+    def read(self, path: str, offset: int, length: int, slot: int) -> memoryview:
+        view = self._memory(slot, length)
+        try:
+            read_into(self._files, path, offset, view)
+        except TransientFault as fault:
+            self._faults.count(fault.kind)
+            what = f"{path}, bytes {offset} to {offset + length}"
+            read = functools.partial(read_into, self._files, path, offset, view)
+            with_retries(read, what, self._policy, self._faults, self._stopping)
+        self.bytes_read += length
+        return view
+
+    def _memory(self, slot: int, size: int) -> memoryview:
+        held: dict[int, memoryview] = self._thread.__dict__.setdefault("buffers", {})
+        memory = held.get(slot)
+        if memory is None or len(memory) < size:
+            memory = held[slot] = memoryview(bytearray(size + size // 4))
+        return memory[:size]
+
+
+class _LocalParts:
+    """One sample of a local shard."""
+
+    def __init__(self, fetcher: LocalFetcher, path: str) -> None:
+        self._fetcher, self._path = fetcher, path
+
+    def part(self, offset: int, length: int, slot: int) -> memoryview:
+        return self._fetcher.read(self._path, offset, length, slot)

@@ -20,7 +20,7 @@ from pipeline.config import DataConfig
 from pipeline.reader.cache import DiskCache
 from pipeline.reader.faults import BadSample, FaultLog, RetryPolicy, with_retries
 from pipeline.reader.ranges import Ranges
-from pipeline.reader.spans import Spans
+from pipeline.reader.spans import SpanParts, Spans
 
 ARENAS = 4
 GAP_BYTES = 16 << 10  # neighbours further apart than this are not worth reading through: tar headers, an unused member
@@ -97,14 +97,14 @@ class RemoteFetcher:
         self._planner = threading.Thread(target=self._plan_all, args=(rows,), name="read-ahead", daemon=True)
         self._planner.start()
 
-    def get(self, ticket: int, row: int) -> memoryview:
+    def get(self, ticket: int, row: int) -> SpanParts:
         place = self._place(ticket)
         try:
             for read in place.reads:
                 read.result()
         except BadSample:  # perhaps only its neighbour in the same range: ask for this one alone
             return self.again(row)
-        return place.arena.memory[place.begin : place.end]
+        return SpanParts(place.arena.memory[place.begin : place.end], self._spans.start[row])
 
     def release(self, ticket: int) -> None:
         with self._changed:
@@ -113,14 +113,14 @@ class RemoteFetcher:
                 place.arena.left -= 1
                 self._changed.notify_all()
 
-    def again(self, row: int) -> memoryview:
+    def again(self, row: int) -> SpanParts:
         if self._cache is not None:
             self._cache.drop(self._cached(row))
         view = memoryview(bytearray(self._spans.stop[row] - self._spans.start[row]))
         self._read(self._spans.shard[row], self._spans.start[row], view)
         if self._cache is not None:
             self._cache.put(self._cached(row), view)
-        return view
+        return SpanParts(view, self._spans.start[row])
 
     def close(self) -> None:
         self._end_planner()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import google_crc32c
@@ -14,7 +15,7 @@ from pipeline.config import DataConfig, ViewConfig
 from pipeline.reader.assemble import SiteMembers, fill_site
 from pipeline.reader.buffers import BatchBuffers
 from pipeline.reader.faults import BadSample, FaultLog
-from pipeline.reader.fetch import Fetcher
+from pipeline.reader.fetch import Fetcher, Parts
 from pipeline.reader.table import EXTENSIONS, Table
 from pipeline.reader.views import ViewPlan, plan, plan_whole
 
@@ -35,12 +36,11 @@ class SampleReader:
         self.configs: list[ViewConfig] = [data.views_global]
         if not self._whole:
             self.configs = [data.views_global] * 2 + [data.views_local] * data.local_views
-        self._stems = table.stems(modalities)
         self._start = table.spans(modalities)[0]
-        self._places = [
-            (stem, m.offset_N.tolist(), m.length_N.tolist(), m.crc_N.tolist(), m.kind_N.tolist())
-            for stem, m in ((stem, table.members[stem]) for stem in self._stems)
-        ]
+        self._places = {
+            stem: Places(m.offset_N.tolist(), m.length_N.tolist(), m.crc_N.tolist(), m.kind_N.tolist(), _slot(stem))
+            for stem, m in ((stem, table.members[stem]) for stem in table.stems(modalities))
+        }
         self.decode_s = 0.0
 
     def plans(self, row: int, epoch: int) -> list[ViewPlan]:
@@ -72,9 +72,9 @@ class SampleReader:
         buffers.keys[i], buffers.position_B[i] = table.keys[row], position
         buffers.scene_B[i], buffers.lonlat_B2[i] = table.scene_N[row], table.lonlat_N2[row]
 
-    def _fill_from(self, span: memoryview, plans: list[ViewPlan], buffers: BatchBuffers, i: int, row: int) -> None:
+    def _fill_from(self, parts: Parts, plans: list[ViewPlan], buffers: BatchBuffers, i: int, row: int) -> None:
         began = time.thread_time()
-        members = self._open(span, row)
+        members = SampleMembers(self._places, parts, row, self._table.keys[row], self._data.verify_checksums)
         dates = {m: self._table.dates[m] for m in self._modalities if m in members}
         doy = {m: d.doy_D[d.of(row)] for m, d in dates.items()}
         clear = {m: d.clear_D[d.of(row)] for m, d in dates.items()}
@@ -83,18 +83,46 @@ class SampleReader:
         )
         self.decode_s += time.thread_time() - began
 
-    def _open(self, span: memoryview, row: int) -> dict[str, Member]:
-        check = self._data.verify_checksums
-        start, members = int(self._start[row]), {}
-        for stem, offsets, lengths, crcs, kinds in self._places:
-            if offsets[row] < 0:
-                continue
-            begin = offsets[row] - start
-            data = span[begin : begin + lengths[row]]
-            if check and crcs[row] >= 0 and _crc32c(data) != crcs[row]:
-                raise WrongBytes(f"{self._table.keys[row]}.{stem} does not match its checksum")
-            members[stem] = open_member(data, EXTENSIONS[kinds[row]])
-        return members
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where one kind of member lies, per sample: plain lists, read one by one. slot: its buffer (pixels, masks, labels)."""
+
+    offset: list[int]
+    length: list[int]
+    crc: list[int]
+    kind: list[int]
+    slot: int
+
+
+class SampleMembers(Mapping[str, Member]):
+    """The members of one sample, each read, checked and opened when it is asked for. A member is valid until another one of
+    its slot is asked for, so modalities are done one after another."""
+
+    def __init__(self, places: dict[str, Places], parts: Parts, row: int, key: str, check: bool) -> None:
+        self._places, self._parts, self._row, self._key, self._check = places, parts, row, key, check
+
+    def __getitem__(self, stem: str) -> Member:
+        place, row = self._places[stem], self._row
+        data = self._parts.part(place.offset[row], place.length[row], place.slot)
+        if self._check and place.crc[row] >= 0 and _crc32c(data) != place.crc[row]:
+            raise WrongBytes(f"{self._key}.{stem} does not match its checksum")
+        return open_member(data, EXTENSIONS[place.kind[row]])
+
+    def __contains__(self, stem: object) -> bool:
+        place = self._places.get(str(stem))
+        return place is not None and place.offset[self._row] >= 0
+
+    def __iter__(self) -> Iterator[str]:
+        return (stem for stem in self._places if stem in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _slot(stem: str) -> int:
+    """Pixels, masks and labels each have a buffer: a mask is read while the pixels are still looked at."""
+    return 2 if stem.startswith("label.") else int(stem.endswith(".mask"))
 
 
 def _crc32c(data: memoryview) -> int:

@@ -14,6 +14,12 @@ class Spans:
     start: list[int]
     stop: list[int]
 
-    def what(self, row: int) -> str:
-        """Object and range in words, for errors."""
-        return f"{self.urls[self.shard[row]]}, bytes {self.start[row]} to {self.stop[row]}"
+
+class SpanParts:
+    """A sample whose whole span is in memory; `start` is the offset of its first byte in the shard."""
+
+    def __init__(self, span: memoryview, start: int) -> None:
+        self._span, self._start = span, start
+
+    def part(self, offset: int, length: int, slot: int) -> memoryview:
+        return self._span[offset - self._start : offset - self._start + length]
