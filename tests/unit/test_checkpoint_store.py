@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from cluster.errors import RunFailure, UsageError
 from pipeline.checkpoint import store
 from pipeline.checkpoint.load import consolidated, open_files
 from pipeline.checkpoint.tensors import DTYPES, TensorFile, file_digest, write_tensors
+from pipeline.config import CheckpointConfig
 
 
 def test_stock_safetensors_reads_what_we_write(tmp_path: Path) -> None:
@@ -102,7 +104,7 @@ def load_whole(url: str) -> None:
         pass
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "manifest", "gap", "no manifest"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "manifest", "gap", "overlap", "no manifest"])
 def test_damage_is_recognised(tmp_path: Path, damage: str) -> None:
     write(str(tmp_path), 10, [6])
     folder = tmp_path / "step-00000010"
@@ -120,6 +122,11 @@ def test_damage_is_recognised(tmp_path: Path, damage: str) -> None:
     elif damage == "gap":
         tree = json.loads(manifest.read_text())
         tree["parameters"]["w"]["pieces"].pop()
+        manifest.write_text(json.dumps(tree))
+    elif damage == "overlap":
+        tree = json.loads(manifest.read_text())
+        tree["parameters"]["w"]["pieces"][0][1] += 1
+        tree["parameters"]["w"]["pieces"][1][1] -= 1
         manifest.write_text(json.dumps(tree))
     else:
         manifest.unlink()
@@ -140,3 +147,25 @@ def test_memory_and_object_stores_commit_by_manifest() -> None:
     assert torch.equal(consolidated("memory://bucket/run", "student")[0]["w"], w.reshape(4, 5))
     store.remove(store.committed(url)[0])
     assert store.committed(url) == []
+
+
+def test_a_fenced_writer_commits_nothing(tmp_path: Path) -> None:
+    """A start of the run that a later one has taken over from may write files, but no checkpoint appears."""
+    from pipeline.checkpoint.save import Saver
+
+    def fenced() -> None:
+        raise RunFailure("a later start of this run writes here now")
+
+    module = torch.nn.Linear(1, 1)
+    engine = SimpleNamespace(
+        state=SimpleNamespace(pieces=[], adam_step=1), layout=SimpleNamespace(ep=1, zero_stage=2), student=module,
+        teacher=SimpleNamespace(module=module),
+    )  # fmt: skip
+    saver = Saver(str(tmp_path), CheckpointConfig(), 0, 1, fenced)
+    saver.save(cast(Any, engine), 5, 40, {})
+    with pytest.raises(RunFailure, match="a later start"):
+        saver.wait()
+    assert store.committed(str(tmp_path)) == []
+    assert not (tmp_path / "LATEST").exists()
+    Saver(str(tmp_path), CheckpointConfig(), 0, 1, lambda: None)  # the next start clears up
+    assert list(tmp_path.iterdir()) == []
