@@ -20,6 +20,7 @@ Dimension legend: B sites · T dates · h, w tokens · D final dim · F fused di
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -50,13 +51,15 @@ from model.text import TextAlignment, load_embeddings
 from model.validity import routed_tokens
 from model.view_tokens import view_tokens, view_validity
 
+log = logging.getLogger(__name__)
+
 
 class Student(nn.Module):
     """SkySense with heads, query decoder and (optional) text alignment and geo-context. The teacher is the same class.
 
     Args:
         statistics: the manifest's, `{modality: {mean, std, …}}`.
-        classes: names of the dense classes in `View.classes_BHW`, index = value; needed by ITA only.
+        classes: names of the dense classes in `View.classes_BHW`, index = value; without any, ITA is off.
 
     Buffers (int64, part of a checkpoint, not for EMA): `load_LE`, expert loads of the previous step; each head's `age_K`.
     """
@@ -83,7 +86,11 @@ class Student(nn.Module):
             QueryDecoder(model.fusion_dim, objective.queries, model.fusion_heads) if objective.qsacl_weight else None
         )
         self.alignment: TextAlignment | None = None
-        if uses_ita(objective):
+        if uses_ita(objective) and not classes:
+            log.warning(
+                "objective.ita_embeddings is set, but the shard set has no dense class labels: no image-text alignment"
+            )
+        elif uses_ita(objective):
             text_CE = load_embeddings(str(objective.ita_embeddings), classes or [])
             self.alignment = TextAlignment(model.fusion_dim, text_CE, objective.ita_temperature)
         self.context = GeoContext(model.fusion_dim) if objective.geo_context else None

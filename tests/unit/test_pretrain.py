@@ -151,6 +151,11 @@ def test_parameter_counts_equal_the_closed_formula(heads: str) -> None:
     assert counted["ita"] == sum(p.numel() for p in student.alignment.parameters())
 
 
+def test_without_dense_labels_there_is_no_alignment_and_it_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    assert Student(MODEL, OBJECTIVE, STATISTICS, None).alignment is None
+    assert "no dense class labels" in caplog.text
+
+
 def test_softmax_centering_and_no_local_views_run() -> None:
     objective = replace(OBJECTIVE, centering="softmax", mgcl_levels=("pixel",))
     student = build(MODEL, objective)
@@ -167,4 +172,6 @@ def test_bfloat16_weights_give_nearly_the_same_loss() -> None:
     expected, _, _ = one_step(copy.deepcopy(student), teacher, [batch], SingleProcess())
     metrics, grads, _ = one_step(student.bfloat16(), teacher, [batch], SingleProcess())
     assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), rel=0.03)
-    assert all(grad is not None and grad.dtype == torch.bfloat16 and torch.isfinite(grad).all() for grad in grads.values())
+    assert all(
+        grad is not None and grad.dtype == torch.bfloat16 and torch.isfinite(grad).all() for grad in grads.values()
+    )
