@@ -53,6 +53,9 @@ class SiteFeatures:
         return SiteFeatures(kinds["pooled"], kinds["present"], kinds["pixels"], kinds["valid"], named.get("classes"))
 
 
+ON_THE_WIRE = {torch.bool: torch.uint8, torch.int16: torch.int32}  # gloo gathers neither
+
+
 def extract(
     skysense: nn.Module,
     read: Callable[[int], SiteArrays],
@@ -161,14 +164,13 @@ def date_mean(feat_BThwD: Tensor, valid_BThw: Tensor) -> tuple[Tensor, Tensor]:
 
 def _gather(local: Tensor, world: int) -> Tensor:
     """Rows of all ranks, interleaved back into the order before `rows[rank::world]`."""
-    sent = local.to(torch.uint8) if local.dtype == torch.bool else local
-    sent = sent.contiguous()
+    sent = local.to(ON_THE_WIRE.get(local.dtype, local.dtype)).contiguous()
     backend_on_cuda = dist.get_backend() == "nccl"
     sent = sent.cuda() if backend_on_cuda else sent
     parts = [torch.empty_like(sent) for _ in range(world)]
     dist.all_gather(parts, sent)
     whole = torch.stack(parts, 1).flatten(0, 1).cpu()
-    return whole.bool() if local.dtype == torch.bool else whole
+    return whole.to(local.dtype)
 
 
 def as_numpy(x: Tensor) -> np.ndarray:
