@@ -60,6 +60,8 @@ def read_attempt(run: RunDir, job_dir: str, job: str, code: int, asked_to_stop: 
     if step is None or step < 0:  # it failed outside a step
         step = run.last_step()
     error = failures[0].get("error", "") if failures else _describe(code)
+    if failures and code > 128:  # who was killed recorded nothing; what the others saw is its echo
+        error = f"{_describe(code)}; rank {failures[0].get('rank')} then saw: {error}"
     return Attempt(job, restart, code, step or 0, error, (marked and code == 0) or signalled, asked_to_stop)
 
 

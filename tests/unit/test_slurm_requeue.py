@@ -110,6 +110,12 @@ def test_the_first_recorded_error_is_the_cause(run: RunDir, tmp_path: Path) -> N
     assert (seen.step, seen.error, seen.restart, seen.failed) == (8, "ValueError: the cause", 1, True)
 
 
+def test_a_killed_rank_is_named_before_what_its_peers_saw(run: RunDir, tmp_path: Path) -> None:
+    logs.record_failure(run.logs_url, 1, 8, RuntimeError("connection closed by peer"))
+    seen = read_attempt(run, str(tmp_path), "5", 137, False)
+    assert seen.error == "a rank was killed by signal 9; rank 1 then saw: RuntimeError: connection closed by peer"
+
+
 def test_errors_of_earlier_starts_do_not_count(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
     logs.record_failure(run.logs_url, 0, 3, ValueError("old"))
