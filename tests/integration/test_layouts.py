@@ -5,7 +5,9 @@ Starting ranks is what takes the time, so each number of processes is started on
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +42,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path) -> dict[int, Any]:
-    """What ranks 0 … of jobs with 1, 2 and 4 processes found."""
+def results(folder: Path) -> Callable[[int], Any]:
+    """What the ranks of the job with 1, 2 or 4 processes found; each runs when it is first asked for."""
     halves = [{"case": EP2, "from": 0, "to": 10, "save": str(folder / "10")}, {"case": EP2, "from": 0, "to": 20}]
     grads = [{"stage": 1, "ep": 2}, {"stage": 2, "ep": 4}, {"stage": 2, "ep": 2, "micro": 1}]
-    return {
-        1: run_ranks(JOBS, 1, {"gradients": [{"stage": 1}], "train_all": cases(1)}, folder / "1"),
-        2: run_ranks(JOBS, 2, {"train_all": cases(2) + BF16}, folder / "2"),
-        4: run_ranks(JOBS, 4, {"gradients": grads, "segments": halves, "train_all": cases(4)}, folder / "4"),
+    jobs = {
+        1: {"gradients": [{"stage": 1}], "train_all": cases(1)},
+        2: {"train_all": cases(2) + BF16},
+        4: {"gradients": grads, "segments": halves, "train_all": cases(4)},
     }
+    return functools.cache(lambda world: run_ranks(JOBS, world, jobs[world], folder / str(world)))
 
 
 def assert_close(found: dict[str, list[float]], expected: dict[str, list[float]], where: str) -> None:
@@ -62,9 +65,9 @@ def assert_close(found: dict[str, list[float]], expected: dict[str, list[float]]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_every_layout_trains_alike(world: int, results: dict[int, Any]) -> None:
-    reference = results[1][0]["train_all"][0]  # one process, ZeRO-0, no accumulation, no expert parallelism
-    grid, found = cases(world), [rank["train_all"] for rank in results[world]]
+def test_every_layout_trains_alike(world: int, results: Callable[[int], Any]) -> None:
+    reference = results(1)[0]["train_all"][0]  # one process, ZeRO-0, no accumulation, no expert parallelism
+    grid, found = cases(world), [rank["train_all"] for rank in results(world)]
     assert all(rank[i]["losses"] == found[0][i]["losses"] for rank in found for i in range(len(grid)))
     for case, result in zip(grid, found[0]):
         assert result["losses"] == pytest.approx(reference["losses"], rel=LOSS_TOLERANCE), case
@@ -74,23 +77,23 @@ def test_every_layout_trains_alike(world: int, results: dict[int, Any]) -> None:
         assert result["teacher_drift"] == 0.0, case  # and what the teacher computes with
 
 
-def test_the_same_layout_twice_is_the_same_run(results: dict[int, Any]) -> None:
+def test_the_same_layout_twice_is_the_same_run(results: Callable[[int], Any]) -> None:
     twice = [i for i, case in enumerate(cases(2)) if case == {"stage": 2, "ep": 2, "micro": 4}]
-    first, second = (results[2][0]["train_all"][i] for i in twice)
+    first, second = (results(2)[0]["train_all"][i] for i in twice)
     assert first == second
 
 
-def test_gradients_equal_the_single_process_ones(results: dict[int, Any]) -> None:
-    [expected] = results[1][0]["gradients"]
-    for gradients in results[4][0]["gradients"]:
+def test_gradients_equal_the_single_process_ones(results: Callable[[int], Any]) -> None:
+    [expected] = results(1)[0]["gradients"]
+    for gradients in results(4)[0]["gradients"]:
         assert gradients.keys() == expected.keys()
         for name, values in expected.items():  # router, experts and dense parts
             assert any(values), name
             assert gradients[name] == pytest.approx(values, rel=1e-6, abs=1e-6), name
 
 
-def test_bfloat16_keeps_fp32_masters_and_averages(results: dict[int, Any]) -> None:
-    found = results[2][0]["train_all"][-len(BF16) :]
+def test_bfloat16_keeps_fp32_masters_and_averages(results: Callable[[int], Any]) -> None:
+    found = results(2)[0]["train_all"][-len(BF16) :]
     for result in found:
         assert result["losses"][-1] < 0.9 * result["losses"][0]
         assert result["losses"] == pytest.approx(found[0]["losses"], rel=0.02)
@@ -99,7 +102,7 @@ def test_bfloat16_keeps_fp32_masters_and_averages(results: dict[int, Any]) -> No
         assert any(abs(v) * 256 % 1 for v in values)  # more digits than bf16 holds
 
 
-def test_a_chain_over_layouts_equals_the_uninterrupted_run(results: dict[int, Any], folder: Path) -> None:
+def test_a_chain_over_layouts_equals_the_uninterrupted_run(results: Callable[[int], Any], folder: Path) -> None:
     """10 steps on 4 ranks, then a new process per line: bit by bit on the same layout, to rounding on others."""
 
     def go(world: int, name: str, *jobs: dict[str, Any]) -> list[Any]:
@@ -114,7 +117,7 @@ def test_a_chain_over_layouts_equals_the_uninterrupted_run(results: dict[int, An
             "save": str(folder / str(stop)),
         }
 
-    half, whole = results[4][0]["segments"]
+    half, whole = results(4)[0]["segments"]
     [two] = go(2, "a", job({"stage": 1}, 10, 14))
     one, three = go(1, "b", job({"stage": 0}, 14, 16), job({"stage": 3}, 16, 18))
     same, four = go(4, "c", {**job(EP2, 10, 20), "save": None}, job({"stage": 2, "ep": 4}, 18, 20))
