@@ -27,7 +27,13 @@ LABEL_PREFIX = "label_"
 
 MEMBERS = pa.list_(
     pa.struct(
-        [("name", pa.string()), ("offset", pa.int64()), ("length", pa.int64()), ("sha256", pa.string()), ("crc32c", pa.uint32())]
+        [
+            ("name", pa.string()),
+            ("offset", pa.int64()),
+            ("length", pa.int64()),
+            ("sha256", pa.string()),
+            ("crc32c", pa.uint32()),
+        ]
     )
 )
 _BBOX = pa.struct([(side, pa.float64()) for side in ("xmin", "ymin", "xmax", "ymax")])

@@ -36,7 +36,9 @@ def assign(records: Sequence[SiteRecord], config: SplitConfig) -> SplitResult:
     cells = [cell_of(record, config) for record in records]
     drawn = {cell: draw(cell, config) for cell in dict.fromkeys(cells)}
     if len(drawn) < config.min_cells and config.fractions.get(SPLITS[0], 0) > 0:
-        drawn = dict.fromkeys(drawn, SPLITS[0])  # a handful of places cannot be split by place: an evaluation of one site says nothing
+        drawn = dict.fromkeys(
+            drawn, SPLITS[0]
+        )  # a handful of places cannot be split by place: an evaluation of one site says nothing
     splits = [drawn[cell] for cell in cells]
     before, overlapping = near_pairs(records, splits, config.buffer_m)
     losers = {min(pair, key=lambda i: SPLITS.index(splits[i])) for pair in before}

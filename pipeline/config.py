@@ -83,7 +83,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale must be 0 < low <= high <= 1, found {self.scale}; larger crops need a larger series_px")
+            raise ValueError(
+                f"scale must be 0 < low <= high <= 1, found {self.scale}; larger crops need a larger series_px"
+            )
         for name in ("block_samples", "interleave", "prefetch_batches", "read_ahead_mb", "range_mb"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, found {getattr(self, name)}")

@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", type=int, metavar="I", help="make only this share of the shards, counted from 0")
     parser.add_argument("--tasks", type=int, metavar="N", help="number of shares")
     parser.add_argument("--retry-faults", action="store_true", help="make shards with faulty sites again")
-    parser.add_argument("--dry-run", action="store_true", help="check and resolve the config; read and write nothing else")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check and resolve the config; read and write nothing else"
+    )
     parser.add_argument("--json", action="store_true", help="last line: the figures as one JSON object")
 
 

@@ -46,7 +46,7 @@ def test_exported_features_and_probes_equal_the_engines(tmp_path: Path) -> None:
     split = SplitConfig(fractions={"train": 0.6, "val": 0.0, "probe": 0.4})
     build(BuildConfig(SourceConfig((catalog,)), OutputConfig(shards), split=split, workers=1))
     overrides = [
-        f"data.url={shards}", f"run.dir={tmp_path / 'run'}", "train.steps=3", "train.batch=4", "tracking.uri=none", "probe.every=0",
+        f"data.url={shards}", f"run.dir={tmp_path / 'run'}", "train.steps=3", "train.batch=4", "tracking.uri=none", "probe.every=0", "probe.tasks=[knn,segment]",
         "probe.samples=8", "checkpoint.every=3", "optimizer.lr=0.01", "optimizer.warmup_samples=4", "objective.ema_momentum=[0.5,0.5]",
         "data.views_global={hr_px: 64, series_px: 8, s2_dates: 3, s1_dates: 2}",
     ]  # fmt: skip
@@ -70,6 +70,6 @@ def test_exported_features_and_probes_equal_the_engines(tmp_path: Path) -> None:
     from data_prep.shards import ShardSet
 
     model = load_model(out)
-    scores, _ = probe_scores(model.skysense, ShardSet.open(shards), ProbeConfig(samples=8), VIEW, model.statistics)
+    scores, _ = probe_scores(model.skysense, ShardSet.open(shards), ProbeConfig(samples=8, tasks=("knn", "segment")), VIEW, model.statistics)
     for name, score in scores.items():  # one process or two, the same sites and the same score
         assert score.value == results[0]["probes"][f"probe/{name}"]

@@ -99,7 +99,10 @@ def test_sweeping_leaves_what_another_merge_is_writing(tmp_path):
     for name in ("index.parquet.0123abcd.tmp", "manifest.json.0123abcd.tmp", "train-000000.tar.0123abcd.tmp"):
         (tmp_path / name).write_bytes(b"")
     building.sweep(str(tmp_path))
-    assert sorted(path.name for path in tmp_path.glob("*.tmp")) == ["index.parquet.0123abcd.tmp", "manifest.json.0123abcd.tmp"]
+    assert sorted(path.name for path in tmp_path.glob("*.tmp")) == [
+        "index.parquet.0123abcd.tmp",
+        "manifest.json.0123abcd.tmp",
+    ]
 
 
 def test_faulty_sites_drop_out_of_their_shard_only(world, tmp_path):
