@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from cluster import storage
 from cluster.config import load, to_dict
 from cluster.errors import UsageError
 from cluster.rundir import RunDir
+from cluster.slurm.script import job_name, option, quote
 from pipeline.config import PretrainConfig
 
 
@@ -111,6 +113,25 @@ def train_one(config_path: str, processes: int | None) -> int:
     """Runs `pipeline train` on a written config in a process of its own; returns its exit code."""
     command = [sys.executable, "-m", "pipeline", "train", config_path]
     return subprocess.run([*command, "--processes", str(processes)] if processes else command, check=False).returncode
+
+
+ARRAY_BODY = """
+cd -- "$WORK_DIR" || exit 1
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
+exec "$PYTHON" -m pipeline ablate "${ARGUMENTS[@]}" --task "$SLURM_ARRAY_TASK_ID" --tasks "$TASKS"
+"""
+
+
+def array_script(arguments: Sequence[str], tasks: int, name: str) -> str:
+    """A batch script of a job array with one run per task. A requeued task continues its run from its last checkpoint.
+
+    arguments: what follows `pipeline ablate`; resources are left to sbatch's command line.
+    """
+    settings = {"job-name": job_name(f"geoloom-ablate-{name}"), "array": f"0-{tasks - 1}", "nodes": "1", "ntasks": "1",
+                "open-mode": "append", "requeue": None}  # fmt: skip
+    head = ["#!/bin/bash", *(option(key, value) for key, value in settings.items()), ""]
+    head += [f"WORK_DIR={quote(os.getcwd())}", f"PYTHON={quote(sys.executable)}", f"TASKS={tasks}"]
+    return "\n".join([*head, f"ARGUMENTS=({' '.join(quote(word) for word in arguments)})"]) + "\n" + ARRAY_BODY
 
 
 def _folder(override: str) -> str:
