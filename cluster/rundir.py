@@ -168,9 +168,13 @@ class RunDir:
              "job": os.environ.get("SLURM_JOB_ID"), "restart": restarts, "time": time.time()},
         )  # fmt: skip
 
+    def read_writer(self) -> dict[str, Any] | None:
+        """What the last `claim` wrote: {"token", "host", "pid", "job", "restart", "time"}; None without one."""
+        return self._read_json("writer.json")
+
     def check_claim(self) -> None:
         """Raises RunFailure if another start has claimed the directory since. Call it before committing a checkpoint."""
-        writer = self._read_json("writer.json") or {}
+        writer = self.read_writer() or {}
         if self._token is not None and writer.get("token") not in (None, self._token):
             where = f"{writer.get('host')} (process {writer.get('pid')}, restart {writer.get('restart')})"
             raise RunFailure(f"{self.url}: a later start of this run on {where} writes here now; this one stops")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,10 @@ from cluster.rundir import RunDir
 from pipeline.engine import StepResult
 from pipeline.parallel.layout import Layout
 from pipeline.parallel.processes import agree_max
+from pipeline.tracking.experts import FAIR_SHARE, TAG, WINDOW, ExpertWatch
 from pipeline.tracking.system import SystemSampler
+
+log = logging.getLogger(__name__)
 
 # Dense bf16 peak, FLOP/s, by a part of the device's name (vendors' data sheets); others are measured.
 PEAK_BF16 = {
@@ -47,6 +51,7 @@ class StepLog:
         self._bar = Progress(steps - start, "train") if layout.rank == 0 else None
         self._steps_left = steps - start
         self._system = SystemSampler()
+        self._experts = ExpertWatch(rundir.read_metrics()[-WINDOW:] if start and layout.rank == 0 else ())
 
     @property
     def device_hours(self) -> float:
@@ -78,7 +83,24 @@ class StepLog:
         }  # fmt: skip
         if self.peak:
             figures["mfu"] = rate * self.flops_per_sample / (self.peak * self.layout.world)
+        self._watch_experts(step, figures)
         self.tracker.log(step, samples, self.rundir.append_metrics(figures))
+
+    def _watch_experts(self, step: int, figures: dict[str, Any]) -> None:
+        """First rank: one warning when experts die, a metric of how many are dead, and a tag that names them."""
+        before = self._experts.dead
+        died = self._experts.look(figures)
+        dead = self._experts.dead
+        if self._experts.is_sure:
+            figures["moe/dead_experts_lasting"] = len(dead)
+        if died:
+            log.warning(
+                "step %d: dead experts, under %g of a fair share in the last %d logged steps: %s; a larger "
+                "model.moe.balance_weight or a smaller optimizer.lr may bring them back",
+                step, FAIR_SHARE, WINDOW, "; ".join(map(str, died)),
+            )  # fmt: skip
+        if dead != before:
+            self.tracker.tag(TAG, "; ".join(map(str, dead)) or f"none since step {step}")
 
     def close(self) -> None:
         if self._bar is not None:

@@ -1,6 +1,9 @@
 """`python -m pipeline sync RUN_DIR`: brings MLflow level with a run directory, each step once.
 
 For compute nodes without network, and after an outage that outlasted the run. Running it again changes nothing.
+A run whose process is gone without a word ends as FAILED (it left a failure record) or KILLED, and other runs of the same
+directory that MLflow shows as RUNNING are closed. What MLflow cannot take back: steps redone after a resume with another
+loss keep their first figures there; they are named in the tag geoloom.redone_steps, and --check counts them as different.
 """
 
 from __future__ import annotations
@@ -22,29 +25,36 @@ def main(args: argparse.Namespace) -> int:
     from cluster.cli import print_json
     from cluster.errors import RunFailure
     from cluster.rundir import RunDir
-    from pipeline.tracking.mirror import Mirror, read_record
+    from pipeline.tracking.mirror import Mirror, ranges, status_now
     from pipeline.tracking.mlflow_store import MlflowStore
     from pipeline.tracking.store import StoreUnavailable
 
     rundir = RunDir(args.run_dir)
     uri = _uri(args.uri, rundir)
-    mirror = Mirror(rundir, MlflowStore(uri))
+    mirror, stale, status = Mirror(rundir, MlflowStore(uri)), list[str](), status_now(rundir)
     try:
         if args.check:
             sent = 0
         else:
             sent = mirror.send(rundir.read_metrics())
             mirror.send_files()
-            mirror.end(read_record(rundir)["status"])
-        faults = mirror.differences()
+            mirror.note_redone()
+            stale = mirror.close_stale()
+            mirror.end(status)
+        faults, redone = mirror.differences(), mirror.redone()
     except StoreUnavailable as error:
         raise RunFailure(f"{uri} does not answer ({error}); nothing is lost, try again later") from None
     for fault in faults[:20]:
         print(fault)
+    for run_id in stale:
+        print(f"MLflow run {run_id} of the same directory was still RUNNING: closed as KILLED")
     state = "level" if not faults else f"{len(faults)} values differ"
-    print(f"MLflow run {rundir.run_id}: {sent} steps sent, {state}")
+    if redone:
+        state += f"; steps {ranges(redone)} were redone after a resume, MLflow keeps their first figures"
+    print(f"MLflow run {rundir.run_id}: {sent} steps sent, {state}, {status}")
     if args.json:
-        print_json({"run_id": rundir.run_id, "steps_sent": sent, "differences": len(faults), "uri": uri})
+        print_json({"run_id": rundir.run_id, "steps_sent": sent, "differences": len(faults), "redone": redone,
+                    "closed": stale, "status": status, "uri": uri})  # fmt: skip
     return 1 if faults else 0
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster import storage
 from data_prep.shards import ShardSet
 from pipeline.config import DataConfig
 
@@ -61,7 +62,8 @@ def describe(facts: RunFacts, run_url: str, fingerprint: str, env: Mapping[str, 
     """Tags of a run. Of the environment only named variables are taken, never the rest: it holds secrets."""
     env = os.environ if env is None else env
     tags = {
-        "geoloom.run_dir": run_url, "geoloom.config_fingerprint": fingerprint, "geoloom.host": socket.gethostname(),
+        "geoloom.run_dir": absolute(run_url), "geoloom.config_fingerprint": fingerprint,
+        "geoloom.host": socket.gethostname(), "geoloom.pid": str(os.getpid()),
         "geoloom.world": str(facts.world), "geoloom.layout": facts.layout,
         "geoloom.manifest_sha256": ",".join(dataset.manifest_sha256 for dataset in facts.datasets),
         "geoloom.statistics_sha256": ",".join(dataset.statistics_sha256 for dataset in facts.datasets),
@@ -74,6 +76,11 @@ def describe(facts: RunFacts, run_url: str, fingerprint: str, env: Mapping[str, 
     if revision:
         tags |= {"mlflow.source.git.commit": revision, "geoloom.dirty": str(bool(git_diff())).lower()}
     return {name: value for name, value in tags.items() if value}
+
+
+def absolute(url: str) -> str:
+    """A run directory's URL that means the same in every working directory."""
+    return os.path.abspath(storage.local_path(url)) if storage.is_local(url) else url
 
 
 def git_revision() -> str | None:

@@ -13,18 +13,22 @@ import json
 import math
 import os
 import re
+import socket
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster import storage
 from cluster.config import flatten
+from cluster.logs import read_failures
 from cluster.rundir import RunDir
 from pipeline.tracking.facts import RunFacts, describe, git_diff
 from pipeline.tracking.store import Point, Store
+from pipeline.tracking.writer import fate, is_our_place, lives
 
 MARKER = "samples"  # every logged line has it
 CHUNK_LINES = 64
+REDONE = "geoloom.redone_steps"
 _PASSWORD = re.compile(r"(://[^/:@\s]+:)[^@/\s]+@")  # of a database or server URL
 
 
@@ -35,6 +39,7 @@ class Mirror:
         self.rundir, self.store = rundir, store
         self.run_id: str | None = None
         self._present: set[int] | None = None  # steps the store has; None = unsure, ask
+        self._sent_tags: dict[str, str] = {}
         self._sent_artifacts: dict[str, str] = {}
         self._sent_checkpoints: set[tuple[str, int]] = set()
 
@@ -54,7 +59,7 @@ class Mirror:
                 run_id, {f"geoloom.changed.{key}": f"{old} -> {params[key]}" for key, old in changed.items()}
             )
         self.store.log_datasets(run_id, RunFacts.from_dict(record["facts"]).datasets)
-        self.run_id = run_id
+        self.run_id, self._sent_tags = run_id, record["tags"]
         return run_id
 
     def connect(self) -> str:
@@ -77,8 +82,12 @@ class Mirror:
         return len(missing)
 
     def send_files(self) -> None:
-        """Uploads new or changed artifacts and registers checkpoints by reference."""
+        """Uploads new or changed artifacts and tags, and registers checkpoints by reference."""
         run_id = self.open()
+        tags = read_record(self.rundir)["tags"]
+        if tags != self._sent_tags:
+            self.store.set_tags(run_id, tags)
+            self._sent_tags = tags
         folder = storage.join(self.rundir.url, "artifacts")
         for name in ["resolved.json", *storage.list_names(folder)]:
             url = storage.join(self.rundir.url if name == "resolved.json" else folder, name)
@@ -104,6 +113,44 @@ class Mirror:
 
     def end(self, status: str) -> None:
         self.store.end_run(self.open(), status)
+
+    def close_stale(self) -> list[str]:
+        """Ends other runs of this directory that the store shows as RUNNING for ever; returns their ids.
+
+        A directory has one run and one writer. Another run of it was left by a start that died before it could note its
+        run's id, or belonged to a directory that stood here before. One whose process still lives on this host is spared.
+        """
+        own, record = self.open(), read_record(self.rundir)
+        url = record["tags"].get("geoloom.run_dir")
+        closed = []
+        for run_id, tags in self.store.running(record["experiment"], url) if url else ():
+            host = tags.get("geoloom.host", "")
+            alive = host == socket.gethostname() and lives(tags.get("geoloom.pid"))
+            if run_id == own or alive or not is_our_place(url, host):
+                continue
+            self.store.end_run(run_id, "KILLED")
+            closed.append(run_id)
+        return closed
+
+    def redone(self) -> list[int]:
+        """Steps of which the store holds another loss than the run directory.
+
+        A resume redoes what came after the checkpoint. If the redone steps went another way (other settings, another
+        number of ranks), `metrics.jsonl` has the second record; a store can neither replace nor delete its first.
+        """
+        run_id = self.run_id or self.rundir.run_id
+        if run_id is None:
+            return []
+        truth = {line["step"]: line.get("loss") for line in self.rundir.read_metrics()}
+        history = self.store.history(run_id, "loss")
+        return sorted({step for step, value in history if truth.get(step) not in (None, value)})
+
+    def note_redone(self) -> None:
+        """Names the `redone` steps in a tag of the run."""
+        steps = self.redone()
+        if steps:
+            text = f"{ranges(steps)}: these are the first figures; after a resume metrics.jsonl has the second"
+            self.store.set_tags(self.open(), {REDONE: text})
 
     def differences(self) -> list[str]:
         """Where the store departs from the run directory, one line each: missing, doubled, unknown or unequal values.
@@ -171,6 +218,38 @@ def read_record(rundir: RunDir) -> dict[str, Any]:
             "tags": {},
             "status": "FINISHED",
         }
+
+
+def add_tag(rundir: RunDir, key: str, value: str) -> None:
+    record = read_record(rundir)
+    _write_json(rundir, "tracked.json", record | {"tags": record["tags"] | {key: value}})
+
+
+def status_now(rundir: RunDir) -> str:
+    """How the run ended, or RUNNING while its writer may still be at work. One that died without a word counts as FAILED
+    if it left a failure record, else as KILLED.
+
+    Only a process of this host, or a job of this host's SLURM, is known to be gone.
+    """
+    status = read_record(rundir)["status"]
+    if status != "RUNNING":
+        return status
+    writer = rundir.read_writer()
+    found = fate(writer) if writer else "unknown"
+    if found == "gone":
+        return "FAILED" if read_failures(rundir.logs_url) else "KILLED"
+    return "SCHEDULED" if found == "queued" else status
+
+
+def ranges(steps: Sequence[int]) -> str:
+    """`[1, 2, 3, 7]` → `1-3, 7`."""
+    parts: list[list[int]] = []
+    for step in sorted(steps):
+        if parts and step == parts[-1][1] + 1:
+            parts[-1][1] = step
+        else:
+            parts.append([step, step])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
 def add_event(rundir: RunDir, url: str, step: int, metrics: Mapping[str, float]) -> None:

@@ -159,8 +159,25 @@ class MlflowStore:
             self.client.finalize_logged_model(found[0].model_id, "READY")
 
     @_guarded
+    def running(self, experiment: str, run_dir: str) -> list[tuple[str, dict[str, str]]]:
+        experiment_id = self._experiment_id(experiment)
+        found, token = [], None
+        while True:  # asked for by status alone and sifted here: a path may hold what the filter's quoting cannot
+            page = self.client.search_runs(
+                [experiment_id], "attributes.status = 'RUNNING'", max_results=500, page_token=token
+            )
+            found += [
+                (run.info.run_id, dict(run.data.tags))
+                for run in page
+                if run.data.tags.get("geoloom.run_dir") == run_dir
+            ]
+            token = page.token
+            if not token:
+                return found
+
+    @_guarded
     def end_run(self, run_id: str, status: str) -> None:
-        if status == "SCHEDULED":  # it will go on: no end time
+        if status in ("SCHEDULED", "RUNNING"):  # it will go on: no end time
             self.client.update_run(run_id, status=status)
         else:
             self.client.set_terminated(run_id, status)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-LOAD = re.compile(r"moe/layer(\d+)/load/([^/]+)/(\d+)$")
+from pipeline.tracking.experts import LOAD
 
 
 def loss_plot(lines: Sequence[Mapping[str, Any]]) -> bytes | None:

@@ -51,7 +51,11 @@ class Store(Protocol):
     def register_checkpoint(self, run_id: str, url: str, step: int, metrics: Mapping[str, float]) -> None:
         """Registers by reference; the same url and step again changes nothing."""
 
-    def end_run(self, run_id: str, status: str) -> None: ...
+    def running(self, experiment: str, run_dir: str) -> list[tuple[str, dict[str, str]]]:
+        """(run id, tags) of the runs with status RUNNING whose tag `geoloom.run_dir` is `run_dir`."""
+
+    def end_run(self, run_id: str, status: str) -> None:
+        """Sets the status; an end time too, unless the run will go on (SCHEDULED) or still does (RUNNING)."""
 
 
 class MemoryStore:
@@ -112,6 +116,13 @@ class MemoryStore:
     def register_checkpoint(self, run_id: str, url: str, step: int, metrics: Mapping[str, float]) -> None:
         self._answer()
         self.runs[run_id]["checkpoints"].setdefault((url, step), dict(metrics))
+
+    def running(self, experiment: str, run_dir: str) -> list[tuple[str, dict[str, str]]]:
+        self._answer()
+        return [
+            (run_id, dict(run["tags"])) for run_id, run in self.runs.items()
+            if run["status"] == "RUNNING" and run["experiment"] == experiment and run["tags"].get("geoloom.run_dir") == run_dir
+        ]  # fmt: skip
 
     def end_run(self, run_id: str, status: str) -> None:
         self._answer()

@@ -13,7 +13,7 @@ from cluster import storage
 from cluster.rundir import RunDir
 from pipeline.config import PretrainConfig
 from pipeline.tracking.facts import RunFacts
-from pipeline.tracking.mirror import Mirror, add_event, read_record, set_status, write_record
+from pipeline.tracking.mirror import Mirror, add_event, add_tag, read_record, set_status, write_record
 from pipeline.tracking.store import Store, StoreUnavailable
 
 FLUSH_S = 2.0  # how far the store lags behind while all is well
@@ -58,7 +58,7 @@ class Tracker:
         self._probes: dict[int, dict[str, float]] = {}  # scores by step, of steps without a checkpoint so far
         self._newest_checkpoint, self._looked = "", 0.0
         self._status: str | None = None
-        self._level = self._caught_up = False
+        self._level = self._caught_up = self._swept = False
         self._thread: threading.Thread | None = None
         if self._mirror is not None:
             self._thread = threading.Thread(target=self._run, name="tracker", daemon=True)
@@ -96,6 +96,10 @@ class Tracker:
         """Registers a committed checkpoint by reference, with its probe scores. Those of the run directory are found
         without being told."""
         self._guard(lambda: add_event(self.rundir, url, step, metrics or {}))
+
+    def tag(self, key: str, value: str) -> None:
+        """Sets a tag of the run, in the run directory and the store."""
+        self._guard(lambda: add_tag(self.rundir, key, value))
 
     def close(self, status: str = "FINISHED") -> None:
         """Sends what is left and ends the run as FINISHED, FAILED, KILLED or SCHEDULED (it will be requeued)."""
@@ -175,11 +179,15 @@ class Tracker:
             if from_directory or closing:
                 known = {line["step"]: line for line in [*self.rundir.read_metrics(), *lines]}
                 lines = [known[step] for step in sorted(known)]
+            if not self._swept:
+                self._mirror.close_stale()
+                self._swept = True
             self._mirror.send(lines)
             if self._new_files or closing:
                 self._new_files = False
                 self._mirror.send_files()
             if closing:
+                self._mirror.note_redone()
                 self._mirror.end(closing)
             self._caught_up = True
         except BaseException:

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import UsageError
+from cluster.logs import record_failure
 from cluster.rundir import RunDir
 from pipeline.config import PretrainConfig, RunConfig, TrackingConfig
 from pipeline.tracking import Dataset, RunFacts, open_tracker
-from pipeline.tracking.mirror import Mirror, points_of, read_events, write_record
+from pipeline.tracking.facts import describe
+from pipeline.tracking.mirror import (
+    Mirror,
+    points_of,
+    ranges,
+    read_events,
+    set_status,
+    status_now,
+    write_record,
+)
 from pipeline.tracking.mlflow_store import check_uri
 from pipeline.tracking.store import MemoryStore, StoreUnavailable
 from pipeline.tracking.system import SystemSampler
@@ -219,3 +234,115 @@ def test_a_committed_checkpoint_is_found_with_the_scores_of_its_step(tmp_path: P
     tracker.close()
     (run,) = store.runs.values()
     assert run["checkpoints"] == {(f"{tmp_path}/checkpoints/step-00000008", 8): {"probe/knn/fused": 0.5}}
+
+
+def _claimed(url: str, steps: int = 3) -> tuple[RunDir, MemoryStore]:
+    """A run that is under way: claimed, sent, and nobody has ended it."""
+    rundir, store = _run(url, steps), MemoryStore()
+    rundir.claim()
+    Mirror(rundir, store).send(rundir.read_metrics())
+    return rundir, store
+
+
+def _dead_pid() -> int:
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    return done.pid
+
+
+def _rewrite(rundir: RunDir, name: str, **changes: object) -> None:
+    path = Path(rundir.url) / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_run_whose_writer_died_without_a_word_is_killed_or_failed(tmp_path: Path) -> None:
+    rundir, _ = _claimed(str(tmp_path))
+    assert status_now(rundir) == "RUNNING"  # this process lives
+    _rewrite(rundir, "writer.json", pid=_dead_pid())
+    assert status_now(rundir) == "KILLED"
+    record_failure(rundir.logs_url, 0, 3, RuntimeError("out of memory"))
+    assert status_now(rundir) == "FAILED"
+    set_status(rundir, "SCHEDULED")  # its last word counts
+    assert status_now(rundir) == "SCHEDULED"
+
+
+def test_a_process_number_that_another_process_got_since_is_not_the_writer(tmp_path: Path) -> None:
+    rundir, _ = _claimed(str(tmp_path))
+    _rewrite(rundir, "writer.json", time=psutil.Process().create_time() - 100)
+    assert status_now(rundir) == "KILLED"
+
+
+@pytest.mark.parametrize(
+    ("host", "job", "slurm", "expected"),
+    [
+        ("elsewhere", None, "", "RUNNING"),  # nobody knows
+        ("elsewhere", "7", "JobState=RUNNING", "RUNNING"),
+        ("elsewhere", "7", "JobState=NODE_FAIL", "KILLED"),
+        ("elsewhere", "7", "JobState=PENDING", "SCHEDULED"),
+        (None, "7", "JobState=PENDING", "SCHEDULED"),  # this host, process gone
+        (None, "7", "JobState=FAILED", "KILLED"),
+        (None, "7", None, "KILLED"),  # no SLURM here: the process table is enough
+        ("elsewhere", "7", None, "RUNNING"),
+    ],
+)
+def test_a_writer_elsewhere_is_judged_by_its_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str | None, job: str | None, slurm: str | None, expected: str
+) -> None:
+    rundir, _ = _claimed(str(tmp_path / "run"))
+    _rewrite(rundir, "writer.json", host=host or socket.gethostname(), job=job, pid=_dead_pid())
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    if slurm is not None:
+        scontrol.write_text(f"#!/bin/bash\necho JobId=7\necho '   {slurm} Restarts=0'\n")
+        scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}" + (":/bin:/usr/bin" if slurm is not None else ""))
+    assert status_now(rundir) == expected
+
+
+def test_a_start_closes_runs_of_its_directory_that_nobody_writes(tmp_path: Path) -> None:
+    rundir, store = _claimed(str(tmp_path / "run"))
+    tags = dict(store.runs["run1"]["tags"])
+    strangers = {
+        "dead": tags | {"geoloom.pid": str(_dead_pid())},
+        "alive": tags,  # a process of this host that still runs
+        "other directory": tags | {"geoloom.pid": str(_dead_pid()), "geoloom.run_dir": str(tmp_path)},
+        "other host": tags | {"geoloom.pid": "1", "geoloom.host": "elsewhere"},  # its /…/run is another folder
+    }
+    ids = {name: store.open_run(None, "test", name, found) for name, found in strangers.items()}
+    ids["other experiment"] = store.open_run(None, "other", "x", strangers["dead"])
+    ids["finished"] = store.open_run(None, "test", "x", strangers["dead"])
+    store.end_run(ids["finished"], "FINISHED")
+    tracker = Tracker(RunDir(rundir.url), store, flush_s=0.01)
+    tracker.close("SCHEDULED")
+    status = {name: store.runs[run_id]["status"] for name, run_id in ids.items()}
+    assert status == {
+        "dead": "KILLED", "alive": "RUNNING", "other directory": "RUNNING", "other host": "RUNNING",
+        "other experiment": "RUNNING", "finished": "FINISHED",
+    }  # fmt: skip
+    assert store.runs["run1"]["status"] == "SCHEDULED"
+
+
+def test_the_run_directory_is_tagged_by_a_path_that_holds_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert describe(FACTS, "runs/a", "f", {})["geoloom.run_dir"] == str(tmp_path / "runs" / "a")
+    assert describe(FACTS, "s3://bucket/a", "f", {})["geoloom.run_dir"] == "s3://bucket/a"
+
+
+def test_steps_redone_with_another_loss_are_named_in_a_tag(tmp_path: Path) -> None:
+    rundir, store = _run(str(tmp_path), 10), MemoryStore()
+    Mirror(rundir, store).send(rundir.read_metrics())
+    rundir.start_metrics(6)
+    tracker = Tracker(rundir, store, flush_s=0.01)
+    for step in range(7, 13):
+        line = rundir.append_metrics(_line(step) | ({"loss": 0.5} if step in (8, 9, 12) else {}))
+        tracker.log(step, step * 8, line)
+    tracker.close()
+    assert Mirror(rundir, store).redone() == [8, 9]
+    (run,) = store.runs.values()
+    assert run["tags"]["geoloom.redone_steps"].startswith("8-9: these are the first figures")
+
+
+def test_ranges_of_steps() -> None:
+    assert ranges([3, 1, 2, 7, 9, 10]) == "1-3, 7, 9-10"
