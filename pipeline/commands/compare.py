@@ -1,6 +1,7 @@
 """`python -m pipeline compare RUN [RUN …]`: what differs, whether the comparison is fair, and who is better.
 
-A RUN is a run directory (any fsspec URL), an MLflow run id, or a run name.
+A RUN is a run directory (any fsspec URL), an MLflow run id, or a run name. The intervals of probe scores are each run's own
+(95 %, its test sites drawn again), not of the difference between two runs: per-site results are not kept.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.compare.load import RunData
+from pipeline.tracking.experts import TAG as DEAD_EXPERTS
 
 # settings that say where a run is, not what it does
 IDENTITY = (
@@ -97,6 +98,15 @@ def _notes(runs: Sequence[RunData], differs: dict[str, list[Any]]) -> list[str]:
             notes.append(f"code had uncommitted changes in {', '.join(dirty)} (artifact dirty.diff)")
         elif key != "geoloom.dirty" and len(set(values)) > 1:
             notes.append(f"code revisions differ: {', '.join(value[:10] or 'unknown' for value in values)}")
+    for run in runs:
+        alarm = run.tags.get(DEAD_EXPERTS, "none")
+        if not alarm.startswith("none"):
+            notes.append(f"{run.name} ended with dead experts: {alarm}")
+    if any(key.startswith("probe/") and key.endswith("/low") for run in runs for line in run.lines for key in line):
+        notes.append(
+            "intervals are each run's own (its test sites drawn again), none is of a difference: intervals apart mean a clear "
+            "difference, intervals that touch do not mean that there is none"
+        )
     if not any(key.startswith("probe/") for run in runs for line in run.lines for key in line):
         notes.append("no run has probe scores: set probe.every, or run python -m pipeline probe")
     return notes

@@ -21,7 +21,8 @@ from pipeline.compare.report import html_report
 from pipeline.compare.verdict import judge
 from pipeline.config import PretrainConfig
 from pipeline.tracking import Dataset, RunFacts
-from pipeline.tracking.mirror import write_record
+from pipeline.tracking.experts import TAG
+from pipeline.tracking.mirror import add_tag, write_record
 
 
 def _run(
@@ -88,6 +89,17 @@ def test_figures_are_read_at_the_samples_all_have_seen(tmp_path: Path) -> None:
     assert long.losses == short.losses
     assert long.gpu_hours == pytest.approx(160 / 4 * 2 / 3600)
     assert any("320, 160" in note for note in judge(runs).notes)
+
+
+def test_intervals_and_dead_experts_are_noted(tmp_path: Path) -> None:
+    runs = [_run(tmp_path, "a"), _run(tmp_path, "b")]
+    notes = judge(load_runs(runs)).notes
+    assert any("none is of a difference" in note for note in notes)
+    assert not any("dead experts" in note for note in notes)
+    add_tag(RunDir(runs[0]), TAG, "none since step 9")
+    add_tag(RunDir(runs[1]), TAG, "layer 1 expert 3 (hr)")
+    notes = judge(load_runs(runs)).notes
+    assert [note for note in notes if "dead experts" in note] == ["b ended with dead experts: layer 1 expert 3 (hr)"]
 
 
 def test_other_objectives_are_noted(tmp_path: Path) -> None:
