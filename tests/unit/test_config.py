@@ -72,7 +72,7 @@ def test_bad_files_are_one_line_errors(tmp_path, text: str | None, why: str) -> 
         config.load(PretrainConfig, str(path))
 
 
-@given(st.integers(0, 512), st.integers(1, 8), st.sampled_from(["last_n", "uniform", "list"]), st.floats(0, 1))
+@given(st.sampled_from([0, 2, 8, 512]), st.integers(1, 8), st.sampled_from(["last_n", "uniform"]), st.floats(0, 1))
 def test_any_valid_tree_round_trips(experts: int, top_k: int, placement: str, weight: float) -> None:
     moe = MoEConfig(experts=experts, top_k=min(top_k, max(experts, 1)), placement=placement, balance_weight=weight)
     assert config.from_dict(MoEConfig, config.to_dict(moe)) == moe
