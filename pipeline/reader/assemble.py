@@ -10,8 +10,7 @@ import numpy as np
 
 from data_prep.codec import Member
 from data_prep.schema import CLEAR, MODALITIES
-from pipeline.config import ViewConfig
-from pipeline.reader.buffers import ModalityArrays, ViewArrays, blank_modality, canvas_px
+from pipeline.reader.buffers import ModalityArrays, ViewArrays, blank_modality
 from pipeline.reader.geometry import GRID_M, Crop, Window, affine, aligned_window, copy_turned, turned_box, unturned
 from pipeline.reader.resample import nearest, resample, taps
 from pipeline.reader.views import ViewPlan
@@ -21,13 +20,14 @@ from pipeline.reader.views import ViewPlan
 class SiteMembers:
     """Members of a sample by stem (`s2`, `s2.mask`, `label.landcover`), opened when looked up, and what the index says of it.
 
-    doy, clear: per modality the day of year and the share of clear pixels of every stored date (1.0: all, exactly).
+    doy, clear: per modality the day of year and the share of clear pixels of every stored date; 1.0 is all, exactly; None
+        in place of an array is 1.0 for every date.
     width_m: ground extent of the site.
     """
 
     members: Mapping[str, Member]
     doy: Mapping[str, np.ndarray]
-    clear: Mapping[str, np.ndarray]
+    clear: Mapping[str, np.ndarray | None]
     width_m: float
 
 
@@ -44,27 +44,26 @@ def _scratch(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return held[:size].view(dtype).reshape(shape)
 
 
-def fill_site(
-    site: SiteMembers, plans: list[ViewPlan], views: list[ViewArrays], configs: list[ViewConfig], i: int
-) -> None:
+def fill_site(site: SiteMembers, plans: list[ViewPlan], views: list[ViewArrays], i: int) -> None:
     """Writes row i of every view."""
     for plan, view in zip(plans, views):
         view.photometric_BP[i], view.side_m_B[i] = plan.photometric_P, plan.crop.side_m
     for name in views[0].modalities:
-        canvases = [
-            (plan, view.modalities[name], canvas_px(config, name)) for plan, view, config in zip(plans, views, configs)
-        ]
-        if name in site.members:
+        canvases = [(plan, view.modalities[name]) for plan, view in zip(plans, views)]
+        present = name in site.members
+        if present:
             _fill_modality(site, name, canvases, i)
-        for plan, out, side in canvases:
-            gsd = _canvas_gsd(name, plan.crop, side)
-            if name not in site.members:
+        for plan, out in canvases:
+            if not present:
                 blank_modality(out, i)
+            side = out.x_BTCHW.shape[-1]
+            gsd = _canvas_gsd(name, plan.crop, side)
             out.gsd_B[i], out.affine_B23[i] = gsd, affine(plan.crop, side, gsd)
-    stem = next((stem for stem in site.members if stem.startswith("label.")), None)
-    label = None if stem is None else site.members[stem]
-    for plan, view in zip(plans, views):
-        if view.classes_BHW is not None:
+    if views[0].classes_BHW is not None:
+        stem = next((stem for stem in site.members if stem.startswith("label.")), None)
+        label = None if stem is None else site.members[stem]
+        for plan, view in zip(plans, views):
+            assert view.classes_BHW is not None
             _fill_classes(label, site.width_m, plan.crop, view.classes_BHW[i])
 
 
@@ -73,40 +72,53 @@ def _canvas_gsd(name: str, crop: Crop, side_px: int) -> float:
     return GRID_M if MODALITIES[name].is_series else crop.side_m / side_px
 
 
-def _fill_modality(site: SiteMembers, name: str, canvases: list[tuple[ViewPlan, ModalityArrays, int]], i: int) -> None:
+def _fill_modality(site: SiteMembers, name: str, canvases: list[tuple[ViewPlan, ModalityArrays]], i: int) -> None:
     member = site.members[name]
     _, _, height, width = member.shape
     gsd = site.width_m / width
     wanted = []  # (window of source pixels, aligned?) per view
-    for plan, _, side in canvases:
+    for plan, out in canvases:
+        side = out.x_BTCHW.shape[-1]
         canvas_gsd = _canvas_gsd(name, plan.crop, side)
         window = aligned_window(plan.crop, height, width, gsd, side) if abs(canvas_gsd - gsd) < 0.002 * gsd else None
         wanted.append((window or _covering(plan.crop, height, width, gsd), window is not None))
-    shared = _union([window for window, _ in wanted])
+    shared: Window | None = wanted[0][0]
     dates = canvases[0][0].dates[name]
     if len(canvases) > 1:
-        dates = np.unique(np.concatenate([plan.dates[name] for plan, _, _ in canvases]))
-    source = _read(site, name, member, dates, shared) if shared else None
-    for (plan, out, side), (window, aligned) in zip(canvases, wanted):
+        shared = _union([window for window, _ in wanted])
+        dates = np.unique(np.concatenate([plan.dates[name] for plan, _ in canvases]))
+    source = None if shared is None or shared.empty else _read(site, name, member, dates, shared)
+    for (plan, out), (window, aligned) in zip(canvases, wanted):
         chosen = plan.dates[name]
-        _fill_dates(out, i, chosen, plan.jitter_days[name], site.doy[name])
+        _fill_dates(out, i, chosen, plan, name, site.doy[name])
         if window.empty or len(chosen) == 0:
             out.x_BTCHW[i], out.valid_BTHW[i] = 0, False
             continue
         if source is None or shared is None:
             pixels, clear = _read(site, name, member, chosen, window)
-            at, top, left = np.arange(len(chosen)), window.y0, window.x0
         else:
-            (pixels, clear), top, left = source, shared.y0, shared.x0
-            at = np.searchsorted(dates, chosen) if len(chosen) < len(dates) else chosen
-        part = np.s_[..., window.y0 - top : window.y1 - top, window.x0 - left : window.x1 - left]
-        pixels, clear = pixels[part], None if clear is None else clear[part]
-        if len(at) != len(pixels):
-            pixels, clear = pixels[at], None if clear is None else clear[at]
+            pixels, clear = _part(source, shared, dates, window, chosen)
         if aligned:
             _place(pixels, clear, window, plan.crop.turn, out, i)
         else:
-            _place_resampled(pixels, clear, window, plan.crop, gsd, _canvas_gsd(name, plan.crop, side), out, i)
+            canvas_gsd = _canvas_gsd(name, plan.crop, out.x_BTCHW.shape[-1])
+            _place_resampled(pixels, clear, window, plan.crop, gsd, canvas_gsd, out, i)
+
+
+Pixels = tuple[np.ndarray, np.ndarray | None]  # [n, C, h, w] and where they are clear, [n, h, w]; None: everywhere
+
+
+def _part(source: Pixels, shared: Window, dates: np.ndarray, window: Window, chosen: np.ndarray) -> Pixels:
+    """A view's window and dates out of what was read for all views."""
+    pixels, clear = source
+    if (window.y0, window.y1, window.x0, window.x1) != (shared.y0, shared.y1, shared.x0, shared.x1):
+        rows = slice(window.y0 - shared.y0, window.y1 - shared.y0)
+        columns = slice(window.x0 - shared.x0, window.x1 - shared.x0)
+        pixels, clear = pixels[..., rows, columns], None if clear is None else clear[..., rows, columns]
+    if len(chosen) < len(dates):
+        at = np.searchsorted(dates, chosen)
+        pixels, clear = pixels[at], None if clear is None else clear[at]
+    return pixels, clear
 
 
 def _union(windows: list[Window]) -> Window | None:
@@ -129,17 +141,16 @@ def _covering(crop: Crop, height: int, width: int, gsd: float) -> Window:
     )
 
 
-def _read(
-    site: SiteMembers, name: str, member: Member, dates: np.ndarray, window: Window
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Pixels [n, C, h, w] (scratch memory or a view of the bytes) and where they are clear, bool [n, h, w]; None: everywhere.
+def _read(site: SiteMembers, name: str, member: Member, dates: np.ndarray, window: Window) -> Pixels:
+    """Some dates of a window, in scratch memory or as a view of the member's bytes.
 
     Masks of dates that the index knows to be clear all over are not decoded. A number that is none is missing, whatever the
     mask says.
     """
     pixels = _decode(member, dates, window, "pixels")
     clear = None
-    masked = np.flatnonzero(site.clear[name][dates] < 1)
+    shares = site.clear[name]
+    masked = () if shares is None else np.flatnonzero(shares[dates] < 1)
     if len(masked):
         clear = np.ones((len(dates), *pixels.shape[2:]), bool)
         clear[masked] = _decode(site.members[f"{name}.mask"], dates[masked], window, "codes")[:, 0] == CLEAR
@@ -161,10 +172,10 @@ def _decode(member: Member, dates: np.ndarray, window: Window, name: str) -> np.
     return out
 
 
-def _fill_dates(out: ModalityArrays, i: int, chosen: np.ndarray, jitter_days: np.ndarray, doy: np.ndarray) -> None:
+def _fill_dates(out: ModalityArrays, i: int, chosen: np.ndarray, plan: ViewPlan, name: str, doy: np.ndarray) -> None:
     day = doy[chosen]
-    if jitter_days.any():
-        day = np.where(day > 0, (day - 1 + jitter_days) % 366 + 1, 0)
+    if plan.jitter_days is not None:
+        day = np.where(day > 0, (day - 1 + plan.jitter_days[name]) % 366 + 1, 0)
     out.doy_BT[i, : len(chosen)], out.doy_BT[i, len(chosen) :] = day, 0
 
 
@@ -175,7 +186,7 @@ def _place(
     x, valid, count = out.x_BTCHW[i], out.valid_BTHW[i], len(pixels)
     if pixels.shape[-2:] != x.shape[-2:]:
         x[...], valid[...] = 0, False
-    else:
+    elif count < len(x):
         x[count:], valid[count:] = 0, False
     rows, columns = (window.row, window.row + pixels.shape[-2]), (window.column, window.column + pixels.shape[-1])
     box = turned_box(rows, columns, x.shape[-1], turn)

@@ -77,10 +77,8 @@ class SampleReader:
         members = SampleMembers(self._places, parts, row, self._table.keys[row], self._data.verify_checksums)
         dates = {m: self._table.dates[m] for m in self._modalities if m in members}
         doy = {m: d.doy_D[d.of(row)] for m, d in dates.items()}
-        clear = {m: d.clear_D[d.of(row)] for m, d in dates.items()}
-        fill_site(
-            SiteMembers(members, doy, clear, float(self._table.width_m_N[row])), plans, buffers.views, self.configs, i
-        )
+        clear = {m: None if d.whole_N[row] else d.clear_D[d.of(row)] for m, d in dates.items()}
+        fill_site(SiteMembers(members, doy, clear, self._table.width_m_N[row]), plans, buffers.views, i)
         self.decode_s += time.thread_time() - began
 
 

@@ -35,14 +35,18 @@ class Members:
 
 @dataclasses.dataclass
 class Dates:
-    """Dates of one modality: of sample n the entries first_N[n] up to first_N[n + 1]. doy 0 = unknown."""
+    """Dates of one modality: of sample n the entries first_N[n] up to first_N[n + 1]. doy 0 = unknown.
 
-    first_N: np.ndarray
+    whole_N: every pixel of every date of sample n is clear. Plain lists are read one by one, several times per sample.
+    """
+
+    first_N: list[int]
+    whole_N: list[bool]
     clear_D: np.ndarray
     doy_D: np.ndarray
 
     def of(self, row: int) -> slice:
-        return slice(int(self.first_N[row]), int(self.first_N[row + 1]))
+        return slice(self.first_N[row], self.first_N[row + 1])
 
 
 @dataclasses.dataclass
@@ -68,8 +72,8 @@ class Table:
     shard_N: np.ndarray
     members: dict[str, Members]
     dates: dict[str, Dates]
-    width_m_N: np.ndarray
-    height_m_N: np.ndarray
+    width_m_N: list[float]
+    height_m_N: list[float]
     lonlat_N2: np.ndarray
     scene_N: np.ndarray
     label: str | None
@@ -83,7 +87,7 @@ class Table:
         clear = {
             m: self.dates[m].clear_D[self.dates[m].of(row)] for m in modalities if self.members[m].offset_N[row] >= 0
         }
-        return SiteFacts(float(self.width_m_N[row]), float(self.height_m_N[row]), clear)
+        return SiteFacts(self.width_m_N[row], self.height_m_N[row], clear)
 
     def stems(self, modalities: Sequence[str]) -> list[str]:
         """Members to read for these modalities, in tar order."""
@@ -127,7 +131,7 @@ def load(data: DataConfig, modalities: Sequence[str], label: str | None = None) 
     width_m_N, height_m_N = _extent(index, modalities)
     return Table(
         sets, sizes, index["key"].to_pylist(), shard_urls, shard_hashes, np.concatenate(shards), _members(index, modalities, label),
-        {m: _dates(index, m) for m in modalities}, width_m_N, height_m_N, _centres(index), _scene(index), label, fingerprints,
+        {m: _dates(index, m) for m in modalities}, width_m_N.tolist(), height_m_N.tolist(), _centres(index), _scene(index), label, fingerprints,
     )  # fmt: skip
 
 
@@ -239,7 +243,9 @@ def _dates(index: pa.Table, modality: str) -> Dates:
     if known.any():
         date = day[known].astype(str).astype("datetime64[D]")
         doy_D[known] = (date - date.astype("datetime64[Y]")).astype(int) + 1
-    return Dates(first_N.astype(np.int64), np.nan_to_num(clear_D, nan=0.999), doy_D)
+    clear_D = np.nan_to_num(clear_D, nan=0.999)
+    cloudy = np.concatenate([[0], np.cumsum(clear_D < 1)])[first_N.astype(np.int64)]
+    return Dates(first_N.astype(np.int64).tolist(), (np.diff(cloudy) == 0).tolist(), clear_D, doy_D)
 
 
 def _list(index: pa.Table, name: str) -> pa.ListArray:

@@ -41,11 +41,11 @@ class SiteFacts:
 
 @dataclasses.dataclass(frozen=True)
 class ViewPlan:
-    """One view of one site. dates: per modality the chosen date indices, ascending; jitter_days moves their day of year."""
+    """One view of one site. dates: per modality the chosen date indices, ascending. jitter_days: shift of their day of year."""
 
     crop: Crop
     dates: Mapping[str, np.ndarray]
-    jitter_days: Mapping[str, np.ndarray]
+    jitter_days: Mapping[str, np.ndarray] | None
     photometric_P: np.ndarray
 
 
@@ -74,8 +74,7 @@ def plan_whole(site: SiteFacts, view: ViewConfig, min_clear: float = 0.0) -> Vie
         if len(usable) == 0:
             usable = np.arange(len(clear))
         dates[modality] = usable[_evenly(len(usable), dates_wanted(view, modality))]
-    none = {modality: np.zeros(len(chosen), np.int16) for modality, chosen in dates.items()}
-    return ViewPlan(Crop(float(x0), float(y0), side), dates, none, np.array(NEUTRAL, np.float32))
+    return ViewPlan(Crop(float(x0), float(y0), side), dates, None, np.array(NEUTRAL, np.float32))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -91,15 +90,16 @@ def _plan_view(
     draws = uniforms(16 + 2 * number_of_dates, *key)
     side = _side(view, data.scale, draws[0])
     crop = Crop(*_place(site, side, others, draws[1], draws[2]), side, int(draws[3] * 8))
-    dates, jitter, at = {}, {}, 16
+    dates, jitter, at, days = {}, {}, 16, data.date_jitter_days
     for modality, clear in site.clear.items():
         chosen = choose_dates(clear, dates_wanted(view, modality), data.min_clear, draws[at : at + len(clear)])
-        spread = draws[at + len(clear) : at + 2 * len(clear)][chosen]
         dates[modality] = chosen
-        jitter[modality] = np.floor(spread * (2 * data.date_jitter_days + 1)).astype(np.int16) - data.date_jitter_days
+        if days:
+            spread = draws[at + len(clear) : at + 2 * len(clear)][chosen]
+            jitter[modality] = np.floor(spread * (2 * days + 1)).astype(np.int16) - days
         at += 2 * len(clear)
     photometric = draw_photometric(draws[4:16]) if data.photometric else np.array(NEUTRAL, np.float32)
-    return ViewPlan(crop, dates, jitter, photometric)
+    return ViewPlan(crop, dates, jitter if days else None, photometric)
 
 
 def _side(view: ViewConfig, scale: tuple[float, float], u: float) -> float:

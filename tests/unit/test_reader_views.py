@@ -80,7 +80,7 @@ def filled(site: SiteMembers, plans: list[ViewPlan], view: ViewConfig = VIEW) ->
     for arrays in buffers.views:  # what an earlier batch left behind must not shine through
         for m in arrays.modalities.values():
             m.x_BTCHW[...], m.valid_BTHW[...], m.doy_BT[...] = 77, True, 77
-    fill_site(site, plans, buffers.views, [view] * len(plans), 1)
+    fill_site(site, plans, buffers.views, 1)
     return buffers
 
 
