@@ -15,6 +15,7 @@ from cluster.errors import UsageError
 from cluster.rundir import RunDir
 from cluster.slurm.script import job_name, option, quote
 from pipeline.config import PretrainConfig
+from pipeline.tracking.mirror import read_record
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,12 @@ def write_configs(runs: Sequence[tuple[str, PretrainConfig]], root: str) -> list
 
 
 def is_finished(config: PretrainConfig) -> bool:
-    """Whether the run stands complete in its directory: it is not made again."""
+    """Whether the run stands complete in its directory, its last checkpoint too: it is not made again."""
     rundir = RunDir(config.run.dir)
     resolved = rundir.read_resolved()
-    return resolved is not None and resolved["config"] == to_dict(config) and rundir.last_step() == config.train.steps
+    if resolved is None or resolved["config"] != to_dict(config) or rundir.last_step() != config.train.steps:
+        return False
+    return read_record(rundir)["status"] == "FINISHED"  # the last line is written before the last checkpoint is
 
 
 def train_one(config_path: str, processes: int | None) -> int:

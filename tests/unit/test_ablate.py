@@ -11,9 +11,12 @@ import pytest
 
 from cluster.config import flatten, load, to_dict
 from cluster.errors import UsageError
-from pipeline.ablate import ABLATIONS, array_script, plan
+from cluster.rundir import RunDir
+from pipeline.ablate import ABLATIONS, array_script, is_finished, plan
 from pipeline.commands import ablate
 from pipeline.config import PretrainConfig
+from pipeline.tracking import RunFacts
+from pipeline.tracking.mirror import set_status, write_record
 from tests.data_folder import REPOSITORY
 
 SHIPPED = ("tiny", "skysense_v2")
@@ -62,6 +65,24 @@ def test_a_layout_that_one_run_forbids_is_told_before_any_starts(tmp_path: Path)
     with pytest.raises(UsageError, match="needs experts"):
         ablate.main(args)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_is_finished_when_it_said_so_after_its_last_step(tmp_path: Path) -> None:
+    config = load(PretrainConfig, None, [f"run.dir={tmp_path}/run", "train.steps=2"])
+    rundir = RunDir(config.run.dir)
+    assert not is_finished(config)
+    rundir.write_resolved(config)
+    write_record(rundir, "test", "a run", RunFacts())
+    rundir.append_metrics({"step": 1, "samples": 8})
+    set_status(rundir, "FINISHED")
+    assert not is_finished(config)  # it was shorter then
+    rundir.append_metrics({"step": 2, "samples": 16})
+    rundir.close()
+    set_status(rundir, "RUNNING")
+    assert not is_finished(config)  # its last checkpoint may not be there yet
+    set_status(rundir, "FINISHED")
+    assert is_finished(config)
+    assert not is_finished(load(PretrainConfig, None, [f"run.dir={tmp_path}/run", "train.steps=2", "model.prompts=0"]))
 
 
 def test_what_is_no_ablation_is_refused() -> None:
