@@ -48,13 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     from cluster import storage
     from cluster.cli import print_json
-    from pipeline.bench import loader_storage
+    from pipeline.bench import loader_rivals, loader_storage
 
     url = args.data or args.set
     report: dict[str, Any]
     if url:
         report = loader_storage.feed(url, args.batch, args.threads, args.samples, args.step_ms)
-        if storage.is_local(url):
+        if storage.is_local(url) and not loader_rivals.is_uniform(url):
+            print("sites differ in modalities or shapes, so stock loaders cannot stack them: no comparison")
+        elif storage.is_local(url):
             names = [name for name in _wanted(args) if name.partition("_")[0] in ("geoloom", "webdataset")]
             report["loaders"] = _compare(url, "yours", names, args)
     else:

@@ -22,7 +22,7 @@ from data_prep.codec import open_member
 from pipeline.reader.stream import TarStream
 
 Batch = tuple[list[str], dict[str, torch.Tensor]]
-STEMS = ("hr", "hr.mask", "s2", "s2.mask", "s1", "s1.mask")
+STEMS = ("hr", "hr.mask", "s2", "s2.mask", "s1", "s1.mask")  # of those, what the samples have
 KINDS = ("npy", "b2nd", "zarr.zip")
 
 
@@ -34,7 +34,7 @@ def decode(data: bytes, kind: str) -> np.ndarray:
 
 def collate(samples: list[dict[str, Any]]) -> Batch:
     """Samples with "key" and arrays by stem → one batch."""
-    arrays = {stem: torch.from_numpy(np.stack([sample[stem] for sample in samples])) for stem in STEMS}
+    arrays = {stem: torch.from_numpy(np.stack([s[stem] for s in samples])) for stem in STEMS if stem in samples[0]}
     return [sample["key"] for sample in samples], arrays
 
 
@@ -49,7 +49,7 @@ def decoded(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_bytes(sample: dict[str, Any], kind: str) -> dict[str, Any]:
-    return {"key": sample["key"], **{stem: decode(sample[stem], kind) for stem in STEMS}}
+    return {"key": sample["key"], **{stem: decode(sample[stem], kind) for stem in STEMS if stem in sample}}
 
 
 def tars(data: str) -> list[str]:
@@ -58,7 +58,16 @@ def tars(data: str) -> list[str]:
 
 def kind_of(data: str) -> str:
     sample = next(iter(TarStream(tars(data)[:1])))
-    return next(kind for kind in KINDS if f"s2.{kind}" in sample)
+    return next(kind for kind in KINDS if any(f"{stem}.{kind}" in sample for stem in STEMS))
+
+
+def is_uniform(data: str) -> bool:
+    """Whether all sites have the same modalities, shapes and dates: only then can a stock loader stack them."""
+    from data_prep.shards import ShardSet
+
+    index = ShardSet.open(data).index
+    shapes = [index[name].to_pylist() for name in index.column_names if name.endswith("_shape")]
+    return all(all(shape == column[0] for shape in column) for column in shapes)
 
 
 # --- webdataset: the tars as they are
@@ -214,16 +223,27 @@ def open_geoloom(data: str, folder: str, batch: int, workers: int, forever: bool
 
 
 def geoloom_reader(data: str, batch: int, threads: int, epochs: int | None, rank: int = 0, world: int = 1) -> Any:
+    from data_prep.schema import MODALITIES
     from data_prep.shards import ShardSet
     from model.config import ModelConfig
     from pipeline.config import DataConfig, ViewConfig
     from pipeline.reader.reader import Reader
 
-    index = ShardSet.open(data).read_index(["hr_shape", "s2_shape", "s1_shape"]).slice(0, 1).to_pylist()[0]
-    view = ViewConfig(index["hr_shape"][2], index["s2_shape"][2], index["s2_shape"][0], index["s1_shape"][0])
-    config = DataConfig(url=data, views_global=view, threads=threads)
+    first = ShardSet.open(data).index.slice(0, 1).to_pylist()[0]
+    shapes = {name: first[f"{name}_shape"] for name in MODALITIES if first[f"{name}_shape"]}
+    dates = {f"{name}_dates": shape[0] for name, shape in shapes.items() if MODALITIES[name].is_series}
+    series_px = next((shape[2] for name, shape in shapes.items() if MODALITIES[name].is_series), 16)
+    view = ViewConfig(hr_px=shapes.get("hr", (1, 3, 16))[2], series_px=series_px, **dates)
+    config = DataConfig(url=data, views_global=view, threads=threads, split="")
     return Reader(
-        config, ModelConfig(), seed=0, batch_per_rank=batch, rank=rank, world=world, epochs=epochs, views="whole"
+        config,
+        ModelConfig(modalities=tuple(shapes)),
+        seed=0,
+        batch_per_rank=batch,
+        rank=rank,
+        world=world,
+        epochs=epochs,
+        views="whole",
     )
 
 

@@ -12,6 +12,13 @@ So a reader needs `interleave * block_samples` samples in reach at a time, reads
 mixes samples of many shards. `shuffle_quality` puts figures on it. `interleave=1` gives each rank whole blocks, which makes
 for the largest ranges; it costs nothing in mixing when the global batch is larger than a group anyway.
 
+How well it mixes (`shuffle_quality`; 100 shards of 1,000; 1 = as a full shuffle): distinct shards in a batch of 256 / of 1,024
+
+    block_samples, interleave    4, 8: 0.54 / 0.93    16, 8 (default): 0.23 / 0.52    16, 1: 0.17 / 0.49    64, 8: 0.12 / 0.22
+
+`data_prep build` scatters places over shards, so that neighbours in a shard are not neighbours on the ground; a set that
+keeps the source's order wants smaller blocks.
+
 The stream of training is endless: stream number n belongs to epoch n // N at position n % N of a set of N samples. Global
 batch k is stream numbers [k·G, (k+1)·G); rank r of W takes the r-th of W equal parts. Nothing depends on W but that cut.
 """

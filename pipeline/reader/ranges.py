@@ -22,6 +22,7 @@ from cluster import storage
 from cluster.errors import RunFailure, UsageError
 from pipeline.reader.faults import BadSample, RetryPolicy, TransientFault, deadline
 
+IDLE_S = 4.0
 SIGNED_S = 3600  # a presigned URL holds for an hour and is used for half of it
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/")
 
@@ -71,6 +72,7 @@ class S3Ranges:
     def read_into(self, url: str, offset: int, view: memoryview) -> None:
         target = self._signed(url)
         connection = self._connection(target)
+        self._thread.used = time.monotonic()
         headers = {"Range": f"bytes={offset}-{offset + len(view) - 1}"}
         until = deadline(self._policy, len(view))
         try:
@@ -116,7 +118,10 @@ class S3Ranges:
         return target
 
     def _connection(self, target: urllib.parse.SplitResult) -> http.client.HTTPConnection:
-        """This thread's connection to a host; http.client opens it again by itself after `close`."""
+        """This thread's connection to a host; http.client opens it again by itself after `close`.
+
+        One that rested for long is opened anew: servers close idle connections, and that is no fault worth counting.
+        """
         held: dict[str, http.client.HTTPConnection] = self._thread.__dict__.setdefault("connections", {})
         connection = held.get(target.netloc)
         if connection is None:
@@ -131,6 +136,8 @@ class S3Ranges:
             held[target.netloc] = connection
             with self._lock:
                 self._connections.append(connection)
+        elif time.monotonic() - self._thread.used > IDLE_S:
+            connection.close()
         return connection
 
     def _refused(self, url: str, status: int, body: bytes, end: int) -> None:
