@@ -183,6 +183,10 @@ def build_shard(
                     _commit(local, storage.join(url, name))
                 part = merge.commit_shard(url, name, job.shard.split, writer, sha256, faults, job.plan)
     except OSError as error:
+        # another builder of the same plan finished this shard, merged, and swept our temporary file away with the stale ones
+        done = finished(url, name, job.plan) if isinstance(error, FileNotFoundError) else None
+        if done is not None:
+            return done, clock.seconds
         raise _storage_failure(url, error) from None
     return part, clock.seconds
 
