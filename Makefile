@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 DEMO   ?= demo_out
-SITES  ?= 240
+SITES  ?= 400
 STEPS  ?= 200
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
@@ -41,11 +41,12 @@ system-deps: ## apt packages of the real servers that integration tests start: S
 .PHONY: demo
 demo: setup ## scenes -> shards -> 2-process ZeRO-2 + expert-parallel pretraining -> MLflow -> comparison (under 10 minutes, 2 cores)
 	rm -rf $(DEMO)
-	$(PY) -m data_prep simulate $(DEMO)/scenes --sites $(SITES) --seed 0
+	$(PY) -m data_prep simulate $(DEMO)/scenes --sites $(SITES) --side-m 120 --seed 0
 	$(PY) -m data_prep build data_prep/runs/demo.yaml source.catalog=[$(DEMO)/scenes/catalog.parquet] output.url=$(DEMO)/shards
 	$(PY) -m data_prep verify $(DEMO)/shards
 	$(PY) -m data_prep show $(DEMO)/shards --out $(DEMO)/sheet.png
 	$(PY) -m pipeline train pipeline/runs/demo.yaml --processes 2 data.url=$(DEMO)/shards run.dir=$(DEMO)/moe train.steps=$(STEPS) tracking.uri=sqlite:///$(abspath $(DEMO))/mlflow.db
+	$(PY) -m pipeline probe $(DEMO)/moe
 	$(PY) -m pipeline train pipeline/runs/demo_dense.yaml --processes 2 data.url=$(DEMO)/shards run.dir=$(DEMO)/dense train.steps=$(STEPS) tracking.uri=sqlite:///$(abspath $(DEMO))/mlflow.db
 	$(PY) -m pipeline compare $(DEMO)/moe $(DEMO)/dense --out $(DEMO)/compare.html
 	@echo
@@ -65,13 +66,17 @@ test: check ## all tests that run on this machine: check, then the integration t
 	$(PY) -m pytest tests/integration
 
 .PHONY: bench
-bench: setup ## benchmarks, ratios side by side, written to bench_out/
-	$(PY) -m data_prep bench codec --out bench_out/codec.json
-	$(PY) -m data_prep bench build --out bench_out/build.json
-	$(PY) -m pipeline bench loader --out bench_out/loader.json
-	$(PY) -m pipeline bench moe --out bench_out/moe.json
-	$(PY) -m pipeline bench step --out bench_out/step.json
-	$(PY) -m pipeline bench checkpoint --out bench_out/checkpoint.json
+bench: setup ## benchmarks, ratios side by side, written to bench_out/report.txt
+	mkdir -p bench_out
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target .venv-bench -r pipeline/bench/requirements.txt
+	[ -d bench_out/shards ] || { $(PY) -m data_prep simulate bench_out/scenes --sites 48 && \
+	  $(PY) -m data_prep build data_prep/runs/demo.yaml source.catalog=[bench_out/scenes/catalog.parquet] output.url=bench_out/shards; }
+	{ $(PY) -m data_prep bench build; \
+	  $(PY) -m data_prep bench codec || echo "codec: needs the real imagery (GEOLOOM_DATA)"; \
+	  $(PY) -m pipeline bench loader; \
+	  $(PY) -m pipeline bench moe; \
+	  $(PY) -m pipeline bench step pipeline/runs/demo.yaml data.url=bench_out/shards; \
+	  $(PY) -m pipeline bench checkpoint pipeline/runs/tiny.yaml; } | tee bench_out/report.txt
 
 .PHONY: format
 format: setup ## rewrite formatting

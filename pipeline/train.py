@@ -97,7 +97,9 @@ def loop(run: Run, stop: StopFlag) -> int:
             )
 
         run.beat.at("probe")
-        scores = probe(run) if due(run.step, config.probe.every, last) else {}
+        # after the first step the teacher is all but untrained: what every later score is measured against
+        first = config.probe.every and run.step == 1
+        scores = probe(run) if first or due(run.step, config.probe.every, last) else {}
         run.beat.at("log")
         if scores or run.step == 1 or due(run.step, config.train.log_every, last):
             run.log.write(run.step, run.samples, result, {**run.reader.metrics(), **scores})
