@@ -94,7 +94,9 @@ def train_all(cases: list[dict[str, Any]]) -> list[Any]:
             for n, t in state.items() if n.startswith("teacher/") and "experts" not in n
         )  # fmt: skip
         tensors = {k: v.flatten().tolist() for k, v in state.items()} if dist.get_rank() == 0 else {}
-        results.append({"losses": losses, "norms": norms, "tensors": tensors, "teacher_drift": drift, "same_average": same_average})
+        results.append(
+            {"losses": losses, "norms": norms, "tensors": tensors, "teacher_drift": drift, "same_average": same_average}
+        )
         engine.deepspeed.destroy()
     return results
 
