@@ -27,7 +27,7 @@ from pipeline.engine import Engine
 from pipeline.health import Heartbeat, SpikeWatch, check_step
 from pipeline.parallel.layout import Layout
 from pipeline.parallel.processes import start
-from pipeline.probes.in_loop import probe_set, run_probes
+from pipeline.probes.in_loop import obstacle, probe_set, run_probes
 from pipeline.probes.picture import feature_sheet
 from pipeline.reader.reader import Reader
 from pipeline.steplog import StepLog
@@ -54,6 +54,7 @@ class Run:
     beat: Heartbeat
     step: int
     samples: int
+    probing: bool
 
 
 def train(config: PretrainConfig, ranks: Ranks, resume_from: str, stop: StopFlag) -> int:
@@ -98,8 +99,8 @@ def loop(run: Run, stop: StopFlag) -> int:
 
         run.beat.at("probe")
         # after the first step the teacher is all but untrained: what every later score is measured against
-        first = config.probe.every and run.step == 1
-        scores = probe(run) if first or due(run.step, config.probe.every, last) else {}
+        probing = run.probing and (run.step == 1 or due(run.step, config.probe.every, last))
+        scores = probe(run) if probing else {}
         run.beat.at("log")
         if scores or run.step == 1 or due(run.step, config.train.log_every, last):
             run.log.write(run.step, run.samples, result, {**run.reader.metrics(), **scores})
@@ -163,7 +164,22 @@ def build(config: PretrainConfig, ranks: Ranks, resume_from: str) -> Run:
     saver = Saver(rundir.checkpoints_url, config.checkpoint, ranks.rank, ranks.world, before_commit, after_commit)
     flops = float(table(config)["flops_per_sample"]["train"])
     step_log = StepLog(rundir, tracker, layout, device, flops, step, config.train.steps, device_hours)
-    return Run(config, ranks, layout, device, rundir, reader, engine, saver, tracker, step_log, beat, step, samples)
+    return Run(
+        config,
+        ranks,
+        layout,
+        device,
+        rundir,
+        reader,
+        engine,
+        saver,
+        tracker,
+        step_log,
+        beat,
+        step,
+        samples,
+        can_probe(config, ranks),
+    )
 
 
 def open_run(config: PretrainConfig, rundir: RunDir, layout: Layout, reader: Reader, step: int) -> Tracker:
@@ -188,6 +204,14 @@ def next_batches(run: Run, batches: Iterator[Batch]) -> tuple[list[Batch], list[
     whole = next(batches)
     moved, size = whole.to(run.device), run.layout.micro_batch
     return [moved.part(i, i + size) for i in range(0, run.layout.batch_per_rank, size)], whole.keys
+
+
+def can_probe(config: PretrainConfig, ranks: Ranks) -> bool:
+    """Whether in-loop probes are wanted and the data has what they need; the first rank says why not."""
+    why_not = obstacle(config) if config.probe.every else None
+    if why_not and ranks.is_first:
+        log.warning("no in-loop probes: %s (set probe.label or probe.raster, or probe.every=0)", why_not)
+    return bool(config.probe.every) and why_not is None
 
 
 def probe(run: Run) -> dict[str, float]:

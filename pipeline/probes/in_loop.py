@@ -51,15 +51,32 @@ def run_probes(
     return figures
 
 
+def obstacle(cfg: PretrainConfig) -> str | None:
+    """Why the configured probes cannot run on the run's data, or None. Asked before training: a set without labels is
+    no reason not to pretrain on it.
+
+    Raises:
+        UsageError: an unknown probe task.
+    """
+    shardset, probe = probe_set(cfg), cfg.probe
+    _check_tasks(probe.tasks)
+    try:
+        raster = raster_name(shardset, probe.raster) if "segment" in probe.tasks else None
+        split_of(
+            shardset, probe.samples, probe.label if any(task != "segment" for task in probe.tasks) else None, raster
+        )
+    except UsageError as error:
+        return str(error)
+    return None
+
+
 def probe_scores(
     skysense: nn.Module, shardset: ShardSet, probe: ProbeConfig, view: ViewConfig,
     statistics: Mapping[str, Mapping[str, object]], device: torch.device | str = "cpu",
 ) -> tuple[dict[str, Score], dict[str, float]]:  # fmt: skip
     """Scores by `<task>/<modality|fused>`, and collapse figures of the features they stand on."""
     tasks = probe.tasks
-    unknown = [task for task in tasks if task not in TASKS]
-    if unknown:
-        raise UsageError(f"probe.tasks holds {unknown[0]!r}; known ones are {', '.join(TASKS)}")
+    _check_tasks(tasks)
     scores: dict[str, Score] = {}
     by_site = [task for task in tasks if task != "segment"]
     label = probe.label if by_site else None
@@ -95,6 +112,12 @@ def raster_name(shardset: ShardSet, named: str | None) -> str:
     raise UsageError(
         f"{shardset.url} has {'the label rasters ' + ', '.join(names) if names else 'no label raster'}: set probe.raster"
     )
+
+
+def _check_tasks(tasks: Sequence[str]) -> None:
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown:
+        raise UsageError(f"probe.tasks holds {unknown[0]!r}; known ones are {', '.join(TASKS)}")
 
 
 def _labels(shardset: ShardSet, label: str, rows: Sequence[int]) -> np.ndarray:

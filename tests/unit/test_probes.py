@@ -21,7 +21,7 @@ from pipeline.config import DataConfig, PretrainConfig, ProbeConfig, ViewConfig
 from pipeline.examples.segmentation import SegmentationModel, finetune, pixel_accuracy
 from pipeline.probes.classify import knn, ridge
 from pipeline.probes.features import extract
-from pipeline.probes.in_loop import raster_name, run_probes, statistics_dict
+from pipeline.probes.in_loop import obstacle, raster_name, run_probes, statistics_dict
 from pipeline.probes.picture import feature_sheet
 from pipeline.probes.scores import accuracy, confusion, mean_iou
 from pipeline.probes.sites import view_of_sites
@@ -153,6 +153,17 @@ def test_run_probes_names_scores_and_costs(shards: ShardSet, skysense: SkySense)
 def test_unknown_task_is_refused(shards: ShardSet, skysense: SkySense) -> None:
     with pytest.raises(UsageError, match="'kmeans'"):
         run_probes(skysense, PretrainConfig(probe=ProbeConfig(tasks=("kmeans",))), shards)
+
+
+def test_what_stands_in_the_way_of_a_probe_is_told_before_training(shards: ShardSet) -> None:
+    def told(**probe: object) -> str | None:
+        return obstacle(PretrainConfig(probe=ProbeConfig(**probe), data=DataConfig(url=shards.url)))  # type: ignore[arg-type]
+
+    assert told(tasks=("knn", "segment"), samples=12) is None
+    assert "no scalar label 'species'" in str(told(label="species"))
+    assert "'moss'" in str(told(tasks=("segment",), raster="moss"))
+    with pytest.raises(UsageError, match="'kmeans'"):
+        told(tasks=("kmeans",))
 
 
 def test_rasters_are_found_by_themselves(shards: ShardSet) -> None:
