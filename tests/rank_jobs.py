@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import select
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,35 @@ def run_ranks(target: str, processes: int, argument: Any, folder: Path, timeout_
             command = [sys.executable, "-m", "tests.rank_jobs", target, str(folder)]
             running.append(subprocess.Popen(command, env=env, cwd=REPOSITORY, stdout=log, stderr=log))
     try:
-        codes = [process.wait(timeout_s) for process in running]
+        failed = first_failure(running, timeout_s)
     finally:
         for process in running:
             process.kill()
-    for rank, code in enumerate(codes):
+    for rank, code in failed:
         assert code == 0, (
             f"rank {rank} of {processes} ended {code}:\n{(folder / f'rank-{rank}.log').read_text()[-4000:]}"
         )
     return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(processes)]
+
+
+def first_failure(running: list[subprocess.Popen[bytes]], timeout_s: float) -> list[tuple[int, int | str]]:
+    """(rank, exit code) of the first rank that fails, before its peers wait for it; empty if all end well."""
+    waiting = {os.pidfd_open(process.pid): rank for rank, process in enumerate(running)}
+    until = time.monotonic() + timeout_s
+    try:
+        while waiting:
+            ended, _, _ = select.select(list(waiting), [], [], max(until - time.monotonic(), 0))
+            if not ended:
+                return [(min(waiting.values()), f"not in {timeout_s:.0f} s")]
+            for descriptor in ended:
+                rank = waiting.pop(descriptor)
+                os.close(descriptor)
+                if code := running[rank].wait():
+                    return [(rank, code)]
+    finally:
+        for descriptor in waiting:
+            os.close(descriptor)
+    return []
 
 
 def main() -> None:

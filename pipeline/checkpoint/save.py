@@ -43,9 +43,9 @@ class Saver:
         self.before_commit, self.after_commit = before_commit, after_commit
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._token = _shared_token(world)
         if rank == 0:
-            store.clear_leftovers(url)
+            store.clear_leftovers(url)  # before the token goes out: with it the others may start to write
+        self._token = _shared_token(world)
 
     def save(self, engine: Engine, step: int, samples: int, extra: Mapping[str, Any]) -> None:
         """Starts writing step `step` (synchronously with `asynchronous: false`). Waits for the save before it.
