@@ -12,6 +12,7 @@ import contextlib
 import http.client
 import os
 import re
+import socket
 import ssl
 import threading
 import time
@@ -68,6 +69,7 @@ class S3Ranges:
         self._urls: dict[str, tuple[float, urllib.parse.SplitResult]] = {}
         self._thread, self._lock = threading.local(), threading.Lock()
         self._connections: list[http.client.HTTPConnection] = []
+        self._closed = False
 
     def read_into(self, url: str, offset: int, view: memoryview) -> None:
         target = self._signed(url)
@@ -77,6 +79,8 @@ class S3Ranges:
         until = deadline(self._policy, len(view))
         try:
             connection.request("GET", f"{target.path}?{target.query}", headers=headers)
+            if self._closed:  # the socket is newer than `close`
+                raise TransientFault("closed", "the reader was closed")
             response = connection.getresponse()
             if response.status != 206:
                 body = response.read(2048)
@@ -96,10 +100,12 @@ class S3Ranges:
             raise TransientFault(kind, f"{type(error).__name__}: {error}") from None
 
     def close(self) -> None:
+        """Ends reads that are under way, too: they fail at once instead of waiting for their timeout."""
+        self._closed = True
         with self._lock:
             for connection in self._connections:
-                with contextlib.suppress(OSError):
-                    connection.close()
+                with contextlib.suppress(OSError, AttributeError):  # no socket yet, or none any more
+                    connection.sock.shutdown(socket.SHUT_RDWR)
             self._connections.clear()
 
     def _signed(self, url: str) -> urllib.parse.SplitResult:

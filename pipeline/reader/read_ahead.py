@@ -123,9 +123,10 @@ class RemoteFetcher:
         return SpanParts(view, self._spans.start[row])
 
     def close(self) -> None:
+        self._stopping.set()  # before the sockets go: what fails now is not tried again
+        self._ranges.close()
         self._end_planner()
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._ranges.close()
 
     def _end_planner(self) -> None:
         self._stopping.set()

@@ -102,6 +102,8 @@ class SampleMembers(Mapping[str, Member]):
 
     def __getitem__(self, stem: str) -> Member:
         place, row = self._places[stem], self._row
+        if place.offset[row] < 0:
+            raise BadSample(f"{self._key}.{stem} is missing")
         data = self._parts.part(place.offset[row], place.length[row], place.slot)
         if self._check and place.crc[row] >= 0 and _crc32c(data) != place.crc[row]:
             raise WrongBytes(f"{self._key}.{stem} does not match its checksum")

@@ -234,3 +234,23 @@ def test_a_server_that_goes_and_comes_back_is_waited_for(s3_shards, s3_server):
         again.join()
     rows = [row for part in first + rest for row in part]
     assert rows == rows_of(settings_of(local, block_samples=1))[0]
+
+
+@pytest.mark.timeout(60)
+def test_closing_does_not_wait_for_storage_that_stands_still(s3_shards, s3_server, monkeypatch):
+    url, _ = s3_shards
+    stalled = threading.Event()
+
+    def plan(number: int) -> str:
+        if number:
+            stalled.set()
+        return "stall" if number else "ok"
+
+    with FaultProxy(s3_server.endpoint, plan) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        data = settings_of(url, threads=2, block_samples=1, range_mb=1, read_ahead_mb=1)
+        reader = Reader(data, ModelConfig(), seed=7, batch_per_rank=1, policy=RetryPolicy(timeout_s=600.0))
+        waiting = threading.Thread(target=lambda: [next(reader) for _ in range(9)], daemon=True)
+        waiting.start()
+        stalled.wait(30)
+        reader.close()
