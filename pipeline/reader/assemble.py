@@ -165,10 +165,13 @@ def _decode(member: Member, dates: np.ndarray, window: Window, name: str) -> np.
     raw = getattr(member, "array_TCHW", None)
     if raw is not None:
         return raw[..., rows, columns] if len(dates) == len(raw) else raw[dates, :, rows, columns]
-    shape = (len(dates), member.shape[1], window.y1 - window.y0, window.x1 - window.x0)
-    out = _scratch(name, shape, member.dtype)
-    for n, t in enumerate(dates):
-        member.read_window(int(t), window.y0, window.y1, window.x0, window.x1, out[n])
+    if not member.is_tiled:
+        out = _scratch(name, (len(dates), *member.shape[1:]), member.dtype)
+        member.read_dates(dates.tolist(), out)
+        return out[..., rows, columns]
+    out = _scratch(name, (len(dates), member.shape[1], window.y1 - window.y0, window.x1 - window.x0), member.dtype)
+    for n, t in enumerate(dates.tolist()):
+        member.read_window(t, window.y0, window.y1, window.x0, window.x1, out[n])
     return out
 
 

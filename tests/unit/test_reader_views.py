@@ -280,3 +280,18 @@ def test_only_a_wholly_clear_date_counts_as_clear():
     mask = np.full((2, 2048, 2048), CLEAR, np.uint8)
     mask[1, 5, 5] = CLOUD
     assert clear_fractions(mask) == [1.0, 0.999999]
+
+
+@pytest.mark.parametrize("codec", ["npy", "b2nd-lz4", "b2nd-zstd", "zarr.zip"])
+@pytest.mark.parametrize("side", [8, 40])
+def test_several_dates_at_once_are_those_dates(codec, side):
+    array = np.random.default_rng(0).integers(0, 3000, (6, 3, side, side)).astype(np.uint16)
+    member = open_member(encode(array, codec, tile_px=16), extension(codec))
+    out = np.empty((3, 3, side, side), np.uint16)
+    member.read_dates([5, 0, 2], out)
+    assert np.array_equal(out, array[[5, 0, 2]])
+    wide = np.empty((3, 3, side, 2 * side), np.uint16)[..., :side]
+    member.read_dates([1, 1, 4], wide)
+    assert np.array_equal(wide, array[[1, 1, 4]])
+    with pytest.raises(IndexError):
+        member.read_dates([0, 6, 1], out)
