@@ -88,7 +88,7 @@ class S3Ranges:
                 self._refused(url, response.status, body, offset + len(view))
             _check_range(response, offset, len(view))
             _receive(response, view, until)
-        except TransientFault:
+        except (TransientFault, BadSample, RunFailure):
             connection.close()
             raise
         except TimeoutError:

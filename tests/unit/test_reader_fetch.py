@@ -1,0 +1,143 @@
+"""The parts under the fetchers: joining ranges, retrying, the disk cache, open files."""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.errors import RunFailure
+from pipeline.reader.cache import DiskCache
+from pipeline.reader.faults import BadSample, FaultLog, RetryPolicy, TransientFault, with_retries
+from pipeline.reader.fetch import OpenFiles, read_into
+from pipeline.reader.read_ahead import GAP_BYTES, runs
+
+SPANS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 30), st.integers(1, 60_000)), min_size=1, max_size=20)
+
+
+@given(SPANS, st.integers(1, 400_000))
+def test_ranges_cover_every_sample_and_keep_their_bound(spans, limit):
+    shard = [s for s, _, _ in spans]
+    start = [20_000 * place for _, place, _ in spans]
+    stop = [first + length for first, (_, _, length) in zip(start, spans)]
+    found = runs(shard, start, stop, limit)
+    assert sorted(item for run in found for item in run.items) == list(range(len(spans)))
+    for run in found:
+        for item in run.items:
+            assert shard[item] == run.shard
+            assert run.start <= start[item] < stop[item] <= run.stop
+        assert run.stop - run.start <= max(limit, max(stop[item] - start[item] for item in run.items))
+        wanted = sum(stop[item] - start[item] for item in run.items)
+        assert run.stop - run.start <= wanted + GAP_BYTES * (len(run.items) - 1)
+    assert [min(run.items) for run in found] == sorted(min(run.items) for run in found)
+
+
+def test_retries_are_counted_and_bounded():
+    faults, policy, stop = FaultLog(0), RetryPolicy(retries=3, base_s=0.0), threading.Event()
+    outcomes = iter([TransientFault("http_503", "busy"), TransientFault("reset", "gone"), None])
+
+    def attempt() -> str:
+        outcome = next(outcomes)
+        if outcome is not None:
+            raise outcome
+        return "bytes"
+
+    assert with_retries(attempt, "x, bytes 1 to 2", policy, faults, stop) == "bytes"
+    assert faults.counts == {"http_503": 1, "reset": 1}
+
+    def never() -> None:
+        raise TransientFault("reset", "gone for good")
+
+    with pytest.raises(RunFailure, match=r"x, bytes 1 to 2 failed 4 times.*gone for good"):
+        with_retries(never, "x, bytes 1 to 2", policy, faults, stop)
+    assert faults.counts["reset"] == 5
+    stop.set()
+    with pytest.raises(RunFailure, match="interrupted"):
+        with_retries(never, "x", policy, faults, stop)
+
+
+@given(st.integers(0, 30))
+def test_waits_grow_up_to_a_cap_and_are_jittered(attempt):
+    policy = RetryPolicy(base_s=0.5, cap_s=8.0)
+    waits = [policy.wait_s(attempt) for _ in range(20)]
+    assert all(0 <= wait <= min(8.0, 0.5 * 2**attempt) for wait in waits)
+    assert len(set(waits)) > 1
+
+
+def test_the_budget_counts_distinct_samples():
+    faults = FaultLog(2)
+    for key in ("a", "b", "a"):
+        faults.quarantine(key, "why")
+    with pytest.raises(RunFailure, match=r"3 unreadable samples.*a: why; b: why; c: because"):
+        faults.quarantine("c", "because")
+
+
+def fill(cache: DiskCache, count: int, size: int, first: int = 0) -> list[Path]:
+    paths = [cache.path("sha", n, n + size) for n in range(first, first + count)]
+    for n, path in enumerate(paths):
+        cache.put(path, memoryview(bytes([n % 256]) * size))
+    return paths
+
+
+def test_the_cache_keeps_what_was_used_last(tmp_path):
+
+    cache = DiskCache(str(tmp_path), 100_000, FaultLog(0))
+    paths = fill(cache, 70, 1000)
+    for n, path in enumerate(paths):
+        os.utime(path, (n, n))
+    view = memoryview(bytearray(1000))
+    assert cache.read_into(paths[0], view)
+    assert bytes(view) == bytes(1000)
+    fill(cache, 40, 1000, first=1000)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*-*")) <= 100_000
+    assert paths[0].exists()
+    assert not paths[1].exists()
+    assert not cache.read_into(paths[1], view)
+
+
+def test_the_cache_drops_what_is_not_whole_and_old_leftovers(tmp_path):
+
+    faults = FaultLog(0)
+    cache = DiskCache(str(tmp_path), 1_000_000, faults)
+    short, long, good = fill(cache, 3, 1000)
+    short.write_bytes(b"x")
+    long.write_bytes(bytes(1001))
+    (tmp_path / "sha" / "old.tmp").write_bytes(b"x")
+    os.utime(tmp_path / "sha" / "old.tmp", (0, 0))
+    (tmp_path / "sha" / "new.tmp").write_bytes(b"x")
+    view = memoryview(bytearray(1000))
+    assert [cache.read_into(path, view) for path in (short, long, good)] == [False, False, True]
+    assert [path.exists() for path in (short, long, good)] == [False, False, True]
+    DiskCache(str(tmp_path), 1_000_000, faults)
+    assert not (tmp_path / "sha" / "old.tmp").exists()
+    assert (tmp_path / "sha" / "new.tmp").exists()
+    assert faults.total == 0
+
+
+def test_a_cache_that_cannot_write_is_a_counted_fault(tmp_path):
+    faults = FaultLog(0)
+    cache = DiskCache(str(tmp_path), 1_000_000, faults)
+    (tmp_path / "sha").write_bytes(b"a file where a folder should be")
+    cache.put(cache.path("sha", 0, 10), memoryview(bytes(10)))
+    assert faults.counts == {"cache": 1}
+
+
+def test_an_evicted_file_lives_while_it_is_read(tmp_path):
+    for n in range(3):
+        (tmp_path / str(n)).write_bytes(bytes([n]) * 10)
+    files = OpenFiles(limit=1)
+    held = files.get(str(tmp_path / "0"))
+    for n in range(3):
+        view = memoryview(bytearray(4))
+        read_into(files, str(tmp_path / str(n)), 2, view)
+        assert bytes(view) == bytes([n]) * 4
+
+    assert os.pread(held.descriptor, 1, 0) == b"\0"
+    with pytest.raises(BadSample, match="ends before byte 12"):
+        read_into(files, str(tmp_path / "1"), 8, memoryview(bytearray(4)))
+    files.drop(str(tmp_path / "1"))
+    files.get(str(tmp_path / "2"))
+    os.unlink(tmp_path / "2")
+    read_into(files, str(tmp_path / "2"), 0, memoryview(bytearray(4)))  # still open
