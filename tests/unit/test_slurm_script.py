@@ -159,10 +159,11 @@ def test_a_signal_to_the_script_reaches_the_ranks_and_is_waited_for(name: str, t
     stage(tmp_path, python)
     stand_in(python, RECORD + f'[ "$2" = cluster ] && exit 0\ntrap "exit {REQUEUE}" USR1\nkill -{name} $BATCH\n'
                               'while :; do sleep 0.01; done')  # fmt: skip
-    # srun hands signals on to its tasks
-    stand_in(tmp_path / "bin" / "srun", 'trap \'kill -USR1 -- -$t\' USR1\nset -m\n'
-             'while [[ "$1" == --* ]]; do shift; done\nexport BATCH=$PPID\n"$@" & t=$!\n'
-             'while :; do wait $t; c=$?; kill -0 $t 2>/dev/null || break; done\nexit $c')  # fmt: skip
+    # srun hands signals on to its tasks, and answers with the tasks' code: a `wait` that a signal ended (138) is asked again,
+    # even where the task has ended by then.
+    stand_in(tmp_path / "bin" / "srun", 'trap \'s=1; kill -USR1 -- -$!\' USR1\nset -m\n'
+             'while [[ "$1" == --* ]]; do shift; done\nexport BATCH=$PPID\n"$@" & t=$!\nc=1\n'
+             'while :; do s=; wait $t; a=$?; [ $a -ne 127 ] && c=$a; [ -z "$s" ] && break; done\nexit $c')  # fmt: skip
     job = Job("x", "", str(tmp_path), str(tmp_path / "logs"), str(tmp_path), str(python))
     bash(train_script(job), tmp_path, RECORD=str(record), **SLURM)
     assert calls(record)[1][2:] == ["-m", "cluster", "requeue", str(tmp_path), "--code", "0", "--asked-to-stop"]
