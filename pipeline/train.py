@@ -217,7 +217,8 @@ def can_probe(config: PretrainConfig, ranks: Ranks) -> bool:
 def probe(run: Run) -> dict[str, float]:
     """Scores of the teacher's features; all ranks take part (experts may live on any of them)."""
     skysense, shardset = run.engine.teacher.module.skysense, probe_set(run.config)
-    figures = run_probes(skysense, run.config, shardset, run.device)
+    kept_in = run.rundir.url if run.ranks.is_first else None
+    figures = run_probes(skysense, run.config, shardset, run.device, kept_in, run.step)
     if run.step == run.config.train.steps:
         picture = feature_sheet(skysense, run.config, shardset, run.device)
         if run.ranks.is_first:

@@ -1,5 +1,7 @@
 """`python -m pipeline probe CHECKPOINT`: how much the frozen features know of labels, with intervals, beside an untrained twin.
 
+The gain is paired over the test sites: its interval draws the same sites for both networks. What each site got goes into the run
+directory (`probes/`), if the checkpoint lies in one, and `compare` pairs runs by it.
 Without --data the labels that ride in the run's own shard set are used; --data takes any shard set, a folder of classes
 (ROOT/CLASS/*.tif) or image/label pairs (ROOT/images/*.tif, ROOT/labels/*.tif). Train and test are parted by place.
 """
@@ -34,10 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     from cluster.cli import print_json
     from cluster.config import from_dict
-    from cluster.errors import UsageError
+    from cluster.errors import RunFailure, UsageError
     from pipeline.config import PretrainConfig, ProbeConfig, ViewConfig
     from pipeline.export import load_model
-    from pipeline.probes.offline import probe_model
+    from pipeline.probes.offline import keep_beside, probe_model
 
     if args.samples < 1:
         raise UsageError(f"--samples {args.samples}: at least 1")
@@ -55,6 +57,10 @@ def main(args: argparse.Namespace) -> int:
     probe = ProbeConfig(samples=args.samples, label=label or probe.label, raster=raster or probe.raster)
     result = probe_model(model, data, args.task, probe, view, args.device)
     show(result)
+    try:
+        keep_beside(model, result)
+    except (OSError, RunFailure) as error:  # a run that others own may be read-only
+        print(f"note: outcomes not kept, compare cannot pair this probe: {error}")
     if args.json:
         print_json(result.to_json())
     return 0
@@ -73,10 +79,11 @@ def show(result: object) -> None:
     what = "mean IoU" if result.task == "segment" else "accuracy"
     sites = result.trained[result.headline].sites
     table = Table(title=f"{result.task}: {what} on {sites} test sites, 95 % intervals", title_justify="left")
-    for head in ("features", "trained", "untrained", "chance"):
+    for head in ("features", "trained", "untrained", "gain (* = not 0)", "chance"):
         table.add_column(head)
     for name, score in result.trained.items():
         base = result.untrained.get(name)
         cells = [f"{s.value:.3f} [{s.low:.2f}, {s.high:.2f}]" if s else "-" for s in (score, base)]
-        table.add_row(name, *cells, f"{score.chance:.3f}")
+        gain = result.gain.get(name)
+        table.add_row(name, *cells, str(gain) if gain else "-", f"{score.chance:.3f}")
     Console(file=sys.stdout, highlight=False).print(table)

@@ -1,10 +1,11 @@
-"""Probes between training steps: all ranks call, all get the same figures."""
+"""Probes between training steps: all ranks call, all get the same scores, the first keeps what each test site got."""
 
 from __future__ import annotations
 
 import functools
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,9 +16,19 @@ from data_prep.index import LABEL_PREFIX
 from data_prep.shards import ShardSet
 from pipeline.config import PretrainConfig, ProbeConfig, ViewConfig
 from pipeline.probes.features import extract
-from pipeline.probes.scores import Score
+from pipeline.probes.outcomes import Outcomes, keep, split_number
+from pipeline.probes.scores import Outcome, Score
 from pipeline.probes.split import split_of
 from pipeline.probes.tasks import TASKS, segment_scores, site_scores, spread
+
+
+@dataclass(frozen=True)
+class Probed:
+    """Scores by `<task>/<modality|fused>`, collapse figures of the features they stand on, and what each test site got."""
+
+    scores: dict[str, Score]
+    figures: dict[str, float]
+    outcomes: Outcomes
 
 
 @functools.lru_cache(maxsize=2)
@@ -31,22 +42,26 @@ def probe_set(cfg: PretrainConfig) -> ShardSet:
 
 
 def run_probes(
-    skysense: nn.Module, cfg: PretrainConfig, shardset: ShardSet, device: torch.device | str = "cpu"
-) -> dict[str, float]:
+    skysense: nn.Module, cfg: PretrainConfig, shardset: ShardSet, device: torch.device | str = "cpu",
+    rundir_url: str | None = None, step: int = 0,
+) -> dict[str, float]:  # fmt: skip
     """`probe/<task>/<modality|fused>`, with `…/low` and `…/high`, collapse figures, `probe/split` (a number that names
     the split: equal numbers, equal sites and labels) and `probe/seconds`, the cost of all.
 
-    `cfg.probe` says which tasks, which label and how many sites.
+    `cfg.probe` says which tasks, which label and how many sites. rundir_url (the first rank gives it): run directory that
+    keeps the outcomes of this step; the figures then have the gain since step 1, see `keep`.
 
     Raises:
         UsageError: the set has no such label, or no sites to test on.
     """
     start = time.monotonic()
     figures: dict[str, float] = {}
-    scores, more = probe_scores(skysense, shardset, cfg.probe, cfg.data.views_global, statistics_dict(shardset), device)
-    for task, score in scores.items():
+    probed = probe_scores(skysense, shardset, cfg.probe, cfg.data.views_global, statistics_dict(shardset), device)
+    for task, score in probed.scores.items():
         figures |= {f"probe/{task}": score.value, f"probe/{task}/low": score.low, f"probe/{task}/high": score.high}
-    figures |= more
+    figures |= probed.figures
+    if rundir_url:
+        figures |= keep(probed.outcomes, rundir_url, step)
     figures["probe/seconds"] = time.monotonic() - start
     return figures
 
@@ -73,11 +88,11 @@ def obstacle(cfg: PretrainConfig) -> str | None:
 def probe_scores(
     skysense: nn.Module, shardset: ShardSet, probe: ProbeConfig, view: ViewConfig,
     statistics: Mapping[str, Mapping[str, object]], device: torch.device | str = "cpu",
-) -> tuple[dict[str, Score], dict[str, float]]:  # fmt: skip
-    """Scores by `<task>/<modality|fused>`, and collapse figures of the features they stand on."""
+) -> Probed:  # fmt: skip
+    """Every task of `probe.tasks` on the same split."""
     tasks = probe.tasks
     _check_tasks(tasks)
-    scores: dict[str, Score] = {}
+    found: dict[str, tuple[Score, Outcome]] = {}
     by_site = [task for task in tasks if task != "segment"]
     label = probe.label if by_site else None
     raster = raster_name(shardset, probe.raster) if "segment" in tasks else None
@@ -87,14 +102,17 @@ def probe_scores(
     if label is not None:
         labels = _labels(shardset, label, rows)
         for task in by_site:
-            scores |= {f"{task}/{name}": s for name, s in site_scores(task, features, labels, num_train).items()}
+            found |= {f"{task}/{name}": s for name, s in site_scores(task, features, labels, num_train).items()}
     if raster is not None:
         num_classes = len(shardset.classes.get(raster, ())) or int(features.classes.max()) + 1  # type: ignore[union-attr]
-        scores |= {f"segment/{name}": s for name, s in segment_scores(features, num_train, num_classes).items()}
-    return scores, spread(features) | {
-        "probe/split": float(int(split.digest[:12], 16)),
-        "probe/sites": float(len(rows)),
-    }
+        found |= {f"segment/{name}": s for name, s in segment_scores(features, num_train, num_classes).items()}
+    figures = {"probe/split": split_number(split.digest), "probe/sites": float(len(rows))}
+    keys = shardset.read_index(["key"])["key"].take(list(split.test)).to_pylist()
+    return Probed(
+        {name: score for name, (score, _) in found.items()},
+        spread(features) | figures,
+        Outcomes(split.digest, tuple(keys), {name: outcome for name, (_, outcome) in found.items()}),
+    )
 
 
 def statistics_dict(shardset: ShardSet) -> dict[str, dict[str, object]]:

@@ -4,31 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from cluster import storage
 from cluster.errors import UsageError
+from cluster.rundir import RunDir
 from data_prep.shards import MANIFEST, ShardSet
 from model.pretrained import Pretrained
 from pipeline.config import ProbeConfig, ViewConfig
 from pipeline.probes.features import FUSED
 from pipeline.probes.in_loop import probe_scores
+from pipeline.probes.outcomes import Outcomes, differences, url_of, write_outcomes
 from pipeline.probes.outside import list_outside, outside_features, split_outside
-from pipeline.probes.scores import Score
+from pipeline.probes.scores import Difference, Score
 from pipeline.probes.tasks import TASKS, segment_scores, site_scores
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Scores by modality of the trained and of the untrained network; `headline` names the one to quote."""
+    """Scores by modality of the trained and of the untrained network; `headline` names the one to quote.
+
+    gain: trained − untrained, paired over the test sites; outcomes: what each of them got from the trained network.
+    """
 
     task: str
     trained: dict[str, Score]
     untrained: dict[str, Score]
-    split: str
+    gain: dict[str, Difference]
+    outcomes: Outcomes
 
     @property
     def headline(self) -> str:
@@ -37,11 +45,14 @@ class ProbeResult:
     def to_json(self) -> dict[str, Any]:
         best = self.trained[self.headline]
         base = self.untrained[self.headline]
+        gain = self.gain[self.headline]
         return {
             "task": self.task, "modality": self.headline, "score": best.value, "low": best.low, "high": best.high,
             "untrained": base.value, "untrained_low": base.low, "untrained_high": base.high, "chance": best.chance,
-            "sites": best.sites, "split": self.split, "trained": {n: asdict(s) for n, s in self.trained.items()},
+            "gain": gain.value, "gain_low": gain.low, "gain_high": gain.high,
+            "sites": best.sites, "split": self.outcomes.split, "trained": {n: asdict(s) for n, s in self.trained.items()},
             "baseline": {n: asdict(s) for n, s in self.untrained.items()},
+            "gains": {n: asdict(d) for n, d in self.gain.items()},
         }  # fmt: skip
 
 
@@ -63,27 +74,44 @@ def probe_model(
     if task not in TASKS:
         raise UsageError(f"--task {task}: known ones are {', '.join(TASKS)}")
     twin = untrained_twin(model)
-    results, split = [], ""
+    results = []
     for network in (model.to(device), twin.to(device)):
         if storage.exists(storage.join(url, MANIFEST)):
-            scores, split = _on_shards(network, ShardSet.open(url), task, probe, view, device)
+            results.append(_on_shards(network, ShardSet.open(url), task, probe, view, device))
         else:
-            scores, split = _on_outside(network, url, task)
-        results.append(scores)
-    if not results[0]:
+            results.append(_on_outside(network, url, task))
+    (scores, outcomes), (base_scores, base_outcomes) = results
+    if not scores:
         raise UsageError(f"{url}: too few labelled sites with a modality this model reads for a {task} probe")
-    return ProbeResult(task, results[0], results[1], split)
+    gain = _by_modality(differences(outcomes, base_outcomes))
+    return ProbeResult(task, _by_modality(scores), _by_modality(base_scores), gain, outcomes)
+
+
+def keep_beside(model: Pretrained, result: ProbeResult) -> str | None:
+    """Writes the outcomes into the run directory that the weights come from, if it is there and they are the teacher's, which
+    in-loop probes score too. Returns the URL, or None where there is nothing to write to.
+
+    Raises:
+        OSError, RunFailure: the run directory cannot be written.
+    """
+    folder = str(model.facts.get("checkpoint", ""))
+    rundir_url, _, _ = folder.rpartition("/checkpoints/")
+    if not rundir_url or model.facts.get("weights") != "teacher" or RunDir(rundir_url).read_resolved() is None:
+        return None
+    url = url_of(rundir_url, int(model.facts["step"]), f"{result.task}-{result.outcomes.split}")
+    write_outcomes(url, result.outcomes)
+    return url
 
 
 def _on_shards(
     model: Pretrained, shardset: ShardSet, task: str, probe: ProbeConfig, view: ViewConfig, device: str
-) -> tuple[dict[str, Score], str]:
+) -> tuple[dict[str, Score], Outcomes]:
     settings = ProbeConfig(tasks=(task,), samples=probe.samples, label=probe.label, raster=probe.raster)
-    scores, figures = probe_scores(model.skysense, shardset, settings, view, model.statistics, device)
-    return _by_modality(scores), f"{int(figures['probe/split']):012x}"
+    probed = probe_scores(model.skysense, shardset, settings, view, model.statistics, device)
+    return probed.scores, probed.outcomes
 
 
-def _on_outside(model: Pretrained, url: str, task: str) -> tuple[dict[str, Score], str]:
+def _on_outside(model: Pretrained, url: str, task: str) -> tuple[dict[str, Score], Outcomes]:
     items, classes = list_outside(url)
     if (task == "segment") == bool(classes):
         raise UsageError(
@@ -93,10 +121,14 @@ def _on_outside(model: Pretrained, url: str, task: str) -> tuple[dict[str, Score
     features = outside_features(model, [items[i] for i in (*train, *test)], dense=task == "segment")
     if task == "segment":
         assert features.classes is not None
-        return segment_scores(features, len(train), int(features.classes.max()) + 1), split
-    labels = np.array([items[i].label for i in (*train, *test)])
-    return site_scores(task, features, labels, len(train)), split
+        found = segment_scores(features, len(train), int(features.classes.max()) + 1)
+    else:
+        labels = np.array([items[i].label for i in (*train, *test)])
+        found = site_scores(task, features, labels, len(train))
+    keys = tuple(storage.name(items[i].image) for i in test)
+    outcomes = Outcomes(split, keys, {f"{task}/{name}": outcome for name, (_, outcome) in found.items()})
+    return {f"{task}/{name}": score for name, (score, _) in found.items()}, outcomes
 
 
-def _by_modality(scores: Mapping[str, Score]) -> dict[str, Score]:
-    return {name.split("/", 1)[1]: score for name, score in scores.items()}
+def _by_modality(found: Mapping[str, T]) -> dict[str, T]:
+    return {name.split("/", 1)[1]: value for name, value in found.items()}

@@ -1,4 +1,4 @@
-"""The probe tasks on extracted features: one score per modality, and one for the fused features.
+"""The probe tasks on extracted features: one score per modality, and one for the fused features, with what each test site got.
 
 `knn` and `linear` ask for a scalar label of the site (accuracy), `segment` for a label raster (mean IoU at 10 m).
 """
@@ -12,14 +12,16 @@ from cluster.errors import UsageError
 from model.collapse import effective_rank
 from pipeline.probes.classify import knn, ridge
 from pipeline.probes.features import SiteFeatures, as_numpy
-from pipeline.probes.scores import Score, accuracy, confusion, mean_iou
+from pipeline.probes.scores import Outcome, Score, accuracy, confusion, mean_iou
 
 TASKS = ("knn", "linear", "segment")
 MIN_SITES = 4  # with fewer on a side a modality gets no score
 MAX_PIXELS = 20_000  # training pixels of a segmentation probe
 
 
-def site_scores(task: str, features: SiteFeatures, labels_S: np.ndarray, num_train: int) -> dict[str, Score]:
+def site_scores(
+    task: str, features: SiteFeatures, labels_S: np.ndarray, num_train: int
+) -> dict[str, tuple[Score, Outcome]]:
     """`knn` or `linear`; rows before `num_train` train, the others test. A modality too few sites have is left out."""
     classifier = {"knn": knn, "linear": ridge}[task]
     is_train = np.arange(len(labels_S)) < num_train
@@ -31,11 +33,14 @@ def site_scores(task: str, features: SiteFeatures, labels_S: np.ndarray, num_tra
             continue
         x = as_numpy(pooled)
         predicted = classifier(x[train], labels_S[train], x[test])
-        scores[name] = accuracy(predicted, labels_S[test], labels_S[train])
+        right = np.zeros(len(labels_S), np.uint8)
+        right[test] = predicted == labels_S[test]
+        outcome = Outcome(test[num_train:], right[num_train:])
+        scores[name] = accuracy(predicted, labels_S[test], labels_S[train]), outcome
     return scores
 
 
-def segment_scores(features: SiteFeatures, num_train: int, num_classes: int) -> dict[str, Score]:
+def segment_scores(features: SiteFeatures, num_train: int, num_classes: int) -> dict[str, tuple[Score, Outcome]]:
     """Linear segmentation: ridge on the features under labelled pixels (at most MAX_PIXELS, evenly spaced)."""
     if features.classes is None:
         raise UsageError("segmentation needs a label raster; name one that the shard set holds")
@@ -52,12 +57,13 @@ def segment_scores(features: SiteFeatures, num_train: int, num_classes: int) -> 
         x_train, y_train = as_numpy(pixels[train_s, train_p]), classes[train_s, train_p].astype(np.int64)
         x_test = as_numpy(torch.cat([pixels[site][usable[site]] for site in tested]))
         predicted = ridge(x_train, y_train, x_test)
-        counts, at = [], 0
+        counts, at = np.zeros((len(classes) - num_train, num_classes, num_classes), np.int64), 0
         for site in tested:
             n = int(usable[site].sum())
-            counts.append(confusion(predicted[at : at + n], classes[site][usable[site]], num_classes))
+            counts[site - num_train] = confusion(predicted[at : at + n], classes[site][usable[site]], num_classes)
             at += n
-        scores[name] = mean_iou(np.stack(counts), int(np.bincount(y_train).argmax()))
+        outcome = Outcome(np.isin(np.arange(num_train, len(classes)), tested), counts)
+        scores[name] = mean_iou(counts[outcome.tested], int(np.bincount(y_train).argmax())), outcome
     return scores
 
 

@@ -70,8 +70,8 @@ def test_exported_features_and_probes_equal_the_engines(tmp_path: Path) -> None:
     from data_prep.shards import ShardSet
 
     model = load_model(out)
-    scores, _ = probe_scores(
+    probed = probe_scores(
         model.skysense, ShardSet.open(shards), ProbeConfig(samples=8, tasks=("knn", "segment")), VIEW, model.statistics
     )
-    for name, score in scores.items():  # one process or two, the same sites and the same score
+    for name, score in probed.scores.items():  # one process or two, the same sites and the same score
         assert score.value == results[0]["probes"][f"probe/{name}"]

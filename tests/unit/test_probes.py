@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,7 @@ from pipeline.examples.segmentation import SegmentationModel, finetune, pixel_ac
 from pipeline.probes.classify import knn, ridge
 from pipeline.probes.features import extract
 from pipeline.probes.in_loop import obstacle, raster_name, run_probes, statistics_dict
+from pipeline.probes.outcomes import read_outcomes, split_number, url_of
 from pipeline.probes.picture import feature_sheet
 from pipeline.probes.scores import accuracy, confusion, mean_iou
 from pipeline.probes.sites import view_of_sites
@@ -148,6 +151,27 @@ def test_run_probes_names_scores_and_costs(shards: ShardSet, skysense: SkySense)
     assert {key: figures[key] for key in figures if key != "probe/seconds"} == {
         key: value for key, value in run_probes(skysense, cfg, shards).items() if key != "probe/seconds"
     }
+
+
+def test_run_probes_keeps_what_each_test_site_got(shards: ShardSet, skysense: SkySense, tmp_path: Path) -> None:
+    tasks = ("knn", "linear", "segment")
+    cfg = PretrainConfig(probe=ProbeConfig(tasks=tasks, samples=12), data=DataConfig(views_global=VIEW))
+    first = run_probes(skysense, cfg, shards, rundir_url=str(tmp_path), step=1)
+    assert not any("/gain" in key for key in first)
+    figures = run_probes(skysense, cfg, shards, rundir_url=str(tmp_path), step=20)
+    kept = read_outcomes(url_of(str(tmp_path), 20))
+    assert split_number(kept.split) == figures["probe/split"]
+    split = split_of(shards, 12, "scene", "landcover")
+    keys = shards.read_index(["key"])["key"].to_pylist()
+    assert kept.keys == tuple(keys[row] for row in split.test)
+    assert set(kept.by_name) == {f"{task}/{name}" for task in tasks for name in (*MODALITIES, "fused")}
+    for name, outcome in kept.by_name.items():
+        if name.startswith("segment"):
+            again = mean_iou(outcome.counts[outcome.tested], 0)
+            assert (figures[f"probe/{name}"], figures[f"probe/{name}/low"]) == pytest.approx((again.value, again.low))
+        else:
+            assert figures[f"probe/{name}"] == pytest.approx(outcome.counts[outcome.tested].mean())
+        assert [figures[f"probe/{name}/gain{end}"] for end in ("", "/low", "/high")] == [0, 0, 0]  # the same weights
 
 
 def test_unknown_task_is_refused(shards: ShardSet, skysense: SkySense) -> None:
