@@ -1,7 +1,7 @@
 """`python -m pipeline compare RUN [RUN …]`: what differs, whether the comparison is fair, and who is better.
 
-A RUN is a run directory (any fsspec URL), an MLflow run id, or a run name. The intervals of probe scores are each run's own
-(95 %, its test sites drawn again), not of the difference between two runs: per-site results are not kept.
+A RUN is a run directory (any fsspec URL), an MLflow run id, or a run name. Beside every probe score stands its own 95 % interval;
+differences to the first run, and since step 1, are paired over the test sites, which probes leave in the run directory (`probes/`).
 """
 
 from __future__ import annotations
@@ -25,26 +25,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
     from cluster import storage
     from cluster.cli import print_json
     from pipeline.compare.figures import summarise
     from pipeline.compare.load import load_runs
+    from pipeline.compare.paired import pair
     from pipeline.compare.terminal import show
     from pipeline.compare.verdict import judge
 
     runs = load_runs(args.runs, args.uri)
     verdict, summaries = judge(runs), summarise(runs)
-    show(runs, verdict, summaries)
+    pairs = pair(runs, summaries[0].samples)
+    show(runs, verdict, summaries, pairs)
     if args.ablation:
         from pipeline.compare.ablation import show_ablation
 
-        show_ablation(runs, summaries)
+        show_ablation(runs, summaries, pairs)
     if args.out:
         from pipeline.compare.report import html_report
 
-        storage.write_atomic(args.out, html_report(runs, verdict, summaries, args.ablation).encode())
+        storage.write_atomic(args.out, html_report(runs, verdict, summaries, pairs, args.ablation).encode())
         print(f"report: {args.out}")
     if args.json:
-        print_json({"comparable": verdict.comparable, "reasons": verdict.reasons, "differs": verdict.differs,
-                    "notes": verdict.notes})  # fmt: skip
+        print_json({
+            "comparable": verdict.comparable, "reasons": verdict.reasons, "differs": verdict.differs,
+            "notes": [*verdict.notes, *pairs.notes],
+            "differences": {run.name: {key: asdict(d) for key, d in found.items()} for run, found in zip(runs, pairs.differences)},
+            "since_step_1": {run.name: {key: asdict(d) for key, d in s.gains.items()} for run, s in zip(runs, summaries)},
+        })  # fmt: skip
     return 0

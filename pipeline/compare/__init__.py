@@ -1,2 +1,2 @@
 """Comparison of runs: is it fair, what differs, who is better. `load` finds runs, `verdict` judges, `figures` condenses,
-`terminal` and `report` show."""
+`paired` compares site by site, `terminal` and `report` show."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from pipeline.compare.load import RunData
 from pipeline.compare.verdict import samples_seen
+from pipeline.probes.scores import Difference
 
 CURVES = (
     "loss",
@@ -42,6 +43,7 @@ class Summary:
     Attributes:
         losses: `loss` and its terms, mean of the last tenth of what it logged up to there.
         probes: last score of each probe up to there.
+        gains: of the last probes, the difference to the probe after step 1, paired over test sites.
         speed: median of samples_per_s, data_wait and mfu, the first tenth left out.
         gpu_hours: ranks times training time up to there.
     """
@@ -49,6 +51,7 @@ class Summary:
     samples: int
     losses: dict[str, float]
     probes: dict[str, Interval]
+    gains: dict[str, Difference]
     speed: dict[str, float]
     gpu_hours: float
 
@@ -57,6 +60,16 @@ def summarise(runs: Sequence[RunData]) -> list[Summary]:
     """One summary per run, all at the samples that the shortest run has seen."""
     common = min(samples_seen(run) for run in runs)
     return [_summary(run, common) for run in runs]
+
+
+def up_to(run: RunData, samples: int) -> list[dict[str, Any]]:
+    """The lines up to `samples` samples seen, at least the first one."""
+    return [line for line in run.lines if line.get("samples", 0) <= samples] or run.lines[:1]
+
+
+def has_intervals(run: RunData, samples: int) -> bool:
+    """Whether a probe up to there logged an interval of its own."""
+    return any(key.startswith("probe/") and key.endswith("/low") for line in up_to(run, samples) for key in line)
 
 
 def curve(run: RunData, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -84,16 +97,22 @@ def _is_curve(key: str) -> bool:
 
 
 def _summary(run: RunData, samples: int) -> Summary:
-    lines = [line for line in run.lines if line.get("samples", 0) <= samples] or run.lines[:1]
+    lines = up_to(run, samples)
     tail, body = lines[-max(1, len(lines) // 10) :], lines[len(lines) // 10 :]
-    losses = {key: np.mean(values) for key, values in _columns(tail, lambda key: key.split("/")[0] == "loss").items()}
+    terms = _columns(tail, lambda key: key.split("/")[0] == "loss")
+    losses = {key: float(np.mean(values)) for key, values in terms.items()}
     speed = {key: float(np.median(values)) for key, values in _columns(body, lambda key: key in BASICS).items()}
     probes: dict[str, Interval] = {}
+    gains: dict[str, Difference] = {}
     for line in lines:
         for key, value in line.items():
             if key.startswith("probe/") and _is_curve(key) and _is_number(value) and key.count("/") == 2:
                 probes[key] = Interval(float(value), line.get(f"{key}/low"), line.get(f"{key}/high"))
-    return Summary(samples, {key: float(value) for key, value in losses.items()}, probes, speed, _gpu_hours(run, lines))
+                gains.pop(key, None)
+                gain = [line.get(f"{key}/gain{end}") for end in ("", "/low", "/high")]
+                if all(map(_is_number, gain)):
+                    gains[key] = Difference(*map(float, gain))  # type: ignore[arg-type]
+    return Summary(samples, losses, probes, gains, speed, _gpu_hours(run, lines))
 
 
 def _columns(lines: Sequence[dict[str, Any]], wanted: Any) -> dict[str, list[float]]:

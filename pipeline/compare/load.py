@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster import storage
@@ -29,6 +29,7 @@ class RunData:
         lines: metrics lines in step order, each with `step` and `samples`.
         facts: data sets and layout.
         tags: revision and the like.
+        folder: run directory, None where only MLflow's copy is in reach.
     """
 
     name: str
@@ -37,6 +38,7 @@ class RunData:
     lines: list[dict[str, Any]]
     facts: RunFacts
     tags: dict[str, str] = field(default_factory=dict)
+    folder: str | None = None
 
 
 def load_runs(names: Sequence[str], uri: str | None = None) -> list[RunData]:
@@ -52,7 +54,7 @@ def load_runs(names: Sequence[str], uri: str | None = None) -> list[RunData]:
         label, number = run.name, 2
         while label in taken:
             label, number = f"{run.name} ({number})", number + 1
-        runs.append(RunData(label, run.where, run.settings, run.lines, run.facts, run.tags))
+        runs.append(replace(run, name=label))
     return runs
 
 
@@ -90,7 +92,8 @@ def _from_directory(url: str) -> RunData:
     record = read_record(rundir)
     settings = flatten(resolved["config"])
     name = settings.get("run.name") or storage.name(rundir.url)
-    return RunData(str(name), rundir.url, settings, lines, RunFacts.from_dict(record["facts"]), record["tags"])
+    facts = RunFacts.from_dict(record["facts"])
+    return RunData(str(name), rundir.url, settings, lines, facts, record["tags"], folder=rundir.url)
 
 
 def _from_store(found: Any) -> RunData:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.compare.ablation import effect_row, effects, headline_probes
+from pipeline.compare.ablation import effect_row, effects, headline_probes, legend
 from pipeline.compare.figures import Summary, curve, curve_names
 from pipeline.compare.load import RunData
-from pipeline.compare.terminal import figure_rows, shown
+from pipeline.compare.paired import Pairs
+from pipeline.compare.terminal import difference_rows, figure_rows, shown
 from pipeline.compare.verdict import Verdict
 
 # Okabe and Ito's colours: told apart with any colour vision
@@ -27,7 +28,9 @@ figure{margin:0} figcaption{font-weight:600;font-size:.9rem} .key{display:inline
 """
 
 
-def html_report(runs: Sequence[RunData], verdict: Verdict, summaries: Sequence[Summary], ablation: bool = False) -> str:
+def html_report(
+    runs: Sequence[RunData], verdict: Verdict, summaries: Sequence[Summary], pairs: Pairs, ablation: bool = False
+) -> str:
     """The whole page."""
     names = " · ".join(
         f'<span><span class="key" style="background:{COLOURS[i % len(COLOURS)]}"></span>{html.escape(run.name)}</span>'
@@ -38,15 +41,19 @@ def html_report(runs: Sequence[RunData], verdict: Verdict, summaries: Sequence[S
         f"<title>Comparison of {html.escape(', '.join(run.name for run in runs))}</title><style>{_STYLE}</style></head><body>",
         f"<h1>Comparison of {len(runs)} runs</h1><p>{names}</p>",
         "<h2>Settings that differ</h2>", _settings(runs, verdict),
-        "<h2>Is the comparison fair?</h2>", _verdict(verdict),
+        "<h2>Is the comparison fair?</h2>", _verdict(verdict, pairs.notes),
         f"<h2>Figures at {summaries[0].samples:,} samples seen</h2>",
         _table(["figure", *(run.name for run in runs)], [[key, *cells] for key, cells in figure_rows(summaries)]),
     ]  # fmt: skip
+    rows = difference_rows(runs, summaries, pairs)
+    if rows:
+        parts += ["<h2>Differences of probe scores</h2><p>Paired over test sites, 95 % intervals; * = excludes 0.</p>",
+                  _table(["probe", *(run.name for run in runs)], [[key, *cells] for key, cells in rows])]  # fmt: skip
     if ablation:
-        found = effects(runs, summaries)
+        found = effects(runs, summaries, pairs)
         keys = headline_probes(found)
         head = ["run", "changes", *(key.removeprefix("probe/") for key in keys), "loss", "samples/s"]
-        parts += ["<h2>Ablation</h2><p>Differences to the first run; * = intervals do not touch.</p>",
+        parts += [f"<h2>Ablation</h2><p>{html.escape(legend(found, keys))}</p>",
                   _table(head, [effect_row(effect, keys) for effect in found])]  # fmt: skip
     parts += ["<h2>Curves by samples seen</h2>", _plots(runs), "<h2>Runs</h2>", _runs(runs), "</body></html>"]
     return "\n".join(parts)
@@ -59,8 +66,8 @@ def _settings(runs: Sequence[RunData], verdict: Verdict) -> str:
     return _table(["key", *(run.name for run in runs)], rows, numeric=False)
 
 
-def _verdict(verdict: Verdict) -> str:
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in verdict.notes)
+def _verdict(verdict: Verdict, more: Sequence[str]) -> str:
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in (*verdict.notes, *more))
     notes = f"<p>To keep in mind:</p><ul>{notes}</ul>" if notes else ""
     if verdict.comparable:
         return f'<p class="good">Comparable: same data, same statistics, same probe split.</p>{notes}'

@@ -11,10 +11,13 @@ from rich.table import Table
 
 from pipeline.compare.figures import Interval, Summary
 from pipeline.compare.load import RunData
+from pipeline.compare.paired import Pairs
 from pipeline.compare.verdict import Verdict
 
 
-def show(runs: Sequence[RunData], verdict: Verdict, summaries: Sequence[Summary], width: int | None = None) -> None:
+def show(
+    runs: Sequence[RunData], verdict: Verdict, summaries: Sequence[Summary], pairs: Pairs, width: int | None = None
+) -> None:
     """Prints to stdout."""
     console = Console(file=sys.stdout, width=width, highlight=False)
     console.print(settings_table(runs, verdict))
@@ -24,9 +27,18 @@ def show(runs: Sequence[RunData], verdict: Verdict, summaries: Sequence[Summary]
         console.print("NOT COMPARABLE:", style="bold red")
         for reason in verdict.reasons:
             console.print(f"  - {reason}", style="red")
-    for note in verdict.notes:
+    for note in (*verdict.notes, *pairs.notes):
         console.print(f"note: {note}")
     console.print(figures_table(runs, summaries))
+    rows = difference_rows(runs, summaries, pairs)
+    if rows:
+        table = Table(title="Differences of probe scores, paired over test sites, 95 % intervals", title_justify="left")
+        table.add_column("probe", overflow="fold")
+        for run in runs:
+            table.add_column(run.name, justify="right", overflow="fold")
+        for label, cells in rows:
+            table.add_row(label, *cells)
+        console.print(table)
 
 
 def settings_table(runs: Sequence[RunData], verdict: Verdict) -> Table:
@@ -60,6 +72,16 @@ def figure_rows(summaries: Sequence[Summary]) -> list[tuple[str, list[str]]]:
             cells = [getattr(summary, group).get(key) for summary in summaries]
             rows.append((key, ["-" if cell is None else form(cell) for cell in cells]))
     rows.append(("gpu_hours", [number(summary.gpu_hours) for summary in summaries]))
+    return rows
+
+
+def difference_rows(runs: Sequence[RunData], summaries: Sequence[Summary], pairs: Pairs) -> list[tuple[str, list[str]]]:
+    """Rows of the differences table: every probe against the first run, then every run against its own step 1."""
+    rows = []
+    since = [summary.gains for summary in summaries]
+    for label, found in ((f"to {runs[0].name}", pairs.differences), ("since step 1", since)):
+        for key in sorted({key for one in found for key in one}):
+            rows.append((f"{key} {label}", [str(one[key]) if key in one else "-" for one in found]))
     return rows
 
 

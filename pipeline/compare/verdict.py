@@ -102,11 +102,6 @@ def _notes(runs: Sequence[RunData], differs: dict[str, list[Any]]) -> list[str]:
         alarm = run.tags.get(DEAD_EXPERTS, "none")
         if not alarm.startswith("none"):
             notes.append(f"{run.name} ended with dead experts: {alarm}")
-    if any(key.startswith("probe/") and key.endswith("/low") for run in runs for line in run.lines for key in line):
-        notes.append(
-            "intervals are each run's own (its test sites drawn again), none is of a difference: intervals apart mean a clear "
-            "difference, intervals that touch do not mean that there is none"
-        )
     if not any(key.startswith("probe/") for run in runs for line in run.lines for key in line):
         notes.append("no run has probe scores: set probe.every, or run python -m pipeline probe")
     return notes

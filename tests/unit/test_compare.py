@@ -8,18 +8,22 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cluster.config import load
 from cluster.errors import UsageError
 from cluster.rundir import RunDir
 from pipeline.commands import compare as command
-from pipeline.compare.ablation import effects
+from pipeline.compare.ablation import effects, legend
 from pipeline.compare.figures import summarise
-from pipeline.compare.load import load_runs
+from pipeline.compare.load import RunData, load_runs
+from pipeline.compare.paired import Pairs, pair
 from pipeline.compare.report import html_report
 from pipeline.compare.verdict import judge
 from pipeline.config import PretrainConfig
+from pipeline.probes.outcomes import Outcomes, keep, url_of, write_outcomes
+from pipeline.probes.scores import Difference, Outcome, difference
 from pipeline.tracking import Dataset, RunFacts
 from pipeline.tracking.experts import TAG
 from pipeline.tracking.mirror import add_tag, write_record
@@ -27,8 +31,9 @@ from pipeline.tracking.mirror import add_tag, write_record
 
 def _run(
     folder: Path, name: str, overrides: list[str] | None = None, steps: int = 40, manifest: str = "a", statistics: str = "s",
-    split: float = 5.0, score: float = 0.5,
+    split: float = 5.0, score: float = 0.5, right: np.ndarray | None = None,
 ) -> str:  # fmt: skip
+    """right: keeps 0/1 per test site at every probe, all of them wrong in the probe after step 1."""
     config = load(PretrainConfig, None, [f"run.dir={folder / name}", *(overrides or [])])
     rundir = RunDir(config.run.dir)
     rundir.write_resolved(config)
@@ -38,6 +43,8 @@ def _run(
             "step": step, "samples": 8 * step, "loss": 10 / step, "loss/mgcl_hr": 5 / step, "samples_per_s": 4.0,
             "gpu_hours": step * 8 / 4.0 * 2 / 3600,
         }  # fmt: skip
+        if right is not None and (step == 1 or step % 10 == 0):
+            line |= keep(_outcomes(right * (step > 1), split), rundir.url, step)
         if step % 10 == 0:
             line |= {
                 "probe/knn/fused": score,
@@ -49,6 +56,22 @@ def _run(
     rundir.close()
     write_record(rundir, "test", name, RunFacts(2, "two", (Dataset("shards", manifest * 64, statistics * 64),)))
     return config.run.dir
+
+
+def _outcomes(right: np.ndarray, split: float) -> Outcomes:
+    keys = tuple(f"site-{i}" for i in range(len(right)))
+    return Outcomes(
+        f"{int(split):012x}beef", keys, {"knn/fused": Outcome(np.ones(len(right), bool), right.astype(np.uint8))}
+    )
+
+
+def _sites(share: float, sites: int = 100) -> np.ndarray:
+    """The first `share` of the sites are named rightly: of two runs one is right wherever the other is."""
+    return (np.arange(sites) < share * sites).astype(np.uint8)
+
+
+def _pairs(runs: list[RunData]) -> Pairs:
+    return pair(runs, summarise(runs)[0].samples)
 
 
 def test_one_changed_key_stands_alone_and_the_runs_are_comparable(tmp_path: Path) -> None:
@@ -91,10 +114,9 @@ def test_figures_are_read_at_the_samples_all_have_seen(tmp_path: Path) -> None:
     assert any("320, 160" in note for note in judge(runs).notes)
 
 
-def test_intervals_and_dead_experts_are_noted(tmp_path: Path) -> None:
+def test_dead_experts_are_noted(tmp_path: Path) -> None:
     runs = [_run(tmp_path, "a"), _run(tmp_path, "b")]
     notes = judge(load_runs(runs)).notes
-    assert any("none is of a difference" in note for note in notes)
     assert not any("dead experts" in note for note in notes)
     add_tag(RunDir(runs[0]), TAG, "none since step 9")
     add_tag(RunDir(runs[1]), TAG, "layer 1 expert 3 (hr)")
@@ -107,17 +129,98 @@ def test_other_objectives_are_noted(tmp_path: Path) -> None:
     assert any("rank by probes" in note for note in judge(runs).notes)
 
 
+def test_without_outcomes_the_notes_say_how_to_read_the_intervals(tmp_path: Path) -> None:
+    pairs = _pairs(load_runs([_run(tmp_path, "a"), _run(tmp_path, "b"), _run(tmp_path, "other", split=6.0)]))
+    assert pairs.differences == [{}, {}, {}]
+    assert [note for note in pairs.notes if "cannot be paired" in note] == [
+        pairs.notes[0]
+    ]  # other: not comparable anyway
+    assert pairs.notes[0].startswith("a and b cannot be paired site by site; their intervals are each run's own")
+    assert _pairs(load_runs([_run(tmp_path, "alone")])).notes == []
+
+
+def test_runs_are_paired_over_their_test_sites(tmp_path: Path) -> None:
+    runs = load_runs([
+        _run(tmp_path, "base", right=_sites(0.5)), _run(tmp_path, "better", right=_sites(0.58)), _run(tmp_path, "same", right=_sites(0.5)),
+        _run(tmp_path, "elsewhere", right=_sites(0.9), split=6.0),
+    ])  # fmt: skip
+    pairs = _pairs(runs)
+    wanted = difference(*(_outcomes(_sites(share), 5.0).by_name["knn/fused"] for share in (0.58, 0.5)))
+    assert pairs.differences == [{}, {"probe/knn/fused": wanted}, {"probe/knn/fused": Difference(0, 0, 0)}, {}]
+    assert wanted is not None
+    assert wanted.is_clear
+    assert any("another training seed" in note for note in pairs.notes)
+    gains = [summary.gains["probe/knn/fused"].value for summary in summarise(runs)]
+    assert gains == pytest.approx([0.5, 0.58, 0.5, 0.9])
+
+
+def test_the_probe_that_both_have_seen_is_paired(tmp_path: Path) -> None:
+    """The long run's last probe lies beyond the short one's samples; its file of step 20 counts, not that of step 40."""
+    long = _run(tmp_path, "long", right=_sites(0.5))
+    short = _run(tmp_path, "short", steps=20, right=_sites(0.5))
+    write_outcomes(url_of(long, 40), _outcomes(_sites(0.9), 5.0))
+    assert _pairs(load_runs([long, short])).differences[1] == {"probe/knn/fused": Difference(0, 0, 0)}
+    uneven = _run(tmp_path, "uneven", steps=29, right=_sites(0.5))
+    (tmp_path / "uneven" / "probes" / "step-00000020.npz").rename(tmp_path / "uneven" / "probes" / "kept")
+    pairs = _pairs(load_runs([short, uneven]))
+    assert pairs.differences[1] == {}
+    assert "short and uneven cannot be paired" in pairs.notes[0]
+
+
+def test_unreadable_and_foreign_outcomes_are_notes(tmp_path: Path) -> None:
+    base, torn, foreign = (_run(tmp_path, name, right=_sites(0.5)) for name in ("base", "torn", "foreign"))
+    Path(url_of(torn, 40)).write_bytes(Path(url_of(torn, 40)).read_bytes()[:200])
+    write_outcomes(url_of(foreign, 40), _outcomes(_sites(0.9), 6.0))
+    pairs = _pairs(load_runs([base, torn, foreign]))
+    assert pairs.differences == [{}, {}, {}]
+    assert [note for note in pairs.notes if "torn/probes/step-00000040.npz holds no readable" in note]
+    assert [note for note in pairs.notes if "foreign/probes/step-00000040.npz is of another probe split" in note]
+    assert sum("cannot be paired" in note for note in pairs.notes) == 2
+
+
+def test_offline_probes_are_paired_by_task_and_split(tmp_path: Path) -> None:
+    a, b = _run(tmp_path, "a"), _run(tmp_path, "b")
+    for url, share in ((a, 0.5), (b, 0.6)):
+        write_outcomes(url_of(url, 30, "knn-00000000000fbeef"), _outcomes(_sites(0.1), 15.0))
+        write_outcomes(url_of(url, 40, "knn-00000000000fbeef"), _outcomes(_sites(share), 15.0))
+    write_outcomes(url_of(b, 40, "knn-00000000000ebeef"), _outcomes(_sites(0.9), 14.0))
+    pairs = _pairs(load_runs([a, b]))
+    assert list(pairs.differences[1]) == ["probe/knn/fused (00000000)"]
+    assert pairs.differences[1]["probe/knn/fused (00000000)"].value == pytest.approx(0.1)
+
+
 def test_ablation_marks_clear_effects_and_unclean_runs(tmp_path: Path) -> None:
     runs = load_runs([
         _run(tmp_path, "base"), _run(tmp_path, "near", ["model.prompts=0"], score=0.52), _run(tmp_path, "far", ["model.prompts=0"], score=0.8),
         _run(tmp_path, "two", ["model.prompts=0", "train.seed=1"]),
     ])  # fmt: skip
-    base, near, far, two = effects(runs, summarise(runs))
+    found = effects(runs, summarise(runs), _pairs(runs))
+    base, near, far, two = found
     assert base.changed == []
     assert near.is_clean
-    assert near.probes["probe/knn/fused"][1:] == (pytest.approx(0.02), False)
-    assert far.probes["probe/knn/fused"][1:] == (pytest.approx(0.3), True)
+    changes = [effect.probes["probe/knn/fused"] for effect in (near, far)]
+    assert [(change.difference, change.clear) for change in changes] == [
+        (pytest.approx(0.02), False),
+        (pytest.approx(0.3), True),
+    ]
+    assert [str(change) for change in changes] == ["0.520 +0.020", "0.800 +0.300 †"]
     assert not two.is_clean
+    assert legend(found, ["probe/knn/fused"]).endswith("† = no outcomes to pair, the runs' own intervals do not touch")
+
+
+def test_ablation_goes_by_the_paired_interval_where_it_can(tmp_path: Path) -> None:
+    """+0.04 with own intervals of ±0.05: clear in pairs only; the run without outcomes is judged by the older rule."""
+    runs = load_runs([
+        _run(tmp_path, "base", right=_sites(0.5)), _run(tmp_path, "paired", ["model.prompts=0"], score=0.54, right=_sites(0.54)),
+        _run(tmp_path, "bare", ["model.prompts=0"], score=0.54),
+    ])  # fmt: skip
+    found = effects(runs, summarise(runs), _pairs(runs))
+    paired, bare = (effect.probes["probe/knn/fused"] for effect in found[1:])
+    assert (paired.clear, bare.clear) == (True, False)
+    assert str(paired).startswith("0.540 +0.040 [+0.01, +0.0")
+    assert str(paired).endswith("] *")
+    assert bare.paired is None
+    assert {"*", "†"} <= set(legend(found, ["probe/knn/fused"]))
 
 
 class _Links(HTMLParser):
@@ -133,7 +236,7 @@ class _Links(HTMLParser):
 
 def test_the_report_needs_no_network_and_no_script(tmp_path: Path) -> None:
     runs = load_runs([_run(tmp_path, "<b>bold</b>".replace("/", "")), _run(tmp_path, "b", ["model.prompts=0"])])
-    page = html_report(runs, judge(runs), summarise(runs), ablation=True)
+    page = html_report(runs, judge(runs), summarise(runs), _pairs(runs), ablation=True)
     links = _Links()
     links.feed(page)
     assert links.outside == []
@@ -141,7 +244,7 @@ def test_the_report_needs_no_network_and_no_script(tmp_path: Path) -> None:
     assert links.tags.count("svg") >= 2
     assert "<b>bold" not in page
     assert page.index("model.prompts") < page.index("Figures at")
-    assert page == html_report(runs, judge(runs), summarise(runs), ablation=True)
+    assert page == html_report(runs, judge(runs), summarise(runs), _pairs(runs), ablation=True)
 
 
 def test_the_command_prints_differences_first_and_json_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,6 +260,25 @@ def test_the_command_prints_differences_first_and_json_last(tmp_path: Path, caps
     assert verdict["comparable"] is False
     assert verdict["differs"] == {"model.moe.experts": [8, 4]}
     assert out.exists()
+
+
+def test_differences_are_shown_in_the_terminal_the_report_and_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    runs = [_run(tmp_path, "a", right=_sites(0.5)), _run(tmp_path, "b", ["model.prompts=0"], right=_sites(0.6))]
+    out = tmp_path / "report.html"
+    assert command.main(argparse.Namespace(runs=runs, out=str(out), ablation=True, uri=None, json=True)) == 0
+    printed = capsys.readouterr().out
+    told = json.loads(printed.strip().splitlines()[-1])
+    found = Difference(**told["differences"]["b"]["probe/knn/fused"])
+    assert str(found).startswith("+0.100 [+0.0")
+    assert found.is_clear
+    gain = Difference(**told["since_step_1"]["b"]["probe/knn/fused"])
+    for text in (printed, out.read_text()):
+        for wanted in ("probe/knn/fused to a", "probe/knn/fused since step 1", str(found), str(gain)):
+            assert wanted in text
+    assert any("1 in 20 by chance" in note for note in told["notes"])
 
 
 def test_unknown_runs_say_how_to_name_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
