@@ -3,6 +3,7 @@
   python -m pipeline bench loader                            # generated samples, raw and compressed, against every rival
   python -m pipeline bench loader --data demo_out/shards     # your local set, against webdataset and a plain DataLoader
   python -m pipeline bench loader --data s3://bucket/set --step-ms 400 --batch 32     # what that storage can feed
+  python -m pipeline bench loader --data s3://bucket/set --against /data/set          # and what it costs beside local files
 
 Each loader runs in its own process; rounds are interleaved and the median counts. Rivals that are not installed are named and
 left out: .venv/bin/pip install --no-deps --target .venv-bench -r pipeline/bench/requirements.txt
@@ -29,6 +30,7 @@ TARGETS = {"npy": 1 / 5, "b2nd-lz4": 1 / 2.5}  # CPU per sample against webdatas
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("set", nargs="?", help="same as --data")
     parser.add_argument("--data", help="a shard set (any URL); without it samples are generated")
+    parser.add_argument("--against", metavar="FOLDER", help="the same set as local files: CPU per sample side by side")
     parser.add_argument("--loaders", default=",".join(LOADERS), help="comma-separated, of: " + ", ".join(LOADERS))
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument(
@@ -54,7 +56,9 @@ def main(args: argparse.Namespace) -> int:
     report: dict[str, Any]
     if url:
         report = loader_storage.feed(url, args.batch, args.threads, args.samples, args.step_ms)
-        if storage.is_local(url) and not loader_rivals.is_uniform(url):
+        if args.against:
+            report["against"] = _against(url, args)
+        elif storage.is_local(url) and not loader_rivals.is_uniform(url):
             print("sites differ in modalities or shapes, so stock loaders cannot stack them: no comparison")
         elif storage.is_local(url):
             names = [name for name in _wanted(args) if name.partition("_")[0] in ("geoloom", "webdataset")]
@@ -133,6 +137,41 @@ def _compare(data: str, codec: str, names: list[str], args: argparse.Namespace) 
         table[name]["resume"] = _run({**ready[name], "mode": "resume"})
     _print(codec, table)
     return table
+
+
+def _against(url: str, args: argparse.Namespace) -> dict[str, Any]:
+    """CPU per sample of pretraining batches from `url` and from the same set as local files, in interleaved rounds: in the
+    default order, whose ranges are about one sample long, and in storage order, whose ranges are `data.range_mb` long."""
+    from cluster.errors import UsageError
+    from data_prep.schema import MODALITIES
+    from data_prep.shards import ShardSet
+
+    sets = [ShardSet.open(place) for place in (url, args.against)]
+    if sets[0].manifest_sha256 != sets[1].manifest_sha256:
+        raise UsageError(f"{args.against} is not the set in {url}: their manifests differ")
+    held = {name for names in sets[1].read_index(["modalities"])["modalities"].to_pylist() for name in names}
+    common = {
+        "loader": "views", "workers": args.threads, "batch": args.batch, "samples": args.samples, "packages": args.packages,
+        "folder": "", "mode": "measure", "modalities": [name for name in MODALITIES if name in held],
+    }  # fmt: skip
+    report = {}
+    print(f"{'order':<12}{'local, CPU µs/sample':>22}{'storage':>10}{'ratio':>8}   low-high of {args.rounds} rounds")
+    for order, interleave in (("default", 8), ("storage", 1)):
+        pairs = []
+        for _ in range(args.rounds):
+            local, remote = (
+                _measure({**common, "data": place, "interleave": interleave})["cpu_us_per_sample"]
+                for place in (args.against, url)
+            )
+            pairs.append((local, remote, remote / local))
+        middle = [statistics.median(column) for column in zip(*pairs)]
+        ratios = [ratio for _, _, ratio in pairs]
+        report[order] = {"local_us": middle[0], "storage_us": middle[1], "ratio": middle[2], "ratios": ratios}
+        print(
+            f"{order:<12}{middle[0]:>22.0f}{middle[1]:>10.0f}{middle[2]:>8.2f}   {min(ratios):.2f}-{max(ratios):.2f}",
+            flush=True,
+        )
+    return report
 
 
 def _spec(name: str, data: str, args: argparse.Namespace) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,7 +42,10 @@ def main(spec: dict[str, Any]) -> None:
 
 def _measure(spec: dict[str, Any]) -> None:
     began = time.perf_counter()
-    stream = rivals.OPEN[spec["loader"]](spec["data"], spec["folder"], spec["batch"], spec["workers"], True)
+    if spec["loader"] == "views":
+        stream = _views(spec)
+    else:
+        stream = rivals.OPEN[spec["loader"]](spec["data"], spec["folder"], spec["batch"], spec["workers"], True)
     keys, arrays = next(stream)
     _say(
         "ready",
@@ -52,9 +56,23 @@ def _measure(spec: dict[str, Any]) -> None:
     while samples < spec["samples"]:
         keys, arrays = next(stream)
         samples += len(keys)
-        touched += sum(float(array.view(-1)[-1]) for array in arrays.values()) > 0
+        touched += sum(float(array.reshape(-1)[-1]) for array in arrays.values()) > 0
     _say("done", {"samples": samples, "wall_s": time.perf_counter() - began})
     sys.stdin.readline()
+
+
+def _views(spec: dict[str, Any]) -> Iterator[tuple[list[str], dict[str, torch.Tensor]]]:
+    """Pretraining batches (u, v, local views) without end. interleave: 1 makes ranges as long as `data.range_mb` allows."""
+    from model.config import ModelConfig
+    from pipeline.config import DataConfig
+    from pipeline.reader.reader import Reader
+
+    data = DataConfig(url=spec["data"], split="", threads=spec["workers"], interleave=spec["interleave"])
+    with Reader(
+        data, ModelConfig(modalities=tuple(spec["modalities"])), seed=0, batch_per_rank=spec["batch"]
+    ) as reader:
+        for batch in reader:
+            yield batch.keys, {name: view.x_BTCHW for name, view in batch.u.modalities.items()}
 
 
 def _say(word: str, facts: dict[str, Any]) -> None:

@@ -1,9 +1,9 @@
 """Byte ranges of remote objects, straight into memory that is there already.
 
-S3 goes through plain HTTP on presigned URLs: the body is received into the caller's buffer. Client CPU per GB, measured here
-against SeaweedFS at 8 MiB ranges: this 0.22 s, obstore 0.39 s, boto3 0.42 s (at 1 MiB: 0.47, 0.54, 1.84), because nothing is
-copied twice and no fresh memory is touched. botocore signs, so credentials, endpoints and session tokens work as everywhere;
-HTTP proxies are not used. Every other protocol goes through fsspec.
+S3 goes through HTTP on presigned URLs: the body is received into the caller's buffer. Client CPU per GB, measured here against a
+server on loopback at 8 MiB ranges: this 0.18 s, obstore 0.43 s; over TLS 0.76 s, obstore 1.27 s (boto3, without TLS: 0.42 s
+against this one's 0.22 on another day), because nothing is copied twice and no fresh memory is touched. botocore signs, so
+credentials, endpoints and session tokens work as everywhere; HTTP proxies are not used. Every other protocol goes through fsspec.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import os
 import re
 import socket
 import ssl
+import struct
 import threading
 import time
 import urllib.parse
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from cluster import storage
@@ -87,7 +89,7 @@ class S3Ranges:
                 connection.close()
                 self._refused(url, response.status, body, offset + len(view))
             _check_range(response, offset, len(view))
-            _receive(response, view, until)
+            _receive(response, connection.sock, view, until)
         except (TransientFault, BadSample, RunFailure):
             connection.close()
             raise
@@ -174,10 +176,23 @@ def _check_range(response: http.client.HTTPResponse, offset: int, length: int) -
         raise TransientFault("truncated", f"{response.length} bytes announced, {length} asked for")
 
 
-def _receive(response: http.client.HTTPResponse, view: memoryview, until: float) -> None:
-    """Receives the body into `view`, piece by piece as it comes, so that a trickle is noticed."""
-    done = 0
-    receive = response.readinto if response.chunked else response.fp.readinto1
+def _receive(
+    response: http.client.HTTPResponse, connected: socket.socket | None, view: memoryview, until: float
+) -> None:
+    """Receives the body into `view`. connected: the socket below; None if the server closes it after this body."""
+    if connected is None or response.chunked or isinstance(connected, ssl.SSLSocket):
+        _receive_pieces(response.readinto if response.chunked else response.fp.readinto1, view, 0, until)
+    else:
+        # the first piece comes through the response's buffer, which held what arrived with the headers and is empty now
+        done = response.fp.readinto1(view)
+        if done == 0:
+            raise TransientFault("truncated", f"the body ended after 0 of {len(view)} bytes")
+        _receive_whole(connected, view, done, until)
+    response.close()
+
+
+def _receive_pieces(receive: Callable[[memoryview], int], view: memoryview, done: int, until: float) -> None:
+    """Piece by piece as it comes, so that a trickle is noticed."""
     while done < len(view):
         count = receive(view[done:])
         if not count:
@@ -185,7 +200,37 @@ def _receive(response: http.client.HTTPResponse, view: memoryview, until: float)
         done += count
         if time.monotonic() > until:
             raise TransientFault("slow", f"{done} of {len(view)} bytes in time")
-    response.close()
+
+
+def _receive_whole(connected: socket.socket, view: memoryview, done: int, until: float) -> None:
+    """In one system call for many packets, timed by the kernel: decoders hold the GIL, and every return to Python would
+    wait for it. A socket with a Python timeout is non-blocking below, where MSG_WAITALL means nothing."""
+    timeout = connected.gettimeout()
+    connected.settimeout(None)
+    try:
+        while done < len(view):
+            left = until - time.monotonic()
+            if left <= 0:
+                raise TransientFault("slow", f"{done} of {len(view)} bytes in time")
+            patience = max(min(left, timeout or left), 0.001)
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(patience))
+            try:
+                count = connected.recv_into(view[done:], 0, socket.MSG_WAITALL)
+            except BlockingIOError:
+                raise TimeoutError from None
+            if count == 0:
+                raise TransientFault("truncated", f"the body ended after {done} of {len(view)} bytes")
+            done += count
+    finally:
+        with contextlib.suppress(OSError):  # closed meanwhile
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(0))
+            connected.settimeout(timeout)
+
+
+def _timeval(seconds: float) -> bytes:
+    """struct timeval; zero means no timeout."""
+    whole = int(seconds)
+    return struct.pack("ll", whole, int((seconds - whole) * 1e6))
 
 
 def _s3_client() -> Any:

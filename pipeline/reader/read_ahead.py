@@ -82,7 +82,9 @@ class RemoteFetcher:
         self._cache = DiskCache(data.cache_dir, int(data.cache_gb * 1e9), faults) if data.cache_dir else None
         in_flight = min(max(data.read_ahead_mb // data.range_mb, 2), 16)
         self._pool = ThreadPoolExecutor(in_flight, "range")
-        self._stopping, self._changed = threading.Event(), threading.Condition()
+        self._stopping, lock = threading.Event(), threading.Lock()
+        # one lock, two reasons to wait: waking the planner for each sample that is let go would cost more than the planning
+        self._planned, self._emptied = threading.Condition(lock), threading.Condition(lock)
         self._places: dict[int, _Place] = {}
         self._failure: BaseException | None = None
         self._planner: threading.Thread | None = None
@@ -107,11 +109,12 @@ class RemoteFetcher:
         return SpanParts(place.arena.memory[place.begin : place.end], self._spans.start[row])
 
     def release(self, ticket: int) -> None:
-        with self._changed:
+        with self._emptied:
             place = self._places.pop(ticket, None)
             if place is not None:
                 place.arena.left -= 1
-                self._changed.notify_all()
+                if place.arena.left == 0:
+                    self._emptied.notify()
 
     def again(self, row: int) -> SpanParts:
         if self._cache is not None:
@@ -130,8 +133,9 @@ class RemoteFetcher:
 
     def _end_planner(self) -> None:
         self._stopping.set()
-        with self._changed:
-            self._changed.notify_all()
+        with self._planned:
+            self._planned.notify_all()
+            self._emptied.notify_all()
         if self._planner is not None:
             self._planner.join()
         for place in list(self._places.values()):
@@ -140,13 +144,13 @@ class RemoteFetcher:
                     read.exception()  # waits: it may still write to the arena
 
     def _place(self, ticket: int) -> _Place:
-        with self._changed:
+        with self._planned:
             while ticket not in self._places:
                 if self._failure is not None:
                     raise self._failure
                 if self._stopping.is_set() or not threading.main_thread().is_alive():
                     raise RunFailure("the reader was closed")
-                self._changed.wait(1.0)
+                self._planned.wait(1.0)
             return self._places[ticket]
 
     # --- the planner thread
@@ -155,7 +159,9 @@ class RemoteFetcher:
         try:
             ticket, number, waiting = 0, 0, next(rows, None)
             while waiting is not None and not self._stopping.is_set():
-                limit = self._arena_bytes if number else min(self._range_bytes, self._arena_bytes)  # first: be quick
+                # a sixteenth is left for what lies between neighbours, or a piece would often have to grow
+                limit = self._arena_bytes * 15 // 16
+                limit = limit if number else min(self._range_bytes, limit)  # the first piece: be quick
                 taken, size = [waiting], self._size(waiting)
                 waiting = next(rows, None)
                 while waiting is not None and size + self._size(waiting) <= limit:
@@ -168,19 +174,19 @@ class RemoteFetcher:
                 self._plan(arena, taken, ticket)
                 ticket, number = ticket + len(taken), number + 1
         except BaseException as error:
-            with self._changed:
+            with self._planned:
                 self._failure = error
-                self._changed.notify_all()
+                self._planned.notify_all()
 
     def _size(self, row: int) -> int:
         return self._spans.stop[row] - self._spans.start[row]
 
     def _wait_for(self, arena: _Arena) -> bool:
-        with self._changed:
+        with self._emptied:
             while arena.left > 0:
                 if self._stopping.is_set():
                     return False
-                self._changed.wait()
+                self._emptied.wait()
         return not self._stopping.is_set()
 
     def _plan(self, arena: _Arena, rows: list[int], first_ticket: int) -> None:
@@ -203,10 +209,10 @@ class RemoteFetcher:
                 begin = at + spans.start[rows[item]] - run.start
                 places[first_ticket + item] = _Place(arena, begin, begin + self._size(rows[item]), reads)
             at += run.stop - run.start
-        with self._changed:
+        with self._planned:
             arena.left = len(rows)
             self._places |= places
-            self._changed.notify_all()
+            self._planned.notify_all()
 
     def _start(self, run: Run, view: memoryview, rows: list[int]) -> list[Future[None]]:
         """Starts the reads of one run: from the cache where all of it is there, else from storage in one or more ranges."""

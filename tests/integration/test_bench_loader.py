@@ -62,3 +62,14 @@ def test_what_a_bucket_can_feed(s3_url, tmp_path):
     report = json.loads(done.stdout.splitlines()[-1])
     best = report["storage"]["threads"][str(report["storage"]["best_threads"])]
     assert best["gpus_fed"] == pytest.approx(best["samples_per_s"] / 20)
+
+
+def test_a_bucket_beside_local_files(s3_url, tmp_path):
+    sites = [make_site(f"site_{i}", i, hr_px=64) for i in range(6)]
+    options = ("--samples", "8", "--batch", "2", "--rounds", "1", "--folder", str(tmp_path / "out"))
+    write_shard_set(s3_url, sites)
+    local, other = write_shard_set(str(tmp_path / "same"), sites), write_shard_set(str(tmp_path / "other"), sites[:3])
+    done = bench("--data", s3_url, "--against", local, "--json", *options)
+    for row in json.loads(done.stdout.splitlines()[-1])["against"].values():
+        assert row["ratio"] == pytest.approx(row["storage_us"] / row["local_us"])
+    assert "their manifests differ" in bench("--data", s3_url, "--against", other, *options, code=2).stderr
