@@ -4,6 +4,7 @@
 resolved.json     {"fingerprint", "config"}: the full configuration, written before the first step
 metrics.jsonl     one JSON object per logged step, each step exactly once, also over preemptions
 checkpoints/      owned by pipeline.checkpoint
+probes/           what each test site of a probe got (pipeline.probes.outcomes)
 logs/             one log per rank and start, failures as JSON (cluster.logs)
 tracking.json     {"run_id"}: the MLflow run that every restart continues
 writer.json       who may write: a node cut from the network goes on writing, so each start takes a new token (fencing)
