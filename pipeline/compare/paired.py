@@ -37,26 +37,36 @@ def pair(runs: Sequence[RunData], samples: int) -> Pairs:
         if not judge([first, run]).comparable:  # the verdict says so; scores of other data are not ranked
             continue
         if kept and own:
-            found[i] = {f"probe/{name}": value for name, value in differences(own[1], kept[1]).items()}
-            if own[0] != kept[0]:
-                notes.append(
-                    f"{first.name} and {run.name} were last probed at {kept[0]:,} and {own[0]:,} samples: their difference "
-                    "is partly one of training"
-                )
-        for kind in sorted(offline.keys() & own_offline.keys()):
-            pairs = differences(own_offline[kind], offline[kind])
-            found[i] |= {f"probe/{name} ({kind.partition('-')[2][:8]})": value for name, value in pairs.items()}
+            found[i] = {f"probe/{name}": value for name, value in _paired((first, *kept), (run, *own), notes).items()}
         if not found[i] and has_intervals(first, samples) and has_intervals(run, samples):
+            bare = [one.name for one, has in ((first, kept), (run, own)) if has is None]
+            why = f"{' and '.join(bare)} kept no outcomes of the last probe" if bare else "no task in common"
             notes.append(
-                f"{first.name} and {run.name} cannot be paired site by site; their intervals are each run's own: intervals apart "
-                "mean a clear difference, intervals that touch do not mean that there is none"
+                f"{first.name} and {run.name} cannot be paired site by site ({why}); their intervals are each run's own: "
+                "intervals apart mean a clear difference, intervals that touch do not mean that there is none"
             )
+        for kind in sorted(offline.keys() & own_offline.keys()):
+            pairs = _paired((first, *offline[kind]), (run, *own_offline[kind]), notes)
+            found[i] |= {f"probe/{name} ({kind.partition('-')[2][:8]})": value for name, value in pairs.items()}
     if any(found):
         notes.append(
             "differences are paired over test sites: * = the 95 % interval excludes 0 (so do 1 in 20 by chance). It tells of "
             "other test sites, not of another training seed"
         )
     return Pairs(found, notes)
+
+
+def _paired(
+    base: tuple[RunData, int, Outcomes], score: tuple[RunData, int, Outcomes], notes: list[str]
+) -> dict[str, Difference]:
+    """score − base of (run, samples seen, outcomes), with a note where one had seen more than the other."""
+    (first, base_samples, base_outcomes), (run, samples, outcomes) = base, score
+    if samples != base_samples:
+        notes.append(
+            f"{first.name} was last probed at {base_samples:,} samples, {run.name} at {samples:,}: their difference is partly "
+            "one of training"
+        )
+    return differences(outcomes, base_outcomes)
 
 
 def _in_loop(run: RunData, samples: int, notes: list[str]) -> tuple[int, Outcomes] | None:
@@ -74,14 +84,19 @@ def _in_loop(run: RunData, samples: int, notes: list[str]) -> tuple[int, Outcome
     return int(probed[-1].get("samples", 0)), outcomes
 
 
-def _offline(run: RunData, samples: int, notes: list[str]) -> dict[str, Outcomes]:
-    """Of the last `pipeline probe` of each task and split, by `<task>-<split>`."""
+def _offline(run: RunData, samples: int, notes: list[str]) -> dict[str, tuple[int, Outcomes]]:
+    """(samples seen, outcomes) of the last `pipeline probe` of each task and split, by `<task>-<split>`."""
     if run.folder is None:
         return {}
-    last = up_to(run, samples)[-1]["step"]
-    latest = {kind: step for step, kind in list_offline(run.folder) if step <= last}
-    read = {kind: _read(url_of(run.folder, step, kind), notes) for kind, step in latest.items()}
-    return {kind: outcomes for kind, outcomes in read.items() if outcomes is not None}
+    lines = up_to(run, samples)
+    latest = {kind: step for step, kind in list_offline(run.folder) if step <= lines[-1]["step"]}
+    found = {}
+    for kind, step in latest.items():
+        outcomes = _read(url_of(run.folder, step, kind), notes)
+        if outcomes is not None:
+            seen = [line.get("samples", 0) for line in lines if line["step"] <= step]
+            found[kind] = (int(seen[-1]) if seen else 0, outcomes)
+    return found
 
 
 def _read(url: str, notes: list[str]) -> Outcomes | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from pipeline.probes.scores import Difference, Outcome, difference
 from pipeline.tracking import Dataset, RunFacts
 from pipeline.tracking.experts import TAG
 from pipeline.tracking.mirror import add_tag, write_record
+from tests.data_folder import REPOSITORY
 
 
 def _run(
@@ -135,7 +138,9 @@ def test_without_outcomes_the_notes_say_how_to_read_the_intervals(tmp_path: Path
     assert [note for note in pairs.notes if "cannot be paired" in note] == [
         pairs.notes[0]
     ]  # other: not comparable anyway
-    assert pairs.notes[0].startswith("a and b cannot be paired site by site; their intervals are each run's own")
+    assert pairs.notes[0].startswith(
+        "a and b cannot be paired site by site (a and b kept no outcomes of the last probe); their"
+    )
     assert _pairs(load_runs([_run(tmp_path, "alone")])).notes == []
 
 
@@ -164,7 +169,7 @@ def test_the_probe_that_both_have_seen_is_paired(tmp_path: Path) -> None:
     (tmp_path / "uneven" / "probes" / "step-00000020.npz").rename(tmp_path / "uneven" / "probes" / "kept")
     pairs = _pairs(load_runs([short, uneven]))
     assert pairs.differences[1] == {}
-    assert "short and uneven cannot be paired" in pairs.notes[0]
+    assert "short and uneven cannot be paired site by site (uneven kept no outcomes" in pairs.notes[0]
 
 
 def test_unreadable_and_foreign_outcomes_are_notes(tmp_path: Path) -> None:
@@ -187,6 +192,10 @@ def test_offline_probes_are_paired_by_task_and_split(tmp_path: Path) -> None:
     pairs = _pairs(load_runs([a, b]))
     assert list(pairs.differences[1]) == ["probe/knn/fused (00000000)"]
     assert pairs.differences[1]["probe/knn/fused (00000000)"].value == pytest.approx(0.1)
+    assert any("kept no outcomes of the last probe" in note for note in pairs.notes)  # of the in-loop one
+    Path(url_of(a, 40, "knn-00000000000fbeef")).unlink()
+    notes = _pairs(load_runs([a, b])).notes
+    assert any(note.startswith("a was last probed at 240 samples, b at 320") for note in notes)
 
 
 def test_ablation_marks_clear_effects_and_unclean_runs(tmp_path: Path) -> None:
@@ -279,6 +288,11 @@ def test_differences_are_shown_in_the_terminal_the_report_and_json(
         for wanted in ("probe/knn/fused to a", "probe/knn/fused since step 1", str(found), str(gain)):
             assert wanted in text
     assert any("1 in 20 by chance" in note for note in told["notes"])
+
+
+def test_comparing_needs_no_torch() -> None:
+    code = "import sys, pipeline.compare.report, pipeline.compare.paired; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=60).returncode == 0
 
 
 def test_unknown_runs_say_how_to_name_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
