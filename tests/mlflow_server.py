@@ -64,11 +64,16 @@ class MlflowServer:
             time.sleep(0.2)
         raise RuntimeError(f"mlflow server did not answer within {READY_S} s: {log.read_text()[-2000:]}")
 
-    def kill(self) -> None:
-        """`kill -9` of the server and its workers; the store stays."""
+    def signal(self, number: int) -> None:
+        """To the server and its workers: SIGSTOP makes them accept connections and never answer, SIGCONT go on."""
         if self.process is not None and self.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+                os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        """`kill -9` of the server and its workers; the store stays."""
+        self.signal(signal.SIGKILL)
+        if self.process is not None:
             self.process.wait()
 
 

@@ -38,6 +38,7 @@ class Mirror:
     def __init__(self, rundir: RunDir, store: Store) -> None:
         self.rundir, self.store = rundir, store
         self.run_id: str | None = None
+        self.newest_step = -1  # of those the store is known to have
         self._present: set[int] | None = None  # steps the store has; None = unsure, ask
         self._sent_tags: dict[str, str] = {}
         self._sent_artifacts: dict[str, str] = {}
@@ -67,6 +68,7 @@ class Mirror:
         run_id = self.open()
         if self._present is None:
             self._present = {step for step, _ in self.store.history(run_id, MARKER)}
+            self.newest_step = max(self._present, default=-1)
         return run_id
 
     def send(self, lines: Sequence[Mapping[str, Any]]) -> int:
@@ -79,6 +81,7 @@ class Mirror:
             present, self._present = self._present, None  # unsure while the call is under way
             self.store.log_points(run_id, [point for line in chunk for point in points_of(line)])
             self._present = present | {line["step"] for line in chunk}
+            self.newest_step = max(self.newest_step, *(line["step"] for line in chunk))
         return len(missing)
 
     def send_files(self) -> None:

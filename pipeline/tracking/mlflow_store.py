@@ -25,6 +25,7 @@ for _name, _value in {
 }.items():  # fmt: skip
     os.environ.setdefault(_name, _value)
 
+LOG_BATCH = "/api/2.0/mlflow/runs/log-batch"
 MAX_POINTS, MAX_PARAMS, MAX_VALUE = 1000, 100, 5000  # per log_batch call; characters of one value
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -100,16 +101,31 @@ class MlflowStore:
     @_guarded
     def log_points(self, run_id: str, points: Sequence[Point]) -> None:
         """A batch never ends inside a step, as long as a step has fewer than MAX_POINTS values."""
-        from mlflow.entities import Metric
-
-        batch: list[Any] = []
+        batch: list[Point] = []
         for _, step in _by_step(points):
             if batch and len(batch) + len(step) > MAX_POINTS:
-                self.client.log_batch(run_id, metrics=batch, synchronous=True)
+                self._log_batch(run_id, batch)
                 batch = []
-            batch.extend(Metric(point.key, point.value, point.time_ms, point.step) for point in step)
+            batch.extend(step)
         for part in _parts(batch, MAX_POINTS):
-            self.client.log_batch(run_id, metrics=part, synchronous=True)
+            self._log_batch(run_id, part)
+
+    def _log_batch(self, run_id: str, points: Sequence[Point]) -> None:
+        """At most MAX_POINTS. A server gets plain JSON (REST API, Log Batch): MLflow's client would build every value three
+        times over, for five times the CPU time, and all of it holds the interpreter that the training thread needs."""
+        if self.uri.startswith("http"):
+            from mlflow.utils.credentials import get_default_host_creds
+            from mlflow.utils.rest_utils import http_request, verify_rest_response
+
+            metrics = [{"key": p.key, "value": p.value, "timestamp": p.time_ms, "step": p.step} for p in points]
+            body = {"run_id": run_id, "metrics": metrics}
+            answer = http_request(get_default_host_creds(self.uri), LOG_BATCH, "POST", json=body)
+            verify_rest_response(answer, LOG_BATCH)
+        else:
+            from mlflow.entities import Metric
+
+            entities = [Metric(point.key, point.value, point.time_ms, point.step) for point in points]
+            self.client.log_batch(run_id, metrics=entities, synchronous=True)
 
     @_guarded
     def history(self, run_id: str, key: str) -> list[tuple[int, float]]:

@@ -70,6 +70,11 @@ class Tracker:
         return self._mirror.run_id if self._mirror else None
 
     @property
+    def newest_step(self) -> int:
+        """Newest logged step that the store is known to have, -1 without one."""
+        return self._mirror.newest_step if self._mirror else -1
+
+    @property
     def is_level(self) -> bool:
         """Whether the store had everything when the thread last looked, and nothing came since."""
         with self._wake:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +15,9 @@ from cluster.rundir import RunDir
 from pipeline.compare.load import load_run
 from pipeline.config import PretrainConfig, RunConfig, TrackingConfig
 from pipeline.tracking import Dataset, RunFacts, Tracker, open_tracker
-from pipeline.tracking.mirror import Mirror
+from pipeline.tracking.mirror import Mirror, read_record
 from pipeline.tracking.mlflow_store import MlflowStore
+from pipeline.tracking.store import Point, StoreUnavailable
 from tests.mlflow_server import MlflowServer, postgresql
 from tests.require import require
 from tests.s3_server import S3Server
@@ -69,6 +73,10 @@ def _log(rundir: RunDir, tracker: Tracker, steps: range) -> None:
         tracker.log(step, step * 8, rundir.append_metrics(_line(step)))
 
 
+def _steps(rundir: RunDir) -> list[int]:
+    return [line["step"] for line in rundir.read_metrics()]
+
+
 def _until(condition, what: str, seconds: float = 90) -> None:  # type: ignore[no-untyped-def]
     deadline = time.monotonic() + seconds
     while not condition():
@@ -84,6 +92,8 @@ def test_server_killed_and_restarted_mid_run(server: MlflowServer, tmp_path: Pat
     _log(rundir, tracker, range(20, 60))
     _until(lambda: tracker.failures > 0, "the outage to be noticed")
     _log(rundir, tracker, range(60, 80))
+    assert _steps(rundir) == list(range(1, 80))  # the steps went on, and the store knows nothing of them
+    assert tracker.newest_step < 20
     server.start()
     _log(rundir, tracker, range(80, 100))
     (tmp_path / "sheet.png").write_bytes(b"picture")
@@ -103,6 +113,64 @@ def test_server_killed_and_restarted_mid_run(server: MlflowServer, tmp_path: Pat
     }
     (model,) = store.client.search_logged_models([run.info.experiment_id], f"source_run_id = '{rundir.run_id}'")
     assert model.tags["geoloom.checkpoint_url"] == "s3://shards/run/checkpoints/step-00000080"
+
+
+def test_steps_go_on_while_the_server_hangs(
+    server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    rundir, tracker = _start(tmp_path, server.uri, "hanging")
+    _log(rundir, tracker, range(1, 20))
+    _until(lambda: tracker.newest_step == 19, "nineteen steps")
+    server.signal(signal.SIGSTOP)
+    try:
+        _log(rundir, tracker, range(20, 60))
+        _until(lambda: tracker.failures > 0, "the first call to be given up")
+        _log(rundir, tracker, range(60, 80))
+        assert _steps(rundir) == list(range(1, 80))
+        assert tracker.newest_step == 19
+    finally:
+        server.signal(signal.SIGCONT)
+    _until(lambda: tracker.newest_step == 79, "the store to catch up")
+    tracker.close()
+    assert Mirror(rundir, MlflowStore(server.uri)).differences() == []
+
+
+def test_running_finds_the_runs_of_a_directory(server: MlflowServer, tmp_path: Path) -> None:
+    """Through the server and straight from its database; a start then ends what nobody writes."""
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    folder = tmp_path / 'it\'s 100 % "quoted"'
+    rundir, tracker = _start(folder, server.uri, "mine")
+    _until(lambda: tracker.is_level, "the run to be opened")
+    store, tags = MlflowStore(server.uri), read_record(rundir)["tags"]
+    stale = store.open_run(None, "integration", "stale", tags | {"geoloom.pid": str(done.pid)})
+    elsewhere = store.open_run(None, "integration", "elsewhere", tags | {"geoloom.run_dir": "/elsewhere"})
+    ended = store.open_run(None, "integration", "ended", tags)
+    store.end_run(ended, "FINISHED")
+    for uri in (server.uri, server.backend):
+        found = dict(MlflowStore(uri).running("integration", rundir.url))
+        assert found.keys() == {stale, rundir.run_id}
+        assert found[stale]["geoloom.pid"] == str(done.pid)
+    assert Mirror(rundir, store).close_stale() == [stale]
+    assert [run_id for run_id, _ in store.running("integration", rundir.url)] == [rundir.run_id]
+    assert store.running("integration", "/elsewhere")[0][0] == elsewhere
+    tracker.close()
+    assert store.running("integration", rundir.url) == []
+
+
+def test_points_arrive_bit_for_bit_and_a_refusal_is_an_error(server: MlflowServer) -> None:
+    store = MlflowStore(server.uri)
+    run_id = store.open_run(None, "integration", "points", {})
+    values = [0.1, 1 / 3, -1e-300, 1.7976931348623157e308, 123456789.123456789, -0.0, 7.0]
+    points = [Point("odd/value", value, step, 1_700_000_000_123 + step) for step, value in enumerate(values)]
+    store.log_points(run_id, points)
+    store.log_points(run_id, points)  # an answer was lost: the same again changes nothing
+    assert store.history(run_id, "odd/value") == list(enumerate(values))
+    times = [metric.timestamp for metric in store.client.get_metric_history(run_id, "odd/value")]
+    assert sorted(times) == [point.time_ms for point in points]
+    with pytest.raises(StoreUnavailable, match="not found"):
+        store.log_points("0" * 32, points)
 
 
 def test_resume_continues_the_same_run_each_step_once(server: MlflowServer, tmp_path: Path) -> None:
