@@ -76,7 +76,8 @@ bench: setup ## benchmarks, ratios side by side, written to bench_out/report.txt
 	  $(PY) -m pipeline bench loader; \
 	  $(PY) -m pipeline bench moe; \
 	  $(PY) -m pipeline bench step pipeline/runs/demo.yaml data.url=bench_out/shards; \
-	  $(PY) -m pipeline bench checkpoint pipeline/runs/tiny.yaml; } | tee bench_out/report.txt
+	  $(PY) -m pipeline bench checkpoint pipeline/runs/tiny.yaml; \
+	  $(PY) -m pipeline bench tracking; } | tee bench_out/report.txt
 
 .PHONY: format
 format: setup ## rewrite formatting

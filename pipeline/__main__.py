@@ -15,7 +15,7 @@ COMMANDS = {
     "ablate": ("pipeline.commands.ablate", "one run per setting, compared"),
     "text-embeddings": ("pipeline.commands.text_embeddings", "vectors of class names, for image-text alignment"),
     "sync": ("pipeline.commands.sync", "bring MLflow level with a run directory"),
-    "bench": ("pipeline.commands.bench", "loader, step, moe, checkpoint: throughput beside the alternatives"),
+    "bench": ("pipeline.commands.bench", "loader, step, moe, checkpoint, tracking: figures beside the alternatives"),
 }
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ examples:
   python -m pipeline bench step pipeline/runs/demo.yaml data.url=demo_out/shards
   python -m pipeline bench moe --experts 8 --tokens 8192
   python -m pipeline bench checkpoint pipeline/runs/tiny.yaml --url s3://bucket/scratch
+  python -m pipeline bench tracking --log-every 10
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ BENCHMARKS = {
     "step": ("pipeline.bench.step", "optimizer steps per second by ZeRO stage, beside a plain torch loop"),
     "moe": ("pipeline.bench.moe", "expert layers forward and backward, beside DeepSpeed's own and a dense one"),
     "checkpoint": ("pipeline.bench.checkpoint", "save and load, beside torch.save and DeepSpeed's own form"),
+    "tracking": ("pipeline.bench.tracking", "what MLflow costs a step: up, killed, hanging, back again; and what is lost"),
 }
 
 
