@@ -11,7 +11,8 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -41,6 +42,7 @@ _TEXTS = pa.list_(pa.string())
 _ASSET = pa.struct([("href", pa.string()), ("type", pa.string()), ("title", pa.string()), ("roles", _TEXTS)])
 _LINK = pa.struct([("href", pa.string()), ("rel", pa.string()), ("type", pa.string()), ("title", pa.string())])
 _TIME = pa.timestamp("us", tz="UTC")
+_LIST_LEVEL = re.compile(r"\.list\.(element|item)\b")  # what Parquet calls the inside of a list
 
 
 def schema(labels: Iterable[str] = ()) -> pa.Schema:
@@ -120,6 +122,15 @@ def read_parquet(data: bytes, columns: Iterable[str] | None = None) -> pa.Table:
     """A Parquet file in memory as a table, without threads: Arrow 22's pool aborts a process that ends while it starts up."""
     names = None if columns is None else list(columns)
     return pq.ParquetFile(pa.BufferReader(data)).read(names, use_threads=False)
+
+
+def read_batches(file: pq.ParquetFile, columns: Iterable[str], rows: int) -> Iterator[pa.RecordBatch]:
+    """Batches of at most `rows` rows of the columns that are there; `members.offset` is one field of the members alone.
+    Without threads, as in `read_parquet`."""
+    wanted = set(columns)
+    leaves = [file.schema.column(i).path for i in range(len(file.schema))]
+    found = [leaf for leaf in leaves if leaf.partition(".")[0] in wanted or _LIST_LEVEL.sub("", leaf) in wanted]
+    yield from file.iter_batches(rows, columns=found, use_threads=False)
 
 
 def conform(table: pa.Table, wanted: pa.Schema, first_row: int) -> pa.Table:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import multiprocessing as mp
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +15,7 @@ from typing import Any, TypeVar
 
 from cluster.errors import RunFailure, UsageError
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h; 32 MiB is the greatest threshold it takes
 J = TypeVar("J")
 R = TypeVar("R")
 Report = Callable[[Any], None]
@@ -32,6 +35,7 @@ def run_jobs(
         RunFailure, UsageError: as raised by `work`, or a worker that died. The other workers are stopped.
     """
     if workers <= 1 or len(jobs) <= 1:
+        keep_memory()
         for job in jobs:
             yield work(job, on_report)
         return
@@ -74,6 +78,18 @@ def _serve(pool: list[_Worker], jobs: Sequence[Any], on_report: Report, names: S
             yield content
 
 
+def keep_memory() -> None:
+    """Tells glibc to use freed memory again instead of giving it back.
+
+    A site's arrays are of a few MB, which it would take from the kernel and return every time: zeroing those pages anew was
+    a quarter of a build's CPU time, and what kept two workers from being twice as fast. Elsewhere than on glibc: nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 512 << 20), (M_TOP_PAD, 16 << 20)):
+            mallopt(option, value)
+
+
 class _Worker:
     """A spawned process (no locks or library state inherited from ours) and the pipe to it."""
 
@@ -93,6 +109,7 @@ class _Worker:
 
 def _loop(work: Callable[[Any, Report], Any], pipe: Connection) -> None:
     """Runs jobs until the pipe closes, which it does too when our parent dies."""
+    keep_memory()
     while True:
         try:
             job = pipe.recv()

@@ -8,21 +8,23 @@ index.parquet   see `data_prep.index`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from cluster import storage
 from cluster.errors import UsageError
 from data_prep.codec import MemberError
 from data_prep.config import CodecsConfig
-from data_prep.index import read_parquet, row_of
+from data_prep.index import read_batches, read_parquet, row_of
 from data_prep.sample import SampleError, check_site, decode_members, encode_members, load_json
 from data_prep.schema import CLEAR, CLOUD, SCHEMA_VERSION, BandStatistics, SiteArrays
 from data_prep.statistics import Histograms, statistics_from_json
@@ -64,11 +66,11 @@ class ShardWriter:
         count_radiometry(self.radiometry, info)
         self.bytes_written = self._tar.position
 
-    def close(self) -> str:
-        """Ends the tar; returns its sha256."""
-        sha256 = self._tar.close()
+    def close(self) -> tuple[str, int]:
+        """Ends the tar; returns its sha256 and CRC-32C."""
+        digests = self._tar.close()
         self.bytes_written = self._tar.position
-        return sha256
+        return digests
 
 
 def cloud_share(site: SiteArrays) -> float | None:
@@ -141,9 +143,32 @@ class ShardSet:
             data = storage.read_bytes(place)
             return read_parquet(data, columns)
         except (OSError, pa.ArrowException) as error:
-            raise UsageError(
-                f"{place} cannot be read ({error}); rebuild it with python -m data_prep verify {self.url} --repair"
-            ) from None
+            raise self._unreadable(error) from None
+
+    def index_batches(self, columns: Iterable[str], rows: int = 8192) -> Iterator[pa.RecordBatch]:
+        """Some columns of the index, that many rows at a time: the whole of a large one does not fit into memory.
+
+        columns: names, or `members.FIELD`; those that the index lacks are left out.
+
+        Raises UsageError for a missing or damaged file.
+        """
+        place = storage.join(self.url, INDEX)
+        try:
+            with contextlib.ExitStack() as stack:
+                source = (
+                    storage.local_path(place)
+                    if storage.is_local(place)
+                    else stack.enter_context(storage.open_read(place))
+                )
+                yield from read_batches(stack.enter_context(pq.ParquetFile(source)), columns, rows)
+        except (OSError, pa.ArrowException) as error:
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: Exception) -> UsageError:
+        place = storage.join(self.url, INDEX)
+        return UsageError(
+            f"{place} cannot be read ({error}); rebuild it with python -m data_prep verify {self.url} --repair"
+        )
 
     @functools.cached_property
     def statistics(self) -> dict[str, BandStatistics]:

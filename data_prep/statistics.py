@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from data_prep.schema import CLEAR, MODALITIES, BandStatistics, SiteArrays
 
 PERCENTILES = (1, 2, 50, 98, 99)
+PIECE = 1 << 16
 
 _SCHEMA = pa.schema([("modality", pa.string()), ("band", pa.int16()), ("code", pa.int32()), ("count", pa.int64())])
 
@@ -35,9 +36,10 @@ class Histograms:
         for name, series in site.series.items():
             codes_TCHW, clear_THW = stored_codes(series.pixels_TCHW), series.mask_THW == CLEAR
             counts = self._of(name)
-            for band in range(codes_TCHW.shape[1]):
-                found = np.bincount(codes_TCHW[:, band][clear_THW])
-                counts[band, : len(found)] += found
+            for codes_CHW, clear_HW in zip(codes_TCHW, clear_THW):
+                whole = bool(clear_HW.all())
+                for band, codes_HW in enumerate(codes_CHW):
+                    _count(counts[band], codes_HW.reshape(-1) if whole else codes_HW[clear_HW])
 
     def merge(self, other: Histograms) -> None:
         for name, counts in other.counts.items():
@@ -130,6 +132,13 @@ def statistics_from_json(tree: Mapping[str, Any]) -> dict[str, BandStatistics]:
 
 def statistics_sha256(tree: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _count(counts: np.ndarray, codes: np.ndarray) -> None:
+    """Adds to `counts` how often each code occurs. In pieces, whose copies as int64 (bincount makes them) stay in the cache."""
+    for start in range(0, len(codes), PIECE):
+        found = np.bincount(codes[start : start + PIECE])
+        counts[: len(found)] += found
 
 
 def _band(values: np.ndarray, counts: np.ndarray) -> tuple[int, float, float, tuple[float, ...]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import google_crc32c
+import numpy as np
 
 BLOCK = 512
 END = bytes(2 * BLOCK)
@@ -42,10 +43,10 @@ class Entry:
 
 
 class TarWriter:
-    """Appends files to a stream; `sha256` and `position` describe everything written so far."""
+    """Appends files to a stream. position: bytes written so far."""
 
     def __init__(self, stream: Writable) -> None:
-        self._stream, self._digest, self.position = stream, hashlib.sha256(), 0
+        self._stream, self._digest, self._crc32c, self.position = stream, hashlib.sha256(), 0, 0
 
     def add(self, name: str, data: bytes) -> Entry:
         """Appends one file. Raises ValueError for a name that a plain ustar header cannot hold."""
@@ -60,15 +61,21 @@ class TarWriter:
         self._write(bytes(-len(data) % BLOCK))
         return entry
 
-    def close(self) -> str:
-        """Writes the end marker; returns the sha256 of the whole tar."""
+    def close(self) -> tuple[str, int]:
+        """Writes the end marker; returns sha256 and CRC-32C of the whole tar."""
         self._write(END)
-        return self._digest.hexdigest()
+        return self._digest.hexdigest(), self._crc32c
 
     def _write(self, data: bytes) -> None:
         self._stream.write(data)
         self._digest.update(data)
+        self._crc32c = google_crc32c.extend(self._crc32c, data)
         self.position += len(data)
+
+
+def extend_crc32c(crc32c: int, view: memoryview) -> int:
+    """CRC-32C of what `crc32c` covers and `view` after it. (The library takes read-only arrays uncopied, but no memoryview.)"""
+    return google_crc32c.extend(crc32c, np.frombuffer(view.toreadonly(), np.uint8))
 
 
 def walk(stream: Readable) -> Iterator[tuple[Entry, bytes]]:

@@ -95,7 +95,7 @@ def write_shard_set(
             writer = ShardWriter(stream, name, split, config.codecs)
             for site in members[start : start + per_shard]:
                 writer.add(site, writer.encode(site))
-            sha256 = writer.close()
+            sha256, _ = writer.close()
             storage.make_folder(url)
             storage.write_atomic(storage.join(url, name), stream.getvalue())
             commit_shard(url, name, split, writer, sha256, [], "test")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 import threading
 
 import numpy as np
@@ -218,6 +219,22 @@ def test_full_disk_leaves_finished_shards_and_no_scraps(world, tmp_path, monkeyp
     build(config(tmp_path / "x"))
     build(config(tmp_path / "y"))
     assert tree(tmp_path / "x") == tree(tmp_path / "y")
+
+
+def test_a_disk_that_keeps_something_else_is_noticed(world, tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def spoil(descriptor):
+        fsync(descriptor)
+        if ".tar." in os.readlink(f"/proc/self/fd/{descriptor}"):
+            os.pwrite(descriptor, b"?", 700)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", spoil)
+        with pytest.raises(RunFailure, match="reads back differently from what was written"):
+            build(config(tmp_path))
+    assert not list(tmp_path.glob("*.tar*"))
+    assert build(config(tmp_path)).manifest is not None
 
 
 def test_labels_that_disagree_are_named(world, tmp_path, monkeypatch):

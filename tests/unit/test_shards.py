@@ -16,6 +16,7 @@ import webdataset
 
 from cluster import storage
 from cluster.errors import UsageError
+from data_prep import statistics
 from data_prep.codec import MemberError, open_member
 from data_prep.config import CodecsConfig
 from data_prep.schema import CLEAR, MODALITIES
@@ -133,7 +134,9 @@ def test_index_is_geoparquet_and_stac(sites, tmp_path):
         assert stac.geometry["type"] == "Polygon"
 
 
-def test_statistics_are_those_of_all_clear_pixels(sites, tmp_path):
+@pytest.mark.parametrize("piece", [7, statistics.PIECE])
+def test_statistics_are_those_of_all_clear_pixels(piece, sites, tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics, "PIECE", piece)
     shards = ShardSet.open(write_shard_set(str(tmp_path), sites, per_shard=2))
     for name, spec in MODALITIES.items():
         for band in range(len(spec.bands)):
