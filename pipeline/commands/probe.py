@@ -78,12 +78,14 @@ def show(result: object) -> None:
     assert isinstance(result, ProbeResult)
     what = "mean IoU" if result.task == "segment" else "accuracy"
     sites = result.trained[result.headline].sites
-    table = Table(title=f"{result.task}: {what} on {sites} test sites, 95 % intervals", title_justify="left")
-    for head in ("features", "trained", "untrained", "gain (* = not 0)", "chance"):
+    table = Table(
+        title=f"{result.task}: {what} on {sites} test sites, 95 % intervals (* = excludes 0)", title_justify="left"
+    )
+    for head in ("features", "trained", "untrained", "gain", "chance"):
         table.add_column(head)
     for name, score in result.trained.items():
         base = result.untrained.get(name)
-        cells = [f"{s.value:.3f} [{s.low:.2f}, {s.high:.2f}]" if s else "-" for s in (score, base)]
-        gain = result.gain.get(name)
-        table.add_row(name, *cells, str(gain) if gain else "-", f"{score.chance:.3f}")
+        own = f"{score.value:.3f} [{score.low:.2f}, {score.high:.2f}]"
+        cells = [f"{base.value:.3f}" if base else "-", str(result.gain.get(name, "-"))]
+        table.add_row(name, own, *cells, f"{score.chance:.3f}")
     Console(file=sys.stdout, highlight=False).print(table)

@@ -50,7 +50,7 @@ def pair(runs: Sequence[RunData], samples: int) -> Pairs:
             found[i] |= {f"probe/{name} ({kind.partition('-')[2][:8]})": value for name, value in pairs.items()}
     if any(found):
         notes.append(
-            "differences are paired over test sites: * = the 95 % interval excludes 0 (so do 1 in 20 by chance). It tells of "
+            "differences are paired over test sites: * = the 95 % interval excludes 0, as 1 in 20 does by chance. It tells of "
             "other test sites, not of another training seed"
         )
     return Pairs(found, notes)

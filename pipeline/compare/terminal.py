@@ -81,7 +81,9 @@ def difference_rows(runs: Sequence[RunData], summaries: Sequence[Summary], pairs
     since = [summary.gains for summary in summaries]
     for label, found in ((f"to {runs[0].name}", pairs.differences), ("since step 1", since)):
         for key in sorted({key for one in found for key in one}):
-            rows.append((f"{key} {label}", [str(one[key]) if key in one else "-" for one in found]))
+            rows.append(
+                (f"{key.removeprefix('probe/')} {label}", [str(one[key]) if key in one else "-" for one in found])
+            )
     return rows
 
 

@@ -285,9 +285,9 @@ def test_differences_are_shown_in_the_terminal_the_report_and_json(
     assert found.is_clear
     gain = Difference(**told["since_step_1"]["b"]["probe/knn/fused"])
     for text in (printed, out.read_text()):
-        for wanted in ("probe/knn/fused to a", "probe/knn/fused since step 1", str(found), str(gain)):
+        for wanted in ("knn/fused to a", "knn/fused since step 1", str(found), str(gain)):
             assert wanted in text
-    assert any("1 in 20 by chance" in note for note in told["notes"])
+    assert any("1 in 20 does by chance" in note for note in told["notes"])
 
 
 def test_comparing_needs_no_torch() -> None:
