@@ -11,7 +11,7 @@ import collections
 import functools
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Protocol
 
 from cluster import storage
@@ -106,12 +106,9 @@ def read_into(files: OpenFiles, path: str, offset: int, view: memoryview) -> Non
         raise TransientFault("disk", f"{path}: {error}") from None
 
 
-def open_fetcher(
-    table: Table, modalities: Sequence[str], data: DataConfig, policy: RetryPolicy, faults: FaultLog
-) -> Fetcher:
+def open_fetcher(table: Table, data: DataConfig, policy: RetryPolicy, faults: FaultLog) -> Fetcher:
     """The fetcher that suits where the shard sets lie."""
-    start, stop = table.spans(modalities)
-    spans = Spans(table.shard_urls, table.shard_N.tolist(), start.tolist(), stop.tolist())
+    spans = Spans(table.shard_urls, table.shard_N, table.start_N, table.stop_N)
     if all(storage.is_local(url) for url in spans.urls):
         return LocalFetcher(spans, policy, faults)
     if any(storage.is_local(url) for url in spans.urls) or len({url.partition("://")[0] for url in spans.urls}) > 1:

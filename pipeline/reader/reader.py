@@ -14,13 +14,13 @@ import json
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from cluster.errors import UsageError
+from cluster.errors import RunFailure, UsageError
 from data_prep.schema import BandStatistics
 from model.batch import Batch
 from model.config import ModelConfig
@@ -81,7 +81,7 @@ class Reader:
         self._device = torch.device(device) if device is not None and torch.device(device).type == "cuda" else None
         self.faults = FaultLog(int(data.error_budget * len(self.table) / world))
         policy = policy or RetryPolicy(retries=data.retries, timeout_s=data.timeout_s)
-        self._fetcher = open_fetcher(self.table, model.modalities, data, policy, self.faults)
+        self._fetcher = open_fetcher(self.table, data, policy, self.faults)
         self._samples = SampleReader(self.table, data, model.modalities, seed, self._fetcher, self.faults, views)
         configs = self._samples.configs
         self._new_buffers = functools.partial(
@@ -278,11 +278,14 @@ class Reader:
             pass
         if not self._ahead:
             raise StopIteration
-        buffers, futures, end = self._ahead[0]
-        self._meter.fill(sum(all(f.done() for f in fs) for _, fs, _ in self._ahead), ahead)
-        for future in futures:
-            future.result()
-        self._ahead.popleft()
+        self._meter.fill(sum(all(f.done() for f in fs) for _, fs, _ in list(self._ahead)), ahead)
+        try:
+            buffers, futures, end = self._ahead[0]
+            for future in futures:
+                future.result()
+            self._ahead.popleft()
+        except (CancelledError, IndexError):
+            raise RunFailure("the reader was closed") from None
         self._held.append(buffers)
         batch = buffers.batch()
         batch.metrics["data_wait_s"] = time.monotonic() - began
@@ -297,12 +300,11 @@ class Reader:
         return self._meter.read(self._fetcher.bytes_read, self._samples.decode_s, self.faults)
 
     def _drain(self) -> None:
-        for _, futures, _ in self._ahead:
-            for future in futures:
-                future.cancel()
-        for _, futures, _ in self._ahead:
-            wait(futures)
+        under_way = [future for _, futures, _ in list(self._ahead) for future in futures]  # another thread may take meanwhile
         self._ahead.clear()
+        for future in under_way:
+            future.cancel()
+        wait(under_way)
 
     def close(self) -> None:
         """Stops threads and lets go of files and memory. A closed reader yields nothing."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
@@ -16,7 +16,8 @@ from pipeline.reader.assemble import SiteMembers, fill_site
 from pipeline.reader.buffers import BatchBuffers
 from pipeline.reader.faults import BadSample, FaultLog
 from pipeline.reader.fetch import Fetcher, Parts
-from pipeline.reader.table import EXTENSIONS, Table
+from pipeline.reader.scan import EXTENSIONS, UNCHECKED
+from pipeline.reader.table import Members, Table
 from pipeline.reader.views import ViewPlan, plan, plan_whole
 
 
@@ -36,11 +37,6 @@ class SampleReader:
         self.configs: list[ViewConfig] = [data.views_global]
         if not self._whole:
             self.configs = [data.views_global] * 2 + [data.views_local] * data.local_views
-        self._start = table.spans(modalities)[0]
-        self._places = {
-            stem: Places(m.offset_N.tolist(), m.length_N.tolist(), m.crc_N.tolist(), m.kind_N.tolist(), _slot(stem))
-            for stem, m in ((stem, table.members[stem]) for stem in table.stems(modalities))
-        }
         self.decode_s = 0.0
 
     def plans(self, row: int, epoch: int) -> list[ViewPlan]:
@@ -66,7 +62,7 @@ class SampleReader:
         except (BadSample, MemberError, IndexError, ValueError) as error:
             buffers.blank(i)
             shard = table.shard_urls[table.shard_N[row]]
-            self._faults.quarantine(table.keys[row], f"{error} ({shard}, from byte {self._start[row]})")
+            self._faults.quarantine(table.keys[row], f"{error} ({shard}, from byte {table.start_N[row]})")
         finally:
             self._fetcher.release(ticket)
         buffers.keys[i], buffers.position_B[i] = table.keys[row], position
@@ -74,7 +70,7 @@ class SampleReader:
 
     def _fill_from(self, parts: Parts, plans: list[ViewPlan], buffers: BatchBuffers, i: int, row: int) -> None:
         began = time.thread_time()
-        members = SampleMembers(self._places, parts, row, self._table.keys[row], self._data.verify_checksums)
+        members = SampleMembers(self._table.members, parts, row, self._table.keys[row], self._data.verify_checksums)
         dates = {m: self._table.dates[m] for m in self._modalities if m in members}
         doy = {m: d.doy_D[d.of(row)] for m, d in dates.items()}
         clear = {m: None if d.whole_N[row] else d.clear_D[d.of(row)] for m, d in dates.items()}
@@ -82,36 +78,26 @@ class SampleReader:
         self.decode_s += time.thread_time() - began
 
 
-@dataclasses.dataclass(frozen=True)
-class Places:
-    """Where one kind of member lies, per sample: plain lists, read one by one. slot: its buffer (pixels, masks, labels)."""
-
-    offset: list[int]
-    length: list[int]
-    crc: list[int]
-    kind: list[int]
-    slot: int
-
-
 class SampleMembers(Mapping[str, Member]):
     """The members of one sample, each read, checked and opened when it is asked for. A member is valid until another one of
     its slot is asked for, so modalities are done one after another."""
 
-    def __init__(self, places: dict[str, Places], parts: Parts, row: int, key: str, check: bool) -> None:
+    def __init__(self, places: Mapping[str, Members], parts: Parts, row: int, key: str, check: bool) -> None:
         self._places, self._parts, self._row, self._key, self._check = places, parts, row, key, check
 
     def __getitem__(self, stem: str) -> Member:
         place, row = self._places[stem], self._row
-        if place.offset[row] < 0:
+        kind = place.kind_N[row]
+        if kind < 0:
             raise BadSample(f"{self._key}.{stem} is missing")
-        data = self._parts.part(place.offset[row], place.length[row], place.slot)
-        if self._check and place.crc[row] >= 0 and _crc32c(data) != place.crc[row]:
+        data = self._parts.part(place.offset_N[row], place.length_N[row], _slot(stem))
+        if self._check and not kind & UNCHECKED and _crc32c(data) != place.crc_N[row]:
             raise WrongBytes(f"{self._key}.{stem} does not match its checksum")
-        return open_member(data, EXTENSIONS[place.kind[row]])
+        return open_member(data, EXTENSIONS[kind & ~UNCHECKED])
 
     def __contains__(self, stem: object) -> bool:
         place = self._places.get(str(stem))
-        return place is not None and place.offset[self._row] >= 0
+        return place is not None and place.kind_N[self._row] >= 0
 
     def __iter__(self) -> Iterator[str]:
         return (stem for stem in self._places if stem in self)
@@ -120,6 +106,7 @@ class SampleMembers(Mapping[str, Member]):
         return sum(1 for _ in self)
 
 
+@functools.cache
 def _slot(stem: str) -> int:
     """Pixels, masks and labels each have a buffer: a mask is read while the pixels are still looked at."""
     return 2 if stem.startswith("label.") else int(stem.endswith(".mask"))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass(frozen=True)
 class Spans:
-    """Where each sample lies: bytes [start, stop) of the shard `urls[shard]`. Plain lists: they are read one by one."""
+    """Where each sample lies: bytes [start, stop) of the shard `urls[shard]`. Read one by one: lists or memoryviews."""
 
     urls: list[str]
-    shard: list[int]
-    start: list[int]
-    stop: list[int]
+    shard: Sequence[int]
+    start: Sequence[int]
+    stop: Sequence[int]
 
 
 class SpanParts:

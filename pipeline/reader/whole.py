@@ -36,7 +36,7 @@ class WholeSites:
         self._modalities = tuple(modalities)
         self.table = tables.load(self._data, self._modalities, label)
         faults = FaultLog(0)
-        self._fetcher = open_fetcher(self.table, self._modalities, self._data, RetryPolicy(), faults)
+        self._fetcher = open_fetcher(self.table, self._data, RetryPolicy(), faults)
         self._samples = SampleReader(self.table, self._data, self._modalities, 0, self._fetcher, faults, "whole")
 
     def __len__(self) -> int:

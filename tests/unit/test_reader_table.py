@@ -1,0 +1,413 @@
+"""The index as columns: equal to reading it row by row, small, and shared between processes without trust."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.errors import UsageError
+from data_prep import index
+from data_prep.schema import MODALITIES
+from data_prep.shards import ShardSet
+from pipeline.config import DataConfig
+from pipeline.reader import shared
+from pipeline.reader import table as tables
+from pipeline.reader.scan import EXTENSIONS, UNCHECKED
+from tests.sites import make_site, write_shard_set
+
+ALL = ("hr", "s2", "s1")
+LACKING = {1: ("s2",), 4: ("hr", "s1"), 6: ("hr",), 9: ("s2", "s1")}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """12 sites in shards of 3, of two splits; some lack a modality, the first two have no labels."""
+    sites = [
+        make_site(f"site_{i}", i, LACKING.get(i, ALL), dates=4, side_px=8, hr_px=16, place=(90.0 * i, 0), labels=i > 1)
+        for i in range(12)
+    ]
+    folder = tmp_path_factory.mktemp("table") / "set"
+    write_shard_set(str(folder), sites, ["train"] * 9 + ["val"] * 3, per_shard=3)
+    return folder
+
+
+def changed(source: Path, folder: Path, rows=None, group: int = 1000, drop_crc: bool = False) -> Path:
+    """A copy of a set whose index rows went through `rows` (a function of the list), in row groups of `group`."""
+    folder.mkdir(parents=True)
+    table = index.read_parquet((source / "index.parquet").read_bytes())
+    found, wanted = table.to_pylist(), table.schema
+    if drop_crc:
+        fields = [field for field in index.MEMBERS.value_type if field.name != "crc32c"]
+        at = wanted.get_field_index("members")
+        wanted = wanted.set(at, pa.field("members", pa.list_(pa.struct(fields))))
+    found = found if rows is None else rows(found)
+    arrays = [pa.array([row[field.name] for row in found], field.type) for field in wanted]
+    pq.write_table(pa.table(arrays, wanted), folder / "index.parquet", row_group_size=group)
+    shutil.copy(source / "manifest.json", folder)
+    return folder
+
+
+def plain(url: Path, data: DataConfig, modalities=ALL) -> list[dict]:
+    """What a table must say of each sample, from the rows of the index as Python values."""
+    taken = []
+    for row in ShardSet.open(str(url)).index.to_pylist():
+        box = row["bbox"]
+        wanted = [
+            set(row["modalities"]) & set(modalities),
+            not data.split or row["split"] == data.split,
+            set(data.require) <= set(row["modalities"]),
+            data.max_cloud is None or (row["cloud"] or 0.0) <= data.max_cloud,
+            data.date_range is None
+            or (row["datetime_start"][:10] <= data.date_range[1] and row["datetime_end"][:10] >= data.date_range[0]),
+            data.bbox is None
+            or (
+                box["xmin"] <= data.bbox[2]
+                and box["xmax"] >= data.bbox[0]
+                and box["ymin"] <= data.bbox[3]
+                and box["ymax"] >= data.bbox[1]
+            ),
+        ]
+        if all(wanted):
+            taken.append(row)
+    label = next((name for row in taken for name in row["rasters"]), None)
+    stems = [stem for m in modalities for stem in (m, f"{m}.mask")] + ([f"label.{label}"] if label else [])
+    return [_sample(row, stems, modalities) for row in taken]
+
+
+def _sample(row: dict, stems: list[str], modalities) -> dict:
+    members = {}
+    for member in row["members"]:
+        stem, kind = next(
+            (
+                (member["name"].removesuffix(f".{e}"), number)
+                for number, e in enumerate(EXTENSIONS)
+                if member["name"].endswith(f".{e}")
+            ),
+            ("", 0),
+        )
+        if stem in stems:
+            crc = member.get("crc32c")
+            kind += UNCHECKED if crc is None else 0
+            members[stem] = (member["offset"], member["length"], crc or 0, kind)
+    first = next(
+        m for m in sorted({*modalities, *MODALITIES}, key=lambda m: (-MODALITIES[m].gsd_m, m)) if row[f"{m}_shape"]
+    )
+    shape, gsd = row[f"{first}_shape"], row[f"{first}_gsd_m"]
+    dates = {}
+    for m in modalities:
+        clear = row[f"{m}_clear"] or []
+        days = [
+            datetime.date.fromisoformat(text[:10]).timetuple().tm_yday if text else 0
+            for text in row[f"{m}_datetimes"] or []
+        ]
+        dates[m] = ([float(np.float32(0.999)) if c is None else c for c in clear], days, all(c == 1 for c in clear))
+    box = row["bbox"]
+    return {
+        "key": row["key"], "shard": row["shard"], "members": members, "dates": dates,
+        "span": (min(m[0] for m in members.values()), max(m[0] + m[1] for m in members.values())),
+        "extent": (shape[3] * gsd, shape[2] * gsd),
+        "lonlat": [(box["xmin"] + box["xmax"]) / 2, (box["ymin"] + box["ymax"]) / 2],
+        "scene": -1 if row["label_scene"] is None else row["label_scene"],
+    }  # fmt: skip
+
+
+def samples(table: tables.Table, modalities=ALL) -> list[dict]:
+    """The same of a table."""
+    out = []
+    for n in range(len(table)):
+        dates = {}
+        for m in modalities:
+            its = table.dates[m]
+            dates[m] = (its.clear_D[its.of(n)].tolist(), its.doy_D[its.of(n)].tolist(), its.whole_N[n])
+        out.append({
+            "key": table.keys[n], "shard": table.shard_urls[table.shard_N[n]].rpartition("/")[2],
+            "members": {
+                stem: (m.offset_N[n], m.length_N[n], m.crc_N[n], m.kind_N[n])
+                for stem, m in table.members.items() if m.kind_N[n] >= 0
+            },
+            "dates": dates, "span": (table.start_N[n], table.stop_N[n]), "extent": (table.width_m_N[n], table.height_m_N[n]),
+            "lonlat": table.lonlat_N2[n].tolist(), "scene": table.scene_N[n],
+        })  # fmt: skip
+    return out
+
+
+def bytes_of(table: tables.Table) -> dict[str, tuple[str, bytes]]:
+    return {name: (column.dtype.str, column.tobytes()) for name, column in table.columns.items()}
+
+
+FILTERS = [
+    {}, {"split": ""}, {"split": "val"}, {"require": ("s2", "s1")}, {"max_cloud": 0.1}, {"max_cloud": 0.1, "split": ""},
+    {"date_range": ("2021-03-01", "2021-03-31")}, {"bbox": (15.002, 46.0, 15.008, 48.0)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", FILTERS, ids=str)
+@pytest.mark.parametrize("group", [1, 5, 1000])
+def test_a_table_says_what_the_rows_say_whatever_their_groups(shards, tmp_path, changes, group):
+    url = changed(shards, tmp_path / "set", group=group)
+    assert pq.ParquetFile(url / "index.parquet").num_row_groups == -(-12 // group)
+    data = DataConfig(url=str(url), **changes)
+    table = tables.load(data, ALL)
+    assert samples(table) == plain(url, data)
+    assert sum(table.sizes[0]) == len(table)
+    whole = tables.load(dataclasses.replace(data, url=str(shards)), ALL)
+    assert bytes_of(table) == bytes_of(whole)
+    assert (table.fingerprints, table.label, table.shard_hashes) == (
+        whole.fingerprints,
+        whole.label,
+        whole.shard_hashes,
+    )
+
+
+def test_fewer_modalities_and_odd_rows(shards, tmp_path):
+    """A date the index knows little of, no checksums, a sample without labels, modalities in another order."""
+
+    def odd(rows):
+        rows[0]["s2_clear"][1], rows[0]["s2_datetimes"][2] = None, None
+        rows[2]["label_scene"] = None
+        return rows
+
+    url = changed(shards, tmp_path / "odd", odd)
+    data = DataConfig(url=str(url))
+    for modalities in (("s1", "s2"), ("s2",), ("hr",)):
+        assert samples(tables.load(data, modalities), modalities) == plain(url, data, modalities)
+    table = tables.load(data, ALL)
+    assert table.dates["s2"].doy_D[2] == 0
+    assert not table.dates["s2"].whole_N[0]
+    old = changed(shards, tmp_path / "old", drop_crc=True)
+    table = tables.load(dataclasses.replace(data, url=str(old)), ALL)
+    assert samples(table) == plain(old, data)
+    assert table.members["hr"].kind_N[0] & UNCHECKED
+    with pytest.raises(IndexError):
+        table.keys[len(table)]
+
+
+def test_several_sets_are_one_behind_the_other(shards, tmp_path):
+    old = changed(shards, tmp_path / "old", group=2, drop_crc=True)
+    data = DataConfig(url=(str(shards), str(old)))
+    table = tables.load(data, ALL)
+    assert samples(table) == plain(shards, data) + plain(old, data)
+    assert [size.tolist() for size in table.sizes] == [[3, 3, 3], [3, 3, 3]]
+    assert table.shard_urls[3] == f"{old}/train-000000.tar"
+    one = tables.load(dataclasses.replace(data, url=str(shards)), ALL)
+    assert table.fingerprints == one.fingerprints * 2
+
+
+def test_a_filter_that_leaves_nothing_is_named_over_all_row_groups(shards, tmp_path):
+    url = changed(shards, tmp_path / "set", group=5)
+    data = DataConfig(url=str(url), require=("s2",), bbox=(0, 0, 1, 1))
+    with pytest.raises(UsageError, match=r"no sample left after data.bbox=\[0, 0, 1, 1\] \(7 before it\)"):
+        tables.load(data, ALL)
+    with pytest.raises(UsageError, match=r"no sample left after data.split=probe \(12 before it\)"):
+        tables.load(DataConfig(url=str(url), split="probe"), ALL)
+
+
+def test_an_index_that_contradicts_itself_is_refused(shards, tmp_path):
+    def short(rows):
+        rows[3]["s2_datetimes"] = rows[3]["s2_datetimes"][:-1]
+        return rows
+
+    def far(rows):
+        rows[3]["members"][1]["offset"] = 1 << 40
+        return rows
+
+    for number, (rows, why) in enumerate(
+        ((short, "differ in length"), (far, "beyond its bound"), (lambda r: r[::-1], "not in order"))
+    ):
+        url = changed(shards, tmp_path / str(number), rows)
+        with pytest.raises(UsageError, match=f"damaged.*{why}.*verify"):
+            tables.load(DataConfig(url=str(url)), ALL)
+    (url / "index.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UsageError, match="cannot be read"):
+        tables.load(DataConfig(url=str(url)), ALL)
+
+
+def test_large_shards_get_wide_offsets(shards, tmp_path):
+    def far(rows):
+        for row in rows:
+            for member in row["members"]:
+                member["offset"] += 1 << 33
+        return rows
+
+    url = changed(shards, tmp_path / "set", far)
+    manifest = json.loads((url / "manifest.json").read_text())
+    manifest["shards"][0]["bytes"] = 1 << 34
+    (url / "manifest.json").write_text(json.dumps(manifest))
+    data = DataConfig(url=str(url))
+    assert samples(tables.load(data, ALL)) == plain(url, data)
+
+
+def test_bytes_per_sample(shards, tmp_path):
+    """The bound that ARCHITECTURE states: 65 and 50 dates, three modalities, a label, a key of 20 bytes: below 920 bytes."""
+
+    def long(rows):
+        full = next(row for row in rows if len(row["modalities"]) == 3 and row["rasters"])
+        for m, count in (("s2", 65), ("s1", 50)):
+            full |= {f"{m}_clear": [0.25] * count, f"{m}_datetimes": ["2021-03-01T10:00:00Z"] * count}
+        return [{**full, "row": n, "key": f"433D_629L_{n:010d}"} for n in range(3000)]
+
+    table = tables.load(DataConfig(url=str(changed(shards, tmp_path / "set", long))), ALL)
+    assert len(table) == 3000
+    assert table.num_bytes / 3000 <= 920
+    dates = sum(table.dates[m].clear_D.nbytes + table.dates[m].doy_D.nbytes for m in ALL)
+    assert (table.num_bytes - dates) / 3000 <= 225
+
+
+# --- shared between processes
+
+
+@pytest.fixture
+def sharing(monkeypatch, tmp_path):
+    """Every set is shared, in a folder of this test."""
+    monkeypatch.setattr(shared, "SHARED_FROM", 1)
+    return tmp_path / "cache"
+
+
+def shared_data(shards, sharing, **changes) -> DataConfig:
+    return DataConfig(url=str(shards), cache_dir=str(sharing), **changes)
+
+
+def entries(sharing: Path) -> list[Path]:
+    return sorted(path for path in (sharing / "index").iterdir() if path.is_dir())
+
+
+def test_shared_columns_are_the_same_and_mapped(shards, sharing):
+    data = shared_data(shards, sharing)
+    alone = tables.load(DataConfig(url=str(shards)), ALL)
+    first, second = (tables.load(data, ALL) for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared, "SHARED_FROM", 10**9)
+        alone = tables.load(data, ALL)
+    assert bytes_of(first) == bytes_of(second) == bytes_of(alone)
+    assert samples(second) == samples(alone)
+    assert first.fingerprints == alone.fingerprints
+    assert isinstance(second.columns["s2.clear"].base, np.memmap)
+    assert not second.columns["s2.clear"].flags.writeable
+    assert len(entries(sharing)) == 1
+    tables.load(dataclasses.replace(data, split="val"), ALL)
+    tables.load(data, ("s2",))
+    tables.load(data, ALL, "landcover")
+    assert len(entries(sharing)) == 4
+
+
+def _digest(url: str, cache: str, start, out) -> None:
+    shared.SHARED_FROM = 1
+    start.wait()
+    table = tables.load(DataConfig(url=url, cache_dir=cache), ALL)
+    text = b"".join(name.encode() + data for name, (_, data) in sorted(bytes_of(table).items()))
+    out.put((hashlib.sha256(text).hexdigest(), isinstance(table.columns["s2.clear"].base, np.memmap)))
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_builders_at_the_same_time(shards, sharing, locks, monkeypatch):
+    if not locks:  # a file system without them
+
+        def refuse(*_):
+            raise OSError("no locks here")
+
+        monkeypatch.setattr(shared.fcntl, "flock", refuse)
+    context = multiprocessing.get_context("fork")
+    start, out = context.Barrier(3), context.Queue()
+    started = [context.Process(target=_digest, args=(str(shards), str(sharing), start, out)) for _ in range(3)]
+    for process in started:
+        process.start()
+    found = {out.get(timeout=60) for _ in started}
+    for process in started:
+        process.join(60)
+    assert len(found) == 1
+    assert found.pop()[1]
+    (entry,) = entries(sharing)  # and no temporary folder
+    assert not entry.name.endswith(".tmp")
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def zeros(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def pickled(path: Path) -> None:
+    np.save(path, np.array([object()]), allow_pickle=True)
+
+
+@pytest.mark.parametrize("name", ["s2.clear.npy", "key.bytes.npy", "s2.whole.npy", "facts.json"])
+@pytest.mark.parametrize("harm", [cut, zeros, flip, pickled, Path.unlink])
+def test_a_torn_entry_is_made_again(shards, sharing, name, harm):
+    data = shared_data(shards, sharing)
+    right = bytes_of(tables.load(data, ALL))
+    (entry,) = entries(sharing)
+    path = entry / name
+    held = path.read_bytes()
+    if harm is pickled:
+        path = path.with_suffix(".npy")
+    harm(path)
+    if harm is pickled and name == "facts.json":
+        path.rename(entry / name)
+    table = tables.load(data, ALL)
+    assert bytes_of(table) == right
+    assert isinstance(table.columns["s2.clear"].base, np.memmap)
+    assert entries(sharing) == [entry]
+    assert (entry / name).read_bytes() == held
+
+
+def test_an_entry_of_another_set_is_not_believed(shards, sharing):
+    data, other = shared_data(shards, sharing), shared_data(shards, sharing, split="val")
+    right = bytes_of(tables.load(data, ALL))
+    (mine,) = entries(sharing)
+    tables.load(other, ALL)
+    foreign = next(path for path in entries(sharing) if path != mine)
+    shutil.rmtree(mine)
+    shutil.copytree(foreign, mine)
+    assert bytes_of(tables.load(data, ALL)) == right
+
+
+def test_without_a_usable_folder_each_process_holds_its_own(shards, sharing, monkeypatch, tmp_path, caplog):
+    right = bytes_of(tables.load(DataConfig(url=str(shards), cache_dir=str(sharing)), ALL))
+    (tmp_path / "file").write_text("in the way")
+    for cache in (str(tmp_path / "file"), None):
+        monkeypatch.setattr(shared.tempfile, "gettempdir", lambda: str(tmp_path))
+        own = tmp_path / f"geoloom-{os.getuid()}"
+        own.mkdir(exist_ok=True)
+        own.chmod(0o777)  # anybody could have put files there
+        caplog.clear()
+        table = tables.load(DataConfig(url=str(shards), cache_dir=cache), ALL)
+        assert bytes_of(table) == right
+        assert not isinstance(table.columns["s2.clear"].base, np.memmap)
+        assert "holds its own copy of the index" in caplog.text
+    own.chmod(0o700)
+    assert isinstance(tables.load(DataConfig(url=str(shards)), ALL).columns["s2.clear"].base, np.memmap)
+
+
+def test_what_nobody_uses_is_removed_and_what_failed_leaves_nothing(shards, sharing):
+    data = shared_data(shards, sharing)
+    tables.load(data, ALL)
+    (entry,) = entries(sharing)
+    left = entry.with_name("abc.0123.tmp")
+    left.mkdir()
+    for path in (entry, left):
+        os.utime(path, (0, 0))
+    tables.load(shared_data(shards, sharing, split="val"), ALL)
+    assert entry not in entries(sharing)
+    assert left not in entries(sharing)
+    with pytest.raises(UsageError, match="no sample left"):
+        tables.load(shared_data(shards, sharing, split="probe"), ALL)
+    assert len(entries(sharing)) == 1
