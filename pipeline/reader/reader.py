@@ -279,13 +279,15 @@ class Reader:
         if not self._ahead:
             raise StopIteration
         self._meter.fill(sum(all(f.done() for f in fs) for _, fs, _ in list(self._ahead)), ahead)
+        buffers, futures, end = self._ahead[0]
         try:
-            buffers, futures, end = self._ahead[0]
             for future in futures:
                 future.result()
-            self._ahead.popleft()
-        except (CancelledError, IndexError):
-            raise RunFailure("the reader was closed") from None
+        except CancelledError:
+            self._ahead.clear()
+        if not self._ahead:
+            raise RunFailure("the reader was closed")
+        self._ahead.popleft()
         self._held.append(buffers)
         batch = buffers.batch()
         batch.metrics["data_wait_s"] = time.monotonic() - began
