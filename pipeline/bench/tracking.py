@@ -1,6 +1,6 @@
 """What tracking costs a training step while the MLflow server is up, killed, hanging or back again, and whether a step is lost.
 
-  python -m pipeline bench tracking                          # four rounds, about three minutes
+  python -m pipeline bench tracking                          # three rounds, under three minutes
   python -m pipeline bench tracking --log-every 10 --json    # as often as a run logs by default
   python -m pipeline bench tracking --rounds 1 --seconds 3   # a quick look
 
@@ -50,7 +50,7 @@ OVERRIDES = [
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=4.0, help="of training per condition and round (default 4)")
     parser.add_argument(
         "--log-every", type=int, default=1, metavar="N", help="steps per logged line (default 1; a run's default is 10)"

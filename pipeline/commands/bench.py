@@ -21,7 +21,7 @@ BENCHMARKS = {
     "step": ("pipeline.bench.step", "optimizer steps per second by ZeRO stage, beside a plain torch loop"),
     "moe": ("pipeline.bench.moe", "expert layers forward and backward, beside DeepSpeed's own and a dense one"),
     "checkpoint": ("pipeline.bench.checkpoint", "save and load, beside torch.save and DeepSpeed's own form"),
-    "tracking": ("pipeline.bench.tracking", "what MLflow costs a step: up, killed, hanging, back again; and what is lost"),
+    "tracking": ("pipeline.bench.tracking", "what an MLflow server costs a step: up, killed, hanging, back again"),
 }
 
 

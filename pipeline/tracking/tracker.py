@@ -197,8 +197,10 @@ class Tracker:
             self._caught_up = True
         except BaseException:
             with self._wake:
-                self._from_directory = self._new_files = True
-                self._pending = [*lines, *self._pending][-MAX_PENDING:]
+                kept = [*lines, *self._pending]
+                # only if memory does not hold them: reading a long run's file takes seconds that training feels
+                self._from_directory |= from_directory or len(kept) > MAX_PENDING
+                self._pending, self._new_files = kept[-MAX_PENDING:], True
             raise
 
 

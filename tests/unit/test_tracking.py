@@ -137,6 +137,52 @@ def test_logging_returns_while_the_store_hangs(tmp_path: Path) -> None:
     assert Mirror(rundir, store).differences() == []
 
 
+class _TellingStore(MemoryStore):
+    """Refuses points until `opened`, and tells when it has the step that is waited for."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__()
+        self.last, self.refused, self.opened, self.has_all = (
+            last,
+            threading.Event(),
+            threading.Event(),
+            threading.Event(),
+        )
+
+    def log_points(self, run_id, points):
+        if not self.opened.is_set():
+            self.refused.set()
+            raise StoreUnavailable("away")
+        super().log_points(run_id, points)
+        if any(point.step == self.last for point in points):
+            self.has_all.set()
+
+
+@pytest.mark.parametrize(("max_pending", "overflows"), [(4096, False), (10, True)])
+def test_after_an_outage_the_run_directory_is_read_only_if_memory_overflowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_pending: int, overflows: bool
+) -> None:
+    monkeypatch.setattr("pipeline.tracking.tracker.MAX_PENDING", max_pending)
+    monkeypatch.setattr("pipeline.tracking.tracker.FIRST_WAIT_S", 0.01)
+    rundir, store = _run(str(tmp_path)), _TellingStore(40)
+    store.opened.set()
+    counted, read = [], rundir.read_metrics
+    monkeypatch.setattr(rundir, "read_metrics", lambda: counted.append(1) or read())
+    tracker = Tracker(rundir, store, flush_s=0.01)
+    level = threading.Event()
+    monkeypatch.setattr(tracker._mirror, "send_files", level.set)
+    assert level.wait(60)  # the first look, which reads what an earlier start may have left
+    store.opened.clear()
+    for step in range(1, 41):
+        tracker.log(step, step * 8, rundir.append_metrics(_line(step)))
+    assert store.refused.wait(60)
+    store.opened.set()
+    assert store.has_all.wait(60)
+    assert (len(counted) > 1) == overflows
+    assert sorted(step for step, _ in store.history("run1", "samples")) == list(range(1, 41))
+    tracker.close()
+
+
 def test_resume_continues_the_run_and_no_step_stands_twice(tmp_path: Path) -> None:
     rundir, store = _run(str(tmp_path), 10), MemoryStore()
     Mirror(rundir, store).send(rundir.read_metrics())  # killed after step 10, last checkpoint at step 6
