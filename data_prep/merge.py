@@ -185,7 +185,7 @@ def _write_index(url: str, parts: Sequence[Mapping[str, Any]]) -> tuple[str, int
         hashing = _Hashing(stream)
         with pq.ParquetWriter(pa.PythonFile(hashing, mode="w"), wanted, compression="zstd") as writer:
             for part, data in zip(parts, _ahead(url, parts, "index.parquet")):
-                waiting.append(index.conform(pq.read_table(io.BytesIO(data), pre_buffer=False), wanted, row))
+                waiting.append(index.conform(index.read_parquet(data), wanted, row))
                 row += part["samples"]
                 if sum(table.num_rows for table in waiting) >= ROW_GROUP:
                     writer.write_table(pa.concat_tables(waiting), row_group_size=1 << 30)

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.index import read_parquet
 from data_prep.schema import CLEAR, MODALITIES, BandStatistics, SiteArrays
 
 PERCENTILES = (1, 2, 50, 98, 99)
@@ -66,7 +67,7 @@ class Histograms:
     @staticmethod
     def from_bytes(data: bytes) -> Histograms:
         histograms = Histograms()
-        table = pq.read_table(io.BytesIO(data), schema=_SCHEMA, pre_buffer=False)
+        table = read_parquet(data, _SCHEMA.names)
         names = np.asarray(table["modality"])
         band, code, count = (table[column].to_numpy() for column in ("band", "code", "count"))
         for name in MODALITIES:

@@ -50,17 +50,22 @@ class Sink(Protocol):
 
 
 class Memory:
-    """Columns in this process's memory."""
+    """Columns in this process's memory. They grow in place: joined from pieces they would need their size twice."""
 
     def __init__(self) -> None:
-        self._parts: dict[str, list[np.ndarray]] = {}
+        self._types: dict[str, np.dtype[Any]] = {}
+        self._data: dict[str, bytearray] = {}
 
     def append(self, name: str, values: np.ndarray) -> None:
-        self._parts.setdefault(name, []).append(values)
+        self._types[name] = values.dtype
+        self._data.setdefault(name, bytearray()).extend(values.tobytes())
 
     def columns(self) -> Columns:
-        """Each column in one piece; the pieces are let go of one column after another."""
-        return {name: np.concatenate(self._parts.pop(name)) for name in sorted(self._parts)}
+        """To be read only; nothing may be appended any more."""
+        columns = {name: np.frombuffer(data, self._types[name]) for name, data in self._data.items()}
+        for column in columns.values():
+            column.flags.writeable = False
+        return columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +88,9 @@ def scan(sets: Sequence[ShardSet], filters: Filters, label: str | None, sink: Si
     Raises UsageError: no index, one that contradicts itself, or no sample left (naming the filter that removed the last).
     """
     task = _Scan(sets, filters, label, sink)
-    return [task.add(shardset) for shardset in sets], task.label
+    parts = [task.add(shardset) for shardset in sets]
+    pa.default_memory_pool().release_unused()
+    return parts, task.label
 
 
 def place_type(sets: Sequence[ShardSet]) -> np.dtype[Any]:
@@ -96,7 +103,7 @@ class _Scan:
     """What is carried from one batch to the next."""
 
     def __init__(self, sets: Sequence[ShardSet], filters: Filters, label: str | None, sink: Sink) -> None:
-        self.label, self._given, self._filters, self._sink = label, label is not None, filters, sink
+        self.label, self._filters, self._sink = label, filters, sink
         self._place, self._shards, self._ends = place_type(sets), 0, {}
         for name in ("key", *filters.modalities):
             self._ends[name] = 0
