@@ -2,7 +2,7 @@
 
 Everything is written to the run directory first (`metrics.jsonl`, `artifacts/`, `tracked.jsonl`). A `Mirror` brings a store
 level with it: live from a thread of rank 0 (`Tracker`), or later by `python -m pipeline sync RUN_DIR`. Both do the same, so
-a slow, failing or absent server costs nothing and loses nothing. mlflow is imported in `mlflow_store.py` alone.
+a slow, failing or absent server holds up no step and loses nothing (`bench tracking` measures it). mlflow is imported in `mlflow_store.py` alone.
 """
 
 from pipeline.tracking.facts import Dataset, RunFacts, datasets_of
