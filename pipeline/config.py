@@ -48,7 +48,8 @@ class DataConfig:
         threads: decoding threads, 0 = decode in the caller. prefetch_batches: batches made ahead.
         block_samples, interleave: see `pipeline.reader.order`; block_samples * interleave samples are mixed at a time.
         read_ahead_mb: memory for bytes fetched ahead from object storage; range_mb: size of one request.
-        cache_dir, cache_gb: local disk cache of what was fetched, bounded.
+        cache_dir, cache_gb: local disk cache of what was fetched, bounded; beside it the index of large sets, once per node
+            (`pipeline.reader.shared`; without cache_dir below the system's temporary directory).
         verify_checksums: CRC-32C of every member read (about 40 µs per MB).
         error_budget: share of the samples that may be unreadable; past it the run stops with their list.
         retries, timeout_s: attempts after the first for one request, and how long one may stand still.

@@ -14,7 +14,7 @@ Columns, for N samples that passed the filters, each of the smallest type that h
     M.clear float32 [D], M.doy int16 [D]         share of clear pixels, as the index has it; day of year, 0 = unknown
     width_m, height_m float64 [N], lonlat float64 [2 N], scene int32 [N] (-1 = none)
 
-That is about 120 bytes + the key + 6 per date and sample with three modalities and a label raster; see
+That is about 175 bytes + the key + 6 per date for each sample with three modalities and a label raster; see
 `pipeline.reader.shared` for what a node with several ranks makes of it.
 """
 

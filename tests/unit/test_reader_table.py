@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -329,6 +331,31 @@ def test_builders_at_the_same_time(shards, sharing, locks, monkeypatch):
     assert found.pop()[1]
     (entry,) = entries(sharing)  # and no temporary folder
     assert not entry.name.endswith(".tmp")
+
+
+def _killed(url: str, cache: str) -> None:
+    shared.SHARED_FROM, number = 1, itertools.count()
+    append = shared._Files.append
+
+    def dying(self, name, values):
+        append(self, name, values)
+        if next(number) == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    shared._Files.append = dying
+    tables.load(DataConfig(url=url, cache_dir=cache), ALL)
+
+
+def test_a_killed_builder_leaves_nothing_that_is_believed_and_no_lock(shards, sharing):
+    process = multiprocessing.get_context("fork").Process(target=_killed, args=(str(shards), str(sharing)))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    (left,) = entries(sharing)
+    assert left.name.endswith(".tmp")
+    data = shared_data(shards, sharing)
+    assert samples(tables.load(data, ALL)) == plain(shards, data)
+    assert len([entry for entry in entries(sharing) if not entry.name.endswith(".tmp")]) == 1
 
 
 def cut(path: Path) -> None:
