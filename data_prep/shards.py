@@ -24,7 +24,7 @@ from cluster import storage
 from cluster.errors import UsageError
 from data_prep.codec import MemberError
 from data_prep.config import CodecsConfig
-from data_prep.index import read_batches, read_parquet, row_of
+from data_prep.index import read_batches, row_of
 from data_prep.sample import SampleError, check_site, decode_members, encode_members, load_json
 from data_prep.schema import CLEAR, CLOUD, SCHEMA_VERSION, BandStatistics, SiteArrays
 from data_prep.statistics import Histograms, statistics_from_json
@@ -137,11 +137,10 @@ class ShardSet:
         return self.read_index()
 
     def read_index(self, columns: Iterable[str] | None = None) -> pa.Table:
-        """Some columns of the index, in shard order. Raises UsageError for a missing or damaged file."""
-        place = storage.join(self.url, INDEX)
+        """Some columns of the index, in shard order; only those are read. Raises UsageError for a missing or damaged file."""
         try:
-            data = storage.read_bytes(place)
-            return read_parquet(data, columns)
+            with self._index_file() as file:
+                return file.read(None if columns is None else list(columns), use_threads=False)
         except (OSError, pa.ArrowException) as error:
             raise self._unreadable(error) from None
 
@@ -152,17 +151,20 @@ class ShardSet:
 
         Raises UsageError for a missing or damaged file.
         """
-        place = storage.join(self.url, INDEX)
         try:
-            with contextlib.ExitStack() as stack:
-                source = (
-                    storage.local_path(place)
-                    if storage.is_local(place)
-                    else stack.enter_context(storage.open_read(place))
-                )
-                yield from read_batches(stack.enter_context(pq.ParquetFile(source)), columns, rows)
+            with self._index_file() as file:
+                yield from read_batches(file, columns, rows)
         except (OSError, pa.ArrowException) as error:
             raise self._unreadable(error) from None
+
+    @contextlib.contextmanager
+    def _index_file(self) -> Iterator[pq.ParquetFile]:
+        place = storage.join(self.url, INDEX)
+        with contextlib.ExitStack() as stack:
+            source = (
+                storage.local_path(place) if storage.is_local(place) else stack.enter_context(storage.open_read(place))
+            )
+            yield stack.enter_context(pq.ParquetFile(source))
 
     def _unreadable(self, error: Exception) -> UsageError:
         place = storage.join(self.url, INDEX)
