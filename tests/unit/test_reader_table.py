@@ -286,7 +286,6 @@ def entries(sharing: Path) -> list[Path]:
 
 def test_shared_columns_are_the_same_and_mapped(shards, sharing):
     data = shared_data(shards, sharing)
-    alone = tables.load(DataConfig(url=str(shards)), ALL)
     first, second = (tables.load(data, ALL) for _ in range(2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared, "SHARED_FROM", 10**9)
