@@ -13,6 +13,7 @@ import functools
 import io
 import json
 import math
+import os
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +35,9 @@ _SMALL_CHUNK_BYTES = 16 << 10
 _BLOCK_BYTES = 256 << 10  # a block is what one core decodes in its L2 cache
 
 # one thread per decode: the reader runs many members side by side, and encoding with several threads would order the
-# blocks of a chunk by who finishes first, which is not deterministic
+# blocks of a chunk by who finishes first, which is not deterministic. The variable too: blosc2 4.14 starts and ends four
+# threads for every chunk it compresses, whatever its arguments say, which costs up to twenty times the compression itself.
+os.environ["BLOSC_NTHREADS"] = "1"
 blosc2.set_nthreads(1)
 blosc2.set_releasegil(True)
 blosc1.use_threads = False

@@ -83,7 +83,7 @@ def make_set(
         for number in range(first, min(first + per_shard, count)):
             site = make_site(number, hr_px, series_px, s2_dates, s1_dates)
             writer.add(site, writer.encode(site))
-        sha256 = writer.close()
+        sha256, _ = writer.close()
         storage.make_folder(url)
         storage.write_atomic(storage.join(url, name), stream.getvalue())
         commit_shard(url, name, "train", writer, sha256, [], "benchmark")
