@@ -51,13 +51,19 @@ def place(
     fill = np.nan if kind == "backscatter" else 0
     if offset is None:
         return _warp(values_CHW, valid_HW, source, target, kind)
-    out_CHW = np.full((values_CHW.shape[0], *target.shape), fill, dtype=values_CHW.dtype)
-    out_valid_HW = np.zeros(target.shape, dtype=bool)
     # offset = position of the target's corner in the source; negative where the target begins before it
     src_r, src_c = max(offset[0], 0), max(offset[1], 0)
     dst_r, dst_c = max(-offset[0], 0), max(-offset[1], 0)
     height = min(source.height - src_r, target.height - dst_r)
     width = min(source.width - src_c, target.width - dst_c)
+    if (height, width) == target.shape:  # the usual case: all of the target is there
+        window = np.s_[src_r : src_r + height, src_c : src_c + width]
+        out_CHW, out_valid_HW = values_CHW[:, *window].copy(), valid_HW[window].copy()
+        if not out_valid_HW.all():
+            out_CHW[:, ~out_valid_HW] = fill
+        return out_CHW, out_valid_HW
+    out_CHW = np.full((values_CHW.shape[0], *target.shape), fill, dtype=values_CHW.dtype)
+    out_valid_HW = np.zeros(target.shape, dtype=bool)
     if height > 0 and width > 0:
         src, dst = (
             np.s_[src_r : src_r + height, src_c : src_c + width],

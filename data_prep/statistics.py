@@ -21,7 +21,7 @@ from data_prep.index import read_parquet
 from data_prep.schema import CLEAR, MODALITIES, BandStatistics, SiteArrays
 
 PERCENTILES = (1, 2, 50, 98, 99)
-PIECE = 1 << 16
+PIECE = 1 << 18
 
 _SCHEMA = pa.schema([("modality", pa.string()), ("band", pa.int16()), ("code", pa.int32()), ("count", pa.int64())])
 
@@ -136,7 +136,14 @@ def statistics_sha256(tree: Mapping[str, Any]) -> str:
 
 
 def _count(counts: np.ndarray, codes: np.ndarray) -> None:
-    """Adds to `counts` how often each code occurs. In pieces, whose copies as int64 (bincount makes them) stay in the cache."""
+    """Adds to `counts` how often each code occurs. In pieces, whose copies as int64 (bincount makes them) stay in the cache;
+    bytes of a large image two at a time, as one code of 16 bits, for half the work."""
+    if codes.dtype == np.uint8 and len(codes) >= 8 * PIECE:
+        pairs = np.zeros(1 << 16, np.int64)
+        even = len(codes) // 2 * 2
+        _count(pairs, codes[:even].view(np.uint16))
+        counts += pairs.reshape(256, 256).sum(0) + pairs.reshape(256, 256).sum(1)
+        codes = codes[even:]
     for start in range(0, len(codes), PIECE):
         found = np.bincount(codes[start : start + PIECE])
         counts[: len(found)] += found

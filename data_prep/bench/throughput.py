@@ -2,8 +2,9 @@
 
 The stages of every site are first timed alone: read (raw bytes of its files), decode (GeoTIFF and Zarr to arrays), resample and
 harmonise (the rest of reading a site), encode, write (tar, checksums, index, statistics, fsync, read-back). Their sum is the
-limit of one worker; the share of it that the build reaches is what planning, processes and waiting cost. MB are uncompressed
-pixels and masks. With --scene-px a Sentinel-2 tile of that side is made and a part of it is cut into 640 m sites.
+limit of one worker; the share of it that the build reaches is what planning, processes and waiting cost. What the machine itself
+gives for more processes (its cores may share caches, memory and clock) is measured beside it: the same encoding of one array,
+alone and in as many processes at once. MB are uncompressed pixels and masks. With --scene-px a Sentinel-2 tile of that side is made and a part of it is cut into 640 m sites.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="worker counts (default 1 2)"
     )
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="builds per worker count (default 3)")
     parser.add_argument(
         "--scene-px", type=int, metavar="PX", help="instead: sites out of one Sentinel-2 scene of this side"
     )
@@ -60,14 +64,21 @@ def main(args: argparse.Namespace) -> int:
         if not records:
             raise UsageError(f"{catalog} lists no site")
         per_shard = max(
-            len(records) // (4 * max(args.workers)), 1
+            len(records) // (8 * max(args.workers)), 1
         )  # enough tasks that the last one does not leave others idle
         config = dataclasses.replace(config, shards=ShardsConfig(max_samples=per_shard, order="catalog"))
         figures = alone(records, config)
         report_alone(figures)
-        figures["builds"] = [
-            timed_build(records, config, n, os.path.join(folder, f"w{n}"), figures) for n in args.workers
-        ]
+        rounds = []
+        for number in range(args.rounds):  # side by side in time: what else the machine does falls on all alike
+            rounds.append(
+                [timed_build(records, config, n, os.path.join(folder, f"w{n}-{number}"), figures) for n in args.workers]
+            )
+            for build in rounds[-1]:
+                build["gain"] = rounds[-1][0]["seconds"] / build["seconds"]
+                build["machine_gain"] = machine_gain(build["workers"]) if build["workers"] > 1 else 1.0
+                shutil.rmtree(os.path.join(folder, f"w{build['workers']}-{number}"))
+        figures["rounds"], figures["builds"] = rounds, [_median(builds) for builds in zip(*rounds)]
         report_builds(figures)
     if args.json:
         print_json(figures)
@@ -114,10 +125,52 @@ def alone(records: list[SiteRecord], config: BuildConfig) -> dict[str, Any]:
     return {"sites": len(records), "mb": pixels / 1e6, "seconds": seconds, "sum_s": sum(seconds.values())}
 
 
+def machine_gain(processes: int, seconds: float = 1.0) -> float:
+    """How many times the work of one process that many of them do at once: no build can gain more from its workers."""
+    alone_per_s = sum(_rates(1, seconds))
+    return sum(_rates(processes, seconds)) / alone_per_s
+
+
+def _rates(processes: int, seconds: float) -> list[float]:
+    """Rounds per second of each of so many processes that work at the same time and share nothing."""
+    import multiprocessing as mp
+
+    context = mp.get_context("spawn")
+    start, answers = context.Barrier(processes), context.SimpleQueue()
+    workers = [context.Process(target=_encode_rounds, args=(start, answers, seconds)) for _ in range(processes)]
+    for worker in workers:
+        worker.start()
+    rates = [answers.get() for _ in workers]
+    for worker in workers:
+        worker.join()
+    return rates
+
+
+def _encode_rounds(start: Any, answers: Any, seconds: float) -> None:
+    """Encodes one image over and over, memory kept, from the moment all are ready."""
+    import numpy as np
+
+    from data_prep.codec import encode
+    from data_prep.pool import keep_memory
+
+    keep_memory()
+    ramp = np.arange(3 * 1024 * 1024, dtype=np.uint32) % 251
+    image = (ramp + np.random.default_rng(0).integers(0, 8, ramp.size)).astype(np.uint8).reshape(1, 3, 1024, 1024)
+    encode(image, "b2nd-lz4")
+    start.wait()
+    began, rounds = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        encode(image, "b2nd-lz4")
+        rounds += 1
+    answers.put(rounds / (time.perf_counter() - began))
+
+
 def timed_build(
     records: list[SiteRecord], config: BuildConfig, workers: int, url: str, figures: dict[str, Any]
 ) -> dict[str, Any]:
-    """One build; the clock starts when the first worker has made its throw-away shard (others may still be importing)."""
+    """One build. Measured from when every worker has made a throw-away shard (before, they import) to the end, over the
+    sites that were done in that time."""
+    from cluster.errors import RunFailure
     from data_prep.build import Job
     from data_prep.plan import make_plan
     from data_prep.pool import run_jobs
@@ -130,21 +183,26 @@ def timed_build(
         Job(dataclasses.replace(shard, records=shard.records[:1]), _at(config, url + "-warm"), "warm")
         for shard in plan.shards[:workers]
     ]
-    marks: list[float] = []
-    before = _cpu_s()
+    done: list[float] = []
+    start, cpu_s, peak, warming = 0.0, 0.0, 0.0, len(warm)
     stages: dict[str, float] = {}
     both = [*warm, *jobs]
-    peak = 0.0
-    results = run_jobs(measured_shard, both, workers, lambda _: None, [job.shard.name for job in both])
-    for done, (_, spent, rss) in enumerate(results, 1):
+    results = run_jobs(
+        measured_shard, both, workers, lambda _: done.append(time.perf_counter()), [job.shard.name for job in both]
+    )
+    for part, spent, shard_cpu_s, rss in results:
         peak = max(peak, rss)
-        if done == 1:
-            marks.append(time.perf_counter())
-            before = _cpu_s() if workers <= 1 else before
-        if done > len(warm):
-            for stage, value in spent.items():
-                stages[stage] = stages.get(stage, 0.0) + value
-    seconds, cpu_s = time.perf_counter() - marks[0], _cpu_s() - before
+        if part["plan"] == "warm":
+            warming -= 1
+            start = time.perf_counter()
+            continue
+        cpu_s += shard_cpu_s
+        for stage, value in spent.items():
+            stages[stage] = stages.get(stage, 0.0) + value
+    if warming:
+        raise RunFailure(f"{len(jobs)} shards are too few for {workers} workers: more --sites")
+    counted = sum(moment > start for moment in done)
+    seconds = (time.perf_counter() - start) * len(records) / counted  # as if all had been done at that rate
     limit = figures["sum_s"] / min(workers, os.cpu_count() or 1)
     return {
         "workers": workers, "seconds": seconds, "cpu_s": cpu_s, "sites_per_s": len(records) / seconds, "mb_per_s": figures["mb"] / seconds,
@@ -161,13 +219,20 @@ def report_alone(figures: dict[str, Any]) -> None:
 
 
 def report_builds(figures: dict[str, Any]) -> None:
-    first = figures["builds"][0]
+    print(f"medians of {len(figures['rounds'])} rounds:")
     for build in figures["builds"]:
+        machine = f" (machine ×{build['machine_gain']:.2f})" if build["workers"] > 1 else ""
         print(
             f"build, {build['workers']} workers: {build['seconds']:.2f} s  {build['sites_per_s']:.2f} sites/s  "
             f"{build['mb_per_s']:.0f} MB/s  {build['share_of_limit']:.0%} of the limit  "
-            f"×{first['seconds'] / build['seconds']:.2f}  CPU {build['cpu_s']:.2f} s  peak {build['peak_rss_mb']:.0f} MB per worker"
+            f"×{build['gain']:.2f}{machine}  CPU {build['cpu_s']:.2f} s  peak {build['peak_rss_mb']:.0f} MB per worker"
         )
+
+
+def _median(builds: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+    """Figure by figure; the time per stage, a table in itself, of the build in the middle."""
+    middle = sorted(builds, key=lambda build: build["seconds"])[len(builds) // 2]
+    return {k: statistics.median(b[k] for b in builds) if isinstance(v, float) else v for k, v in middle.items()}
 
 
 def _at(config: BuildConfig, url: str) -> BuildConfig:
@@ -222,17 +287,14 @@ def _timed_decoders(total: list[float]) -> Iterator[None]:
             setattr(cube, name, original)
 
 
-def _cpu_s() -> float:
-    """CPU seconds of this process and its finished children: what a stage costs whatever else the machine does."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
-
-
-def measured_shard(job: Job, report: Callable[[Any], None]) -> tuple[dict[str, Any], dict[str, float], float]:
-    """`build_shard`, and the peak resident MB of the process that ran it (VmHWM: unlike ru_maxrss, not the parent's)."""
+def measured_shard(job: Job, report: Callable[[Any], None]) -> tuple[dict[str, Any], dict[str, float], float, float]:
+    """`build_shard`, the CPU seconds it took, and the peak resident MB of the process that ran it (VmHWM: unlike ru_maxrss,
+    not the parent's)."""
     from data_prep.build import build_shard
 
+    before = time.process_time()
     part, seconds = build_shard(job, report)
+    cpu_s = time.process_time() - before
     with open("/proc/self/status") as status:
         peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-    return part, seconds, peak / 1024
+    return part, seconds, cpu_s, peak / 1024

@@ -156,6 +156,8 @@ class RasterCube:
         out: np.ndarray | None = None
         for dataset, asset, places in by_file.values():
             block = self._read(dataset, asset, [index for _, index in places], window)
+            if len(by_file) == 1:
+                return block
             if out is None:
                 out = np.empty((len(bands), *block.shape[1:]), dtype=block.dtype)
             elif out.dtype != block.dtype:

@@ -140,8 +140,8 @@ def _read_modality(record: SiteRecord, modality: str, grid: GridConfig) -> Serie
         frames = frames[-1:]  # one image per site: the newest
     _flag_mixture(frames)
     return Series(
-        pixels_TCHW=np.stack([frame.pixels_CHW for frame in frames]),
-        mask_THW=np.stack([frame.mask_HW for frame in frames]),
+        pixels_TCHW=_stacked([frame.pixels_CHW for frame in frames]),
+        mask_THW=_stacked([frame.mask_HW for frame in frames]),
         datetimes=[frame.datetime for frame in frames],
         transform=target.transform,
         gsd_m=float(target.gsd_m()),
@@ -219,7 +219,8 @@ def _hr_frame(cube: Cube, date: int, target: Grid) -> Frame:
         parts.append(values)
         valid_HW &= valid
     pixels_CHW = _in_order(cube, parts, MODALITIES["hr"].bands)
-    pixels_CHW[:, ~valid_HW] = 0
+    if not valid_HW.all():
+        pixels_CHW[:, ~valid_HW] = 0
     mask_HW = np.where(valid_HW, CLEAR, NODATA).astype(np.uint8)
     decision = {name: value for name, value in _common(cube, target, "").items() if value} | {"flags": []}
     return Frame(info.datetime, info.product_id, "", pixels_CHW, mask_HW, decision)
@@ -300,7 +301,13 @@ def _nodata(cube: Cube, layer: int) -> float | None:
 def _in_order(cube: Cube, parts: list[np.ndarray], bands: tuple[str, ...]) -> np.ndarray:
     """The layers' bands joined in storage order."""
     names = [band for layer in cube.layers for band in layer.bands]
-    return np.concatenate(parts)[[names.index(band) for band in bands]]
+    joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return joined if names == list(bands) else joined[[names.index(band) for band in bands]]
+
+
+def _stacked(images: list[np.ndarray]) -> np.ndarray:
+    """[T, …]; a single image, which may be large, is not copied."""
+    return images[0][None] if len(images) == 1 else np.stack(images)
 
 
 def _cloud_codes(cube: Cube, date: int, target: Grid) -> np.ndarray:

@@ -134,7 +134,7 @@ def test_index_is_geoparquet_and_stac(sites, tmp_path):
         assert stac.geometry["type"] == "Polygon"
 
 
-@pytest.mark.parametrize("piece", [7, statistics.PIECE])
+@pytest.mark.parametrize("piece", [7, statistics.PIECE])  # 7: several pieces, bytes in pairs
 def test_statistics_are_those_of_all_clear_pixels(piece, sites, tmp_path, monkeypatch):
     monkeypatch.setattr(statistics, "PIECE", piece)
     shards = ShardSet.open(write_shard_set(str(tmp_path), sites, per_shard=2))
