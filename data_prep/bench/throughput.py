@@ -3,8 +3,8 @@
 The stages of every site are first timed alone: read (raw bytes of its files), decode (GeoTIFF and Zarr to arrays), resample and
 harmonise (the rest of reading a site), encode, write (tar, checksums, index, statistics, fsync, read-back). Their sum is the
 limit of one worker; the share of it that the build reaches is what planning, processes and waiting cost. What the machine itself
-gives for more processes (its cores may share caches, memory and clock) is measured beside it: the same encoding of one array,
-alone and in as many processes at once. MB are uncompressed pixels and masks. With --scene-px a Sentinel-2 tile of that side is made and a part of it is cut into 640 m sites.
+gives for more processes (its cores may share caches, memory and clock) is measured beside it: one process that builds shards
+against as many unrelated ones at once. MB are uncompressed pixels and masks. With --scene-px a Sentinel-2 tile of that side is made and a part of it is cut into 640 m sites.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
+import multiprocessing as mp
 import os
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -72,11 +75,14 @@ def main(args: argparse.Namespace) -> int:
         rounds = []
         for number in range(args.rounds):  # side by side in time: what else the machine does falls on all alike
             rounds.append(
-                [timed_build(records, config, n, os.path.join(folder, f"w{n}-{number}"), figures) for n in args.workers]
+                [
+                    _in_own_process(timed_build, records, config, n, os.path.join(folder, f"w{n}-{number}"), figures)
+                    for n in args.workers
+                ]
             )
             for build in rounds[-1]:
                 build["gain"] = rounds[-1][0]["seconds"] / build["seconds"]
-                build["machine_gain"] = machine_gain(build["workers"]) if build["workers"] > 1 else 1.0
+                build["machine_gain"] = machine_gain(records, config, build["workers"]) if build["workers"] > 1 else 1.0
                 shutil.rmtree(os.path.join(folder, f"w{build['workers']}-{number}"))
         figures["rounds"], figures["builds"] = rounds, [_median(builds) for builds in zip(*rounds)]
         report_builds(figures)
@@ -125,44 +131,54 @@ def alone(records: list[SiteRecord], config: BuildConfig) -> dict[str, Any]:
     return {"sites": len(records), "mb": pixels / 1e6, "seconds": seconds, "sum_s": sum(seconds.values())}
 
 
-def machine_gain(processes: int, seconds: float = 1.0) -> float:
-    """How many times the work of one process that many of them do at once: no build can gain more from its workers."""
-    alone_per_s = sum(_rates(1, seconds))
-    return sum(_rates(processes, seconds)) / alone_per_s
+def _in_own_process(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What `work` returns, done in a fresh process: with one worker as with many, memory and caches start cold."""
+    with ProcessPoolExecutor(1, mp.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
 
 
-def _rates(processes: int, seconds: float) -> list[float]:
-    """Rounds per second of each of so many processes that work at the same time and share nothing."""
-    import multiprocessing as mp
+def machine_gain(records: list[SiteRecord], config: BuildConfig, processes: int, seconds: float = 2.0) -> float:
+    """How many times the work of one process that many of them do at once which share nothing but the machine: each
+    builds shards of its own, into a folder of its own. No build can gain more from its workers."""
+    alone_per_s = sum(_rates(records, config, 1, seconds))
+    return sum(_rates(records, config, processes, seconds)) / alone_per_s
+
+
+def _rates(records: list[SiteRecord], config: BuildConfig, processes: int, seconds: float) -> list[float]:
+    """Sites per second of each of so many processes that work at the same time."""
+    from data_prep.build import Job
+    from data_prep.plan import make_plan
 
     context = mp.get_context("spawn")
     start, answers = context.Barrier(processes), context.SimpleQueue()
-    workers = [context.Process(target=_encode_rounds, args=(start, answers, seconds)) for _ in range(processes)]
-    for worker in workers:
-        worker.start()
+    workers = []
+    for number in range(processes):
+        own = _at(config, os.path.join(config.output.url, f"machine-{number}"))
+        plan = make_plan(records, own)
+        jobs = [Job(shard, own, plan.fingerprint) for shard in plan.shards[number::processes]]
+        workers.append(context.Process(target=_build_for, args=(start, answers, jobs, seconds), daemon=True))
+        workers[-1].start()
     rates = [answers.get() for _ in workers]
     for worker in workers:
         worker.join()
     return rates
 
 
-def _encode_rounds(start: Any, answers: Any, seconds: float) -> None:
-    """Encodes one image over and over, memory kept, from the moment all are ready."""
-    import numpy as np
-
-    from data_prep.codec import encode
+def _build_for(start: Any, answers: Any, jobs: list[Job], seconds: float) -> None:
+    """Builds shard after shard, from the moment all processes are ready until the time is over."""
+    from data_prep.build import build_shard
     from data_prep.pool import keep_memory
 
     keep_memory()
-    ramp = np.arange(3 * 1024 * 1024, dtype=np.uint32) % 251
-    image = (ramp + np.random.default_rng(0).integers(0, 8, ramp.size)).astype(np.uint8).reshape(1, 3, 1024, 1024)
-    encode(image, "b2nd-lz4")
+    build_shard(jobs[0], lambda _: None)
     start.wait()
-    began, rounds = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        encode(image, "b2nd-lz4")
-        rounds += 1
-    answers.put(rounds / (time.perf_counter() - began))
+    began, sites = time.perf_counter(), 0
+    for job in itertools.cycle(jobs):
+        build_shard(job, lambda _: None)
+        sites += len(job.shard.records)
+        if time.perf_counter() - began >= seconds:
+            break
+    answers.put(sites / (time.perf_counter() - began))
 
 
 def timed_build(
