@@ -144,6 +144,14 @@ class ShardSet:
         except (OSError, pa.ArrowException) as error:
             raise self._unreadable(error) from None
 
+    def index_columns(self) -> list[str]:
+        """Names of the index's columns; no rows are read. Raises UsageError for a missing or damaged file."""
+        try:
+            with self._index_file() as file:
+                return file.schema_arrow.names
+        except (OSError, pa.ArrowException) as error:
+            raise self._unreadable(error) from None
+
     def index_batches(self, columns: Iterable[str], rows: int = 8192) -> Iterator[pa.RecordBatch]:
         """Some columns of the index, that many rows at a time: the whole of a large one does not fit into memory.
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 import socket
+import ssl
 import struct
 import threading
 import urllib.parse
@@ -27,13 +28,14 @@ _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 class FaultProxy:
     """Listens on a free port; `endpoint` is what clients use instead of the server's. Use as a context manager."""
 
-    def __init__(self, upstream: str, plan: Callable[[int], str]) -> None:
+    def __init__(self, upstream: str, plan: Callable[[int], str], tls: ssl.SSLContext | None = None) -> None:
         parts = urllib.parse.urlsplit(upstream)
         self._upstream, self.plan = (parts.hostname, parts.port), plan
         self.done: Counter[str] = Counter()
         self._number, self._lock, self._open = 0, threading.Lock(), True
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._tls = tls
+        self.endpoint = f"{'https' if tls else 'http'}://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
     def __enter__(self) -> FaultProxy:
@@ -52,6 +54,11 @@ class FaultProxy:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
+        if self._tls is not None:
+            try:
+                client = self._tls.wrap_socket(client, server_side=True)
+            except OSError:
+                return
         with client, socket.create_connection(self._upstream) as server:
             try:
                 while self._exchange(client, server):

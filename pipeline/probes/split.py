@@ -32,7 +32,7 @@ def split_of(shardset: ShardSet, samples: int, label: str | None, raster: str | 
     Raises:
         UsageError: nothing is labelled, or one side is empty.
     """
-    names = set(shardset.read_index().column_names) if label else set()
+    names = set(shardset.index_columns()) if label else set()
     column = f"{LABEL_PREFIX}{label}"
     if label and column not in names:
         known = sorted(name.removeprefix(LABEL_PREFIX) for name in names if name.startswith(LABEL_PREFIX))

@@ -302,7 +302,9 @@ class Reader:
         return self._meter.read(self._fetcher.bytes_read, self._samples.decode_s, self.faults)
 
     def _drain(self) -> None:
-        under_way = [future for _, futures, _ in list(self._ahead) for future in futures]  # another thread may take meanwhile
+        under_way = [
+            future for _, futures, _ in list(self._ahead) for future in futures
+        ]  # another thread may take meanwhile
         self._ahead.clear()
         for future in under_way:
             future.cancel()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import ssl
 import subprocess
 import sys
 import threading
@@ -20,6 +22,7 @@ from pipeline.reader.ranges import FsspecRanges, S3Ranges
 from pipeline.reader.reader import Reader
 from tests.data_folder import REPOSITORY
 from tests.fault_proxy import FaultProxy
+from tests.require import require
 from tests.sites import make_site, write_shard_set
 from tests.unit.test_reader import delivered, over_ranks, settings_of
 
@@ -71,11 +74,31 @@ def test_resume_from_object_storage_on_another_world(s3_shards):
     assert first + rest == over_ranks(settings_of(local), 1, 4)[0]
 
 
-@pytest.mark.parametrize("threads", [0, 3])
-def test_faults_on_the_way_change_nothing_and_are_counted(s3_shards, s3_server, monkeypatch, threads):
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory) -> str:
+    """A key and its self-signed certificate for 127.0.0.1, in one file."""
+    require(shutil.which("openssl"), "openssl", "apt-get install openssl")
+    folder = tmp_path_factory.mktemp("tls")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1", "-addext",
+         "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "certificate.pem"],
+        cwd=folder, check=True, capture_output=True,
+    )  # fmt: skip
+    (folder / "both.pem").write_text((folder / "key.pem").read_text() + (folder / "certificate.pem").read_text())
+    return str(folder / "both.pem")
+
+
+@pytest.mark.parametrize(("threads", "tls"), [(0, False), (3, False), (3, True)])
+def test_faults_on_the_way_change_nothing_and_are_counted(s3_shards, s3_server, monkeypatch, request, threads, tls):
     url, local = s3_shards
+    context = None
+    if tls:
+        certificate = request.getfixturevalue("certificate")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        monkeypatch.setenv("AWS_CA_BUNDLE", certificate)
     kinds = ["503", "reset", "truncated", "wrong", "500", "stall", "cut_head", "503", "truncated", "reset"]
-    with FaultProxy(s3_server.endpoint, lambda n: kinds[n // 2] if n % 2 and n < 20 else "ok") as proxy:
+    with FaultProxy(s3_server.endpoint, lambda n: kinds[n // 2] if n % 2 and n < 20 else "ok", context) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         rows, (reader,) = rows_of(
             settings_of(url, threads=threads, block_samples=1, range_mb=1, read_ahead_mb=4), HASTY
@@ -90,7 +113,7 @@ def test_faults_on_the_way_change_nothing_and_are_counted(s3_shards, s3_server, 
     # http.client takes a head that is cut between two lines for a whole one, and the missing body shows
     cut = counts["truncated"] + counts["reset"] + counts["connection"]
     assert cut == proxy.done["truncated"] + proxy.done["reset"] + proxy.done["cut_head"] == 5
-    assert counts["truncated"] >= 2
+    assert tls or counts["truncated"] >= 2
     assert reader.metrics()["data/faults"] == sum(counts.values())
 
 
