@@ -113,6 +113,11 @@ class FaultProxy:
 def _head(source: socket.socket) -> bytes:
     """Up to and with the empty line, byte by byte so that nothing of the body is taken; b"" when the peer has gone."""
     head = b""
+    while isinstance(source, ssl.SSLSocket) and not head.endswith(b"\r\n\r\n"):  # TLS cannot peek
+        byte = source.recv(1)
+        if not byte:
+            return b""
+        head += byte
     while not head.endswith(b"\r\n\r\n"):
         peeked = source.recv(65536, socket.MSG_PEEK)
         if not peeked:
