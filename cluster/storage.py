@@ -163,7 +163,7 @@ def open_atomic(url: str) -> Iterator[IO[bytes]]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    _fsync_folder(os.path.dirname(path) or ".")
+    fsync_folder(os.path.dirname(path) or ".")
 
 
 def create(url: str, data: bytes) -> bool:
@@ -192,7 +192,7 @@ def create(url: str, data: bytes) -> bool:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-    _fsync_folder(os.path.dirname(path) or ".")
+    fsync_folder(os.path.dirname(path) or ".")
     return True
 
 
@@ -209,7 +209,8 @@ def upload(local: str, url: str) -> None:
         fs.put_file(local, path, **options)
 
 
-def _fsync_folder(path: str) -> None:
+def fsync_folder(path: str | os.PathLike[str]) -> None:
+    """Makes names that were just given in a local folder last through a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -218,6 +219,21 @@ def _fsync_folder(path: str) -> None:
 
 
 __all__ = [
-    "create", "exists", "filesystem", "fsspec", "is_local", "join", "list_names", "local_path", "make_folder", "name",
-    "open_atomic", "open_read", "read_bytes", "remove", "size", "upload", "write_atomic",
+    "create",
+    "exists",
+    "filesystem",
+    "fsspec",
+    "is_local",
+    "join",
+    "list_names",
+    "local_path",
+    "make_folder",
+    "name",
+    "open_atomic",
+    "open_read",
+    "read_bytes",
+    "remove",
+    "size",
+    "upload",
+    "write_atomic",
 ]  # fmt: skip

@@ -331,11 +331,7 @@ def _commit(local: str, url: str) -> None:
         os.replace(local, target)
     if not os.path.exists(target):
         raise RunFailure(f"{target} could not be put in place; run the command again")
-    descriptor = os.open(os.path.dirname(target), os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    storage.fsync_folder(os.path.dirname(target))
 
 
 def _check_written(path: str, crc32c: int) -> None:

@@ -33,6 +33,7 @@ from typing import Any, BinaryIO
 import google_crc32c
 import numpy as np
 
+from cluster import storage
 from data_prep.shards import ShardSet
 from pipeline.reader.filters import Filters
 from pipeline.reader.scan import Columns, Memory, Part, scan
@@ -131,7 +132,7 @@ def _build(place: Path, about: dict[str, Any], sets: Sequence[ShardSet], filters
             file.write(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
             file.flush()
             os.fsync(file.fileno())
-        _fsync_folder(temporary)
+        storage.fsync_folder(temporary)
         if place.exists() and _open(place, about) is None:
             place.rename(f"{temporary}.old.tmp")
             shutil.rmtree(f"{temporary}.old.tmp", ignore_errors=True)
@@ -140,17 +141,9 @@ def _build(place: Path, about: dict[str, Any], sets: Sequence[ShardSet], filters
         except OSError:
             if not place.is_dir():  # else, without locks, another process was faster, with the same bytes
                 raise
-        _fsync_folder(place.parent)
+        storage.fsync_folder(place.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _fsync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _open(place: Path, about: dict[str, Any]) -> Held | None:
