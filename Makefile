@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 DEMO   ?= demo_out
-SITES  ?= 400
+SITES  ?= 600
 STEPS  ?= 200
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
@@ -41,7 +41,7 @@ system-deps: ## apt packages of the real servers that integration tests start: S
 .PHONY: demo
 demo: setup ## scenes -> shards -> 2-process ZeRO-2 + expert-parallel pretraining -> MLflow -> comparison (under 10 minutes, 2 cores)
 	rm -rf $(DEMO)
-	$(PY) -m data_prep simulate $(DEMO)/scenes --sites $(SITES) --side-m 120 --seed 0
+	$(PY) -m data_prep simulate $(DEMO)/scenes --sites $(SITES) --side-m 120 --seed 7
 	$(PY) -m data_prep build data_prep/runs/demo.yaml source.catalog=[$(DEMO)/scenes/catalog.parquet] output.url=$(DEMO)/shards
 	$(PY) -m data_prep verify $(DEMO)/shards
 	$(PY) -m data_prep show $(DEMO)/shards --out $(DEMO)/sheet.png
