@@ -9,6 +9,7 @@ format 2, consolidated, for tools that know only Zarr). Nothing here pickles, an
 
 from __future__ import annotations
 
+import abc
 import functools
 import io
 import json
@@ -180,7 +181,7 @@ class NpyMember:
         return self.array_TCHW.copy()
 
 
-class _ChunkedMember:
+class _ChunkedMember(abc.ABC):
     """Partial decode over `[1, C, h, w]` chunks; subclasses say how chunk number n is decoded into a buffer."""
 
     shape: tuple[int, int, int, int]
@@ -188,8 +189,9 @@ class _ChunkedMember:
     is_tiled: bool
     _chunk: tuple[int, int, int, int]
 
+    @abc.abstractmethod
     def _decode(self, number: int, out: np.ndarray) -> None:
-        raise NotImplementedError
+        """Chunk `number` into `out`, [C, h, w] in C order. Raises MemberError."""
 
     def _set_grid(self) -> None:
         if self._chunk[0] != 1 or self._chunk[1] != self.shape[1]:

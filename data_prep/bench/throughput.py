@@ -4,7 +4,8 @@ The stages of every site are first timed alone: read (raw bytes of its files), d
 harmonise (the rest of reading a site), encode, write (tar, checksums, index, statistics, fsync, read-back). Their sum is the
 limit of one worker; the share of it that the build reaches is what planning, processes and waiting cost. What the machine itself
 gives for more processes (its cores may share caches, memory and clock) is measured beside it: one process that builds shards
-against as many unrelated ones at once. MB are uncompressed pixels and masks. With --scene-px a Sentinel-2 tile of that side is made and a part of it is cut into 640 m sites.
+against as many unrelated ones at once. MB are uncompressed pixels and masks. With --scene-px a Sentinel-2 tile of that side is
+made and a part of it is cut into 640 m sites.
 """
 
 from __future__ import annotations
