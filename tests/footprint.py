@@ -1,6 +1,6 @@
 """What a training step really takes on CPU ranks: bytes allocated, by part, and bytes handed to each kind of collective.
 
-Runs inside `tests.rank_jobs`: `run_ranks("tests.footprint:measure", processes, {"overrides": […], "steps": 2}, folder)`.
+Runs inside `tests.rank_jobs`: `run_ranks("tests.footprint:measure", processes, {"overrides": […], "steps": 4}, folder)`.
 Allocations are those of torch's CPU allocator, as its profiler reports them; collectives are counted where they enter
 `torch.distributed`, by the size of this rank's input (for all_gather: of its own part).
 """
@@ -68,7 +68,7 @@ class Counter:
 
 
 def measure(argument: dict[str, Any]) -> dict[str, Any]:
-    """Bytes of the last of `steps` steps: {"collectives": {kind: bytes}, "memory": {part: bytes, "peak": bytes}}."""
+    """Bytes of one of `steps` steps: {"collectives": {kind: bytes}, "memory": {part: bytes, "peak": bytes}}."""
     counter = Counter()
     config, ranks = load(PretrainConfig, None, argument["overrides"]), Ranks.from_environment()
     layout = Layout.of(config, ranks)
@@ -97,17 +97,20 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
 
 
 def _memory(profiler: Any, engine: Engine, steps: int) -> dict[str, int]:
-    """Peak of allocated bytes during the last step, and what the lasting parts hold of it."""
+    """Peak of allocated bytes during a step, and what the lasting parts hold of it. Of the steps after the first (which makes
+    the optimizer's state) the one with the least: what a collective's own thread frees is freed late, or not reported at all."""
     events = profiler.profiler.kineto_results.events()
-    window = next(e for e in events if e.name() == f"step-{steps - 1}")
-    first, last = window.start_ns(), window.start_ns() + window.duration_ns()
-    level = peak = before = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        level += event.nbytes()
-        if event.start_ns() < first:
-            before = level
-        elif event.start_ns() <= last:
-            peak = max(peak, level)
+    allocations = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    peaks = []
+    for step in range(1, steps):
+        window = next(e for e in events if e.name() == f"step-{step}")
+        first, last = window.start_ns(), window.start_ns() + window.duration_ns()
+        level = peak = 0
+        for event in allocations:
+            level += event.nbytes()
+            if first <= event.start_ns() <= last:
+                peak = max(peak, level)
+        peaks.append(peak)
     parts = {
         "weights": _bytes(list(engine.deepspeed.module.parameters())),
         "masters": _bytes([master.tensor for master in engine.state.masters]),
@@ -115,7 +118,7 @@ def _memory(profiler: Any, engine: Engine, steps: int) -> dict[str, int]:
                            if isinstance(t, torch.Tensor)]),
         "teacher": _bytes([*engine.teacher.module.parameters(), *engine.teacher.averages.values()]),
     }  # fmt: skip
-    return {**parts, "before": before, "peak": peak}
+    return {**parts, "peak": min(peaks)}
 
 
 def _bytes(tensors: list[torch.Tensor]) -> int:
