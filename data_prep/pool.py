@@ -82,7 +82,7 @@ def keep_memory() -> None:
     """Tells glibc to use freed memory again instead of giving it back.
 
     A site's arrays are of a few MB, which it would take from the kernel and return every time: zeroing those pages anew was
-    a quarter of a build's CPU time, and what kept two workers from being twice as fast. Elsewhere than on glibc: nothing.
+    a quarter of a build's CPU time. Elsewhere than on glibc: nothing.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
