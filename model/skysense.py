@@ -66,6 +66,7 @@ class SkySense(nn.Module):
         view: View,
         sample_seed_B: Tensor | None = None,
         merges: Mapping[str, tuple[bool, bool, bool]] | None = None,
+        fused_BM: Tensor | None = None,
     ) -> Features:
         """Features of one view of B sites.
 
@@ -74,6 +75,8 @@ class SkySense(nn.Module):
             sample_seed_B: int64 per site (of sample, epoch, view), decides drop-path in training. None in training: drawn
                 from the default generator.
             merges: merge or keep at the three transitions, for modalities that shall differ from the configuration.
+            fused_BM: bool [B, modalities], which sensors the fusion sees of a site (modality dropout); None: all. A location that
+                none of them shows is fused from all that there is, so that validity stays what masks say.
         """
         seed_B = self._seeds(view, sample_seed_B)
         dense, dense_valid, stride, grids, frames, calls = {}, {}, {}, {}, {}, []
@@ -85,7 +88,8 @@ class SkySense(nn.Module):
             dense[name], dense_valid[name], stride[name] = tokens.feat_NhwD, tokens.valid_Nhw, tokens.stride
             hw, canvas = tokens.valid_Nhw.shape[2:], part.valid_BTHW.shape[2:]
             grids[name] = TokenGrid((hw[0], hw[1]), (canvas[0], canvas[1]), tokens.stride)
-            frames[name] = Frames(tokens.feat_NhwD, tokens.valid_Nhw, part.doy_BT, grids[name])
+            shown_B = None if fused_BM is None else fused_BM[:, m]
+            frames[name] = Frames(tokens.feat_NhwD, tokens.valid_Nhw, part.doy_BT, grids[name], shown_B)
             calls.append(tokens.moe)
         fused, fused_valid = self.fusion(frames)
         return Features(dense, dense_valid, stride, fused, fused_valid, fusion_leader(grids), self._stats(calls))

@@ -42,7 +42,8 @@ class DataConfig:
     Views:
         scale: range of the crop side as a share of the canvas side, in steps of 10 m; at most 1.
         min_clear: dates with a smaller share of clear pixels are used only when too few others exist.
-        date_jitter_days: greatest shift of a date's day of year. photometric: draw hr colour augmentation.
+        date_jitter_days: greatest shift of a date's day of year. photometric: hr colour augmentation (mild: what flights differ in;
+            dino: full colour jitter, blur, solarize, grayscale).
 
     How:
         threads: decoding threads, 0 = decode in the caller. prefetch_batches: batches made ahead.
@@ -64,7 +65,7 @@ class DataConfig:
     scale: tuple[float, float] = (1.0, 1.0)
     min_clear: float = 0.2
     date_jitter_days: int = 0
-    photometric: bool = True
+    photometric: Literal["none", "mild", "dino"] = "mild"
     require: tuple[str, ...] = ()
     max_cloud: float | None = None
     date_range: tuple[str, str] | None = None
@@ -118,11 +119,12 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with cosine schedules. lr_scale: factor per module-name prefix, e.g. {"backbone.tokenizers": 0.2}."""
+    """AdamW with cosine schedules. warmup: share of the run up to 1, samples above it. lr_scale: factor per module-name prefix,
+    e.g. {"backbone.tokenizers": 0.2}."""
 
     lr: float = 2e-4
     lr_end: float = 1e-6
-    warmup_samples: int = 10_240_000
+    warmup: float = 0.02
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: tuple[float, float] = (0.04, 0.2)

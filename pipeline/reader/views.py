@@ -23,6 +23,7 @@ NEUTRAL = (1.0, 1.0, 1.0, 0.0, 0.0, 2.0, 0.0)
 JITTER_SHARE, GRAY_SHARE, BLUR_SHARE, SOLARIZE_SHARE = 0.8, 0.2, 0.5, 0.1  # of the views
 STRENGTH = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}  # DINO's (arXiv 2104.14294, appendix)
 BLUR_SIGMA = (0.1, 2.0)  # hr pixels
+MILD = (0.5, 0.5, 1.0, 0.2, 0.5, 0.0, 0.0)  # shares of the way from NEUTRAL, by column of PHOTOMETRIC
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _plan_view(
             spread = draws[at + len(clear) : at + 2 * len(clear)][chosen]
             jitter[modality] = np.floor(spread * (2 * days + 1)).astype(np.int16) - days
         at += 2 * len(clear)
-    photometric = draw_photometric(draws[4:16]) if data.photometric else np.array(NEUTRAL, np.float32)
+    photometric = draw_photometric(draws[4:16], data.photometric)
     return ViewPlan(crop, dates, jitter if days else None, photometric)
 
 
@@ -132,9 +133,15 @@ def choose_dates(clear: np.ndarray, wanted: int, min_clear: float, u: np.ndarray
     return np.sort(chosen)
 
 
-def draw_photometric(u: Sequence[float] | np.ndarray) -> np.ndarray:
-    """float32 [P] from 9 uniforms: colour jitter, blur, solarize and grayscale, each on its share of the views."""
+def draw_photometric(u: Sequence[float] | np.ndarray, strength: str = "dino") -> np.ndarray:
+    """float32 [P] from 9 uniforms: colour jitter, blur, solarize and grayscale, each on its share of the views.
+
+    mild: half of DINO's brightness, contrast and blur, a fifth of its hue, no solarize, no grayscale: what two flights over one
+    place differ in. DINO's own strength takes away the colours that tell ground apart.
+    """
     values = list(NEUTRAL)
+    if strength == "none":
+        return np.array(values, np.float32)
     if u[0] < JITTER_SHARE:
         for index, name in enumerate(("brightness", "contrast", "saturation", "hue")):
             values[index] += STRENGTH[name] * (2 * u[1 + index] - 1)
@@ -144,4 +151,6 @@ def draw_photometric(u: Sequence[float] | np.ndarray) -> np.ndarray:
         values[5] = 0.5
     if u[8] < GRAY_SHARE:
         values[6] = 1.0
+    if strength == "mild":
+        values = [n + share * (v - n) for n, v, share in zip(NEUTRAL, values, MILD)]
     return np.array(values, np.float32)

@@ -32,7 +32,7 @@ def config_of(case: dict[str, Any]) -> PretrainConfig:
     return from_dict(PretrainConfig, {
         "model": model, "objective": small,
         "train": {"steps": STEPS, "batch": BATCH, "micro_batch": case.get("micro"), "precision": "fp32"},
-        "optimizer": {"lr": 1e-3, "warmup_samples": 8},
+        "optimizer": {"lr": 1e-3, "warmup": 8},
         "parallel": {"zero_stage": case["stage"], "ep": case.get("ep", 1)},
     })  # fmt: skip
 
