@@ -51,13 +51,6 @@ def masked_targets(model: ModelConfig, objective: ObjectiveConfig) -> dict[str, 
     return found
 
 
-def projection_inputs(model: ModelConfig, objective: ObjectiveConfig) -> dict[str, tuple[int, int]]:
-    """(rows, columns) of the frozen random matrix of each sensor: a token's pixel values → its target."""
-    return {
-        m: (len(MODALITIES[m].bands) * model.stride(m) ** 2, out) for m, out in masked_targets(model, objective).items()
-    }
-
-
 def uses_ita(objective: ObjectiveConfig) -> bool:
     """ITA needs class embeddings; without a file it is off."""
     return bool(objective.ita_weight and objective.ita_embeddings)
@@ -104,4 +97,35 @@ def _prediction(model: ModelConfig, objective: ObjectiveConfig) -> int:
         total += len(model.modalities) * x + (2 * DAY_WAVES + 1) * x + (4 * PLACE_WAVES + 1) * x
         total += 2 * fused + (fused + 1) * x + 4 * x + 4 * (x + 1) * x + 8 * x * x + 5 * x
         total += sum((x + 1) * out for out in masked_targets(model, objective).values())
+    return total
+
+
+def prediction_flops(
+    model: ModelConfig, objective: ObjectiveConfig, tokens: dict[str, tuple[int, int]], cells: int
+) -> int:
+    """FLOPs of the prediction terms on one global view of one site, forward.
+
+    tokens: (dates, final tokens per date) of each sensor. cells: of the fused grid.
+    """
+    x, dense, fused = objective.predictor_hidden, model.dims[3], model.fusion_dim
+    sources, total = [*(dense for _ in model.modalities), fused], 0
+    if objective.restore_weight:
+        total += sum(2 * cells * x * (dim + sum(restore_targets(model).values())) for dim in sources)
+    if objective.site_weight:
+        total += sum(2 * x * (dim + objective.head_bottleneck) for dim in sources)
+    if objective.masked_weight:
+        number = sum(dates * per_date for dates, per_date in tokens.values())
+        total += 2 * cells * fused * x + len(tokens) * 2 * cells * x * 2 * x  # memory; keys and values per sensor
+        total += number * (2 * 10 * x * x + 4 * cells * x)  # query and output projections, FFN; scores
+        total += sum(
+            2 * d * n * x * out for (d, n), out in zip(tokens.values(), masked_targets(model, objective).values())
+        )
+    for head in cross_heads(objective):
+        levels = [level for level in objective.mgcl_levels if head_of("fused", level, objective) == head]
+        rows = sum(
+            {"object": objective.object_clusters, "image": 1}.get(v, min(objective.pixel_pairs, cells)) for v in levels
+        )
+        hidden, bottleneck = objective.head_hidden, objective.head_bottleneck
+        row = dense * hidden + hidden * hidden + hidden * bottleneck + bottleneck * objective.prototypes
+        total += 2 * len(model.modalities) * rows * row
     return total

@@ -65,7 +65,7 @@ def cell_statistics(part: ModalityView, cells: tuple[int, int], texture: bool) -
     square = _pool(x_BTHWC.square().sum(1), count, cells)
     found = [mean, (square - mean.square()).clamp_min(0).add(VARIANCE_FLOOR).sqrt()]
     if texture:
-        for dim in (2, 3):
+        for dim in (3, 2):
             number = x_BTHWC.shape[dim] - 1
             both = ok_BTHW1.narrow(dim, 0, number) * ok_BTHW1.narrow(dim, 1, number)
             step = (x_BTHWC.narrow(dim, 0, number) - x_BTHWC.narrow(dim, 1, number)).abs() * both

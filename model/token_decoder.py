@@ -13,6 +13,7 @@ Legend: B sites · T dates · h, w tokens · N = T·h·w tokens of one sensor ·
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -23,7 +24,7 @@ from model.batch import ModalityView, View
 from model.config import ModelConfig, ObjectiveConfig
 from model.decoder import Attention
 from model.losses.sinkhorn import work_dtype
-from model.objective_plan import BLOCKS, DAY_WAVES, DECODER_HEADS, PLACE_WAVES, masked_targets, projection_inputs
+from model.objective_plan import BLOCKS, DAY_WAVES, DECODER_HEADS, PLACE_WAVES, PROJECTION_DIM, masked_targets
 from model.restore import VARIANCE_FLOOR
 from model.skysense import Features
 
@@ -61,6 +62,13 @@ def waves(x: Tensor, count: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], -1)
 
 
+@functools.lru_cache(maxsize=32)
+def frozen_projection(rows: int, out: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The random matrix of `masked_target: projection`: the same on every rank and in every run, so no checkpoint holds it."""
+    draw = torch.randn(rows, out, generator=torch.Generator().manual_seed(rows), device="cpu") / math.sqrt(rows)
+    return draw.to(device, dtype)
+
+
 class TokenDecoder(nn.Module):
     """Query embedding, one cross-attention block over the fused cells, one linear layer per sensor."""
 
@@ -81,10 +89,6 @@ class TokenDecoder(nn.Module):
                 nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
                 nn.init.zeros_(layer.bias)
         nn.init.normal_(self.sensor.weight)
-        if objective.masked_target == "projection":  # the same on every rank and in every run: not part of a checkpoint
-            for m, (rows, out) in projection_inputs(model, objective).items():
-                draw = torch.randn(rows, out, generator=torch.Generator().manual_seed(rows)) / math.sqrt(rows)
-                self.register_buffer(f"frozen_{m}", draw, persistent=False)
 
     def targets(self, name: str, part: ModalityView, latent_BThwD: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(y [B, T, h, w, Q], which of its numbers count, or None: all). part: normalised, whole."""
@@ -92,8 +96,8 @@ class TokenDecoder(nn.Module):
             return pixel_targets(part, self.model.stride(name))
         if self.objective.masked_target == "projection":
             x, _ = patches(part, self.model.stride(name))
-            frozen = getattr(self, f"frozen_{name}")
-            latent_BThwD = x.flatten(4).to(frozen.dtype) @ frozen
+            x = x.flatten(4)
+            latent_BThwD = x @ frozen_projection(x.shape[-1], PROJECTION_DIM, x.dtype, x.device)
         assert latent_BThwD is not None
         return F.layer_norm(latent_BThwD, latent_BThwD.shape[-1:]), None
 
