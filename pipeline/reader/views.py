@@ -17,13 +17,16 @@ from pipeline.reader.geometry import GRID_M, Crop, origin, overlapping_origin
 from pipeline.reader.keyed import uniforms
 
 # Columns of View.photometric_BP; must be model.augment.PHOTOMETRIC (a test holds it). The values here change nothing.
-PHOTOMETRIC = ("brightness", "contrast", "saturation", "hue", "blur_sigma", "solarize_threshold", "grayscale")
-NEUTRAL = (1.0, 1.0, 1.0, 0.0, 0.0, 2.0, 0.0)
+PHOTOMETRIC = (
+    "brightness", "contrast", "saturation", "hue", "blur_sigma", "solarize_threshold", "grayscale", "s2_gain", "s1_offset_db",
+)  # fmt: skip
+NEUTRAL = (1.0, 1.0, 1.0, 0.0, 0.0, 2.0, 0.0, 1.0, 0.0)
 
 JITTER_SHARE, GRAY_SHARE, BLUR_SHARE, SOLARIZE_SHARE = 0.8, 0.2, 0.5, 0.1  # of the views
 STRENGTH = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}  # DINO's (arXiv 2104.14294, appendix)
 BLUR_SIGMA = (0.1, 2.0)  # hr pixels
-MILD = (0.5, 0.5, 1.0, 0.2, 0.5, 0.0, 0.0)  # shares of the way from NEUTRAL, by column of PHOTOMETRIC
+DB_PER_JITTER = 10.0  # of s1: 5 % of reflectance go with half a decibel
+MILD = (0.5, 0.5, 1.0, 0.2, 0.5, 0.0, 0.0, 1.0, 1.0)  # shares of the way from NEUTRAL, by column of PHOTOMETRIC
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +102,7 @@ def _plan_view(
             spread = draws[at + len(clear) : at + 2 * len(clear)][chosen]
             jitter[modality] = np.floor(spread * (2 * days + 1)).astype(np.int16) - days
         at += 2 * len(clear)
-    photometric = draw_photometric(draws[4:16], data.photometric)
+    photometric = draw_photometric(draws[4:16], data.photometric, data.series_jitter)
     return ViewPlan(crop, dates, jitter if days else None, photometric)
 
 
@@ -133,13 +136,17 @@ def choose_dates(clear: np.ndarray, wanted: int, min_clear: float, u: np.ndarray
     return np.sort(chosen)
 
 
-def draw_photometric(u: Sequence[float] | np.ndarray, strength: str = "dino") -> np.ndarray:
-    """float32 [P] from 9 uniforms: colour jitter, blur, solarize and grayscale, each on its share of the views.
+def draw_photometric(u: Sequence[float] | np.ndarray, strength: str = "dino", series_jitter: float = 0.0) -> np.ndarray:
+    """float32 [P] from 11 uniforms: colour jitter, blur, solarize and grayscale, each on its share of the views; gain and offset of
+    series within ± series_jitter and ± DB_PER_JITTER · series_jitter.
 
     mild: half of DINO's brightness, contrast and blur, a fifth of its hue, no solarize, no grayscale: what two flights over one
     place differ in. DINO's own strength takes away the colours that tell ground apart.
     """
     values = list(NEUTRAL)
+    if series_jitter:
+        values[7] += series_jitter * (2 * u[9] - 1)
+        values[8] += DB_PER_JITTER * series_jitter * (2 * u[10] - 1)
     if strength == "none":
         return np.array(values, np.float32)
     if u[0] < JITTER_SHARE:
