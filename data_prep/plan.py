@@ -17,6 +17,7 @@ import numpy as np
 
 from cluster.errors import UsageError
 from data_prep.config import SPLITS, BuildConfig, GridConfig
+from data_prep.geo import has_place
 from data_prep.merge import shaping_config
 from data_prep.schema import MODALITIES
 from data_prep.shards import shard_name
@@ -140,7 +141,7 @@ def _narrowed(record: SiteRecord, config: BuildConfig) -> SiteRecord | None:
     if config.source.bbox is not None:
         west, south, east, north = config.source.bbox
         w, s, e, n = record.bbox_wgs84
-        if w > east or e < west or s > north or n < south:
+        if w > east or e < west or s > north or n < south or not has_place(record.crs):
             return None
     if config.source.modalities:
         wanted = {*config.source.modalities, "label"}

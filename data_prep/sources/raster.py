@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import warnings
 from collections import OrderedDict
 from typing import Any
 
 import numpy as np
 import rasterio
-from rasterio.errors import RasterioError
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window as RasterWindow
 
 from cluster.storage import filesystem, is_local, local_path
@@ -23,6 +24,8 @@ from data_prep.sources.records import Asset, SourceFault
 MAX_OPEN = 40
 # GDAL's block cache defaults to 5 % of the machine's memory, per process; this holds one row of blocks of a Sentinel-2 tile.
 os.environ.setdefault("GDAL_CACHEMAX", "192")
+# `raster_grid` refuses a file without a georeference in one line, and patches are allowed to have none
+warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
 
 def open_raster(href: str, name: str) -> Any:

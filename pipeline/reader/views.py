@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from data_prep.schema import MODALITIES
 from pipeline.config import DataConfig, ViewConfig
-from pipeline.reader.geometry import GRID_M, Crop, origin, overlapping_origin
+from pipeline.reader.geometry import GRID_M, HR_GRID_M, Crop, origin, overlapping_origin
 from pipeline.reader.keyed import uniforms
 
 # Columns of View.photometric_BP; must be model.augment.PHOTOMETRIC (a test holds it). The values here change nothing.
@@ -41,6 +42,11 @@ class SiteFacts:
     width_m: float
     height_m: float
     clear: Mapping[str, np.ndarray]
+
+    @property
+    def grid_m(self) -> float:
+        """Metres between possible edges of a crop: those of the series' pixels, where the site has one."""
+        return GRID_M if not self.clear or any(MODALITIES[name].is_series for name in self.clear) else HR_GRID_M
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +98,7 @@ def _plan_view(
     """others: none for u, [u] for v, [u, v] for a local view."""
     number_of_dates = sum(len(clear) for clear in site.clear.values())
     draws = uniforms(16 + 2 * number_of_dates, *key)
-    side = _side(view, data.scale, draws[0])
+    side = _side(view, data.scale, draws[0], site.grid_m)
     crop = Crop(*_place(site, side, others, draws[1], draws[2]), side, int(draws[3] * 8))
     dates, jitter, at, days = {}, {}, 16, data.date_jitter_days
     for modality, clear in site.clear.items():
@@ -106,25 +112,26 @@ def _plan_view(
     return ViewPlan(crop, dates, jitter if days else None, photometric)
 
 
-def _side(view: ViewConfig, scale: tuple[float, float], u: float) -> float:
-    """Ground side in metres, a multiple of 10 m: the canvas side times a factor drawn from `scale`."""
+def _side(view: ViewConfig, scale: tuple[float, float], u: float, grid_m: float) -> float:
+    """Ground side in metres, a multiple of the site's grid: the canvas side times a factor drawn from `scale`."""
     factor = scale[0] + (scale[1] - scale[0]) * u
-    return max(1, round(view.series_px * factor)) * GRID_M
+    return max(1, round(view.series_px * GRID_M / grid_m * factor)) * grid_m
 
 
 def _place(site: SiteFacts, side: float, others: list[Crop] | None, ux: float, uy: float) -> tuple[float, float]:
+    grid = site.grid_m
     if not others:
-        return origin(0.0, site.width_m, side, ux), origin(0.0, site.height_m, side, uy)
+        return origin(0.0, site.width_m, side, ux, grid), origin(0.0, site.height_m, side, uy, grid)
     if len(others) == 1:
         return (
-            overlapping_origin(site.width_m, side, others[0].x0_m, ux),
-            overlapping_origin(site.height_m, side, others[0].y0_m, uy),
+            overlapping_origin(site.width_m, side, others[0].x0_m, ux, grid),
+            overlapping_origin(site.height_m, side, others[0].y0_m, uy, grid),
         )
     # a local view lies in the box around u and v: it shares ground with at least one of them
     west, north = (max(0.0, min(getattr(c, axis) for c in others)) for axis in ("x0_m", "y0_m"))
     east = min(site.width_m, max(c.x0_m + c.side_m for c in others))
     south = min(site.height_m, max(c.y0_m + c.side_m for c in others))
-    return origin(west, east, side, ux), origin(north, south, side, uy)
+    return origin(west, east, side, ux, grid), origin(north, south, side, uy, grid)
 
 
 def choose_dates(clear: np.ndarray, wanted: int, min_clear: float, u: np.ndarray) -> np.ndarray:
