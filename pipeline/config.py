@@ -173,13 +173,19 @@ class ProbeConfig:
     """In-loop probes on labels that ride in the shards. every: steps, 0 = off. samples: at most, per split.
 
     label: scalar label of `knn` and `linear`; raster: label raster of `segment` (None: the only one there is).
+    views: what a probe sees of a site; None: the whole site with all its dates, see `pipeline.probes.sites.whole_view`.
+    pool: a site's features are the mean over its valid tokens and dates, or mean and standard deviation side by side.
+    stage: the backbone's features after its last norm, after one of the four stages, or after all four side by side.
     """
 
     every: int = 0
-    tasks: tuple[str, ...] = ("knn",)
+    tasks: tuple[str, ...] = ("knn", "linear")
     samples: int = 512
     label: str = "scene"
     raster: str | None = None
+    views: ViewConfig | None = None
+    pool: Literal["mean", "mean_std"] = "mean_std"
+    stage: Literal["last", 1, 2, 3, 4, "all"] = "last"
 
 
 @dataclass(frozen=True)

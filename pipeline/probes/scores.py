@@ -69,6 +69,12 @@ def difference(score: Outcome, base: Outcome, seed: int = 0) -> Difference | Non
     return Difference(_score(a.sum(0), len(a)) - _score(b.sum(0), len(b)), float(low), float(high))
 
 
+def total_score(outcome: Outcome) -> float:
+    """Accuracy or mean IoU over the tested sites; 0 without one."""
+    counts = outcome.counts[outcome.tested]
+    return _score(counts.sum(0), len(counts)) if len(counts) else 0.0
+
+
 def accuracy(predicted: np.ndarray, truth: np.ndarray, trained_on: np.ndarray, seed: int = 0) -> Score:
     """Share of sites named rightly. Chance: guessing with the frequencies of the training labels, expected."""
     frequency = np.bincount(trained_on, minlength=int(truth.max()) + 1) / len(trained_on)
