@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-PENALTIES = tuple(10.0**power for power in range(-4, 5))
+PENALTIES = tuple(10.0**power for power in range(-4, 7))
 TEMPERATURE = 0.07
 MIN_STD = 1e-6
 
@@ -65,9 +65,9 @@ def fit_ridge(train_ND: np.ndarray, labels_N: np.ndarray) -> LinearFit:
     x = ((train_ND - mean) / std).astype(np.float64)
     targets = np.where(labels_N[:, None] == np.arange(int(labels_N.max()) + 1), 1.0, -1.0)
     offset = targets.mean(0)
-    u_NR, s, vectors_DR = _thin_svd(x)
+    u_NR, s, vectors_DR = thin_svd(x)
     projected = u_NR.T @ (targets - offset)
-    best = min(PENALTIES, key=lambda penalty: _loo_error(u_NR, s, projected, targets - offset, penalty * len(x) / 100))
+    best = min(PENALTIES, key=lambda penalty: loo_error(u_NR, s, targets - offset, penalty * len(x) / 100))
     shrink = s / (s**2 + best * len(x) / 100)
     return LinearFit(mean, std, vectors_DR @ (shrink[:, None] * projected), offset)
 
@@ -91,7 +91,7 @@ def moments(train_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return train_ND.mean(0), train_ND.std(0) + MIN_STD
 
 
-def _thin_svd(x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def thin_svd(x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """u [N, R], singular values [R], v [D, R] through the smaller of the two Gram matrices; null directions are left out."""
     is_wide = x_ND.shape[1] > x_ND.shape[0]
     power, vectors = np.linalg.eigh(x_ND @ x_ND.T if is_wide else x_ND.T @ x_ND)
@@ -101,11 +101,22 @@ def _thin_svd(x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return (vectors, s, other) if is_wide else (other, s, vectors)
 
 
-def _loo_error(u: np.ndarray, s: np.ndarray, projected: np.ndarray, targets: np.ndarray, penalty: float) -> float:
-    share = s**2 / (s**2 + penalty)
-    fitted = u @ (share[:, None] * projected)
-    leverage = (u**2) @ share + 1 / len(u)
-    return float((((targets - fitted) / np.clip(1 - leverage, 1e-3, None)[:, None]) ** 2).mean())
+def loo_error(u_NR: np.ndarray, s: np.ndarray, targets_NK: np.ndarray, penalty: float) -> float:
+    """Mean squared error of the rows, each predicted by the ridge regression (with intercept) of all others; targets centred.
+
+    Residual over one minus leverage. Both go to zero together where the features can fit every row (more of them than rows) and
+    the penalty is small, so each is summed up from its own small parts, not taken as a difference of large ones.
+    """
+    left = penalty / (s**2 + penalty)  # what the penalty leaves of each direction: 1 - share
+    projected = u_NR.T @ targets_NK
+    outside = targets_NK - u_NR @ projected
+    power = u_NR**2
+    room = 1 - 1 / len(u_NR) - power.sum(1)
+    if np.abs(room).max() < 1e-8:  # the features span everything: what is left is rounding
+        outside, room = np.zeros_like(outside), np.zeros_like(room)
+    residual = u_NR @ (left[:, None] * projected) + outside
+    remaining = power @ left + np.maximum(room, 0)
+    return float(((residual / np.maximum(remaining, 1e-12)[:, None]) ** 2).mean())
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

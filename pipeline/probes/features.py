@@ -198,7 +198,8 @@ def maps_of(features: Features, name: str, stage: str | int) -> list[tuple[Tenso
         return [(*tokens_of(features, FUSED), features.stride[features.fused_like])]
     if stage == "last":
         return [(features.dense[name], features.dense_valid[name], features.stride[name])]
-    maps, stride, after = [], features.stride[name], features.stages[name]
+    stride, after = features.stride[name], features.stages[name]
+    maps: list[tuple[Tensor, Tensor, int]] = []
     for i in reversed(range(len(after))):
         if i + 1 < len(after) and after[i][1].shape[-1] > after[i + 1][1].shape[-1]:
             stride //= 2  # the grid was merged behind this stage

@@ -18,11 +18,12 @@ from pipeline.probes.features import FUSED, SiteFeatures, network
 from pipeline.probes.outcomes import Outcomes, differences, url_of, write_outcomes
 from pipeline.probes.outside import Declared
 from pipeline.probes.pixels import describe_pixels
-from pipeline.probes.scores import Difference, Score
+from pipeline.probes.scores import Difference, Outcome, Score
 from pipeline.probes.source import Source, open_source
 from pipeline.probes.tasks import TASKS
 
 T = TypeVar("T")
+Round = dict[str, Outcome]  # by modality
 ROWS = ("trained", "untrained", "pixels")
 
 
@@ -35,6 +36,7 @@ class ProbeResult:
     outcomes: what each test site got from the trained network.
     sd: of a few-label probe, the standard deviation over draws of the labels, by row and modality.
     facts: of a few-label or supervised probe, its numbers (`labels_per_class`, `draws`, `supervised_samples`, …).
+    by_row: what each test site got, by row and modality.
     """
 
     task: str
@@ -43,6 +45,7 @@ class ProbeResult:
     outcomes: Outcomes
     sd: dict[str, dict[str, float]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    by_row: dict[str, Round] = field(default_factory=dict)
 
     @property
     def trained(self) -> dict[str, Score]:
@@ -73,7 +76,7 @@ class ProbeResult:
                 continue
             told[row] = {n: asdict(s) for n, s in scores.items()}
         told["baseline"] = {n: asdict(s) for n, s in self.rows["untrained"].items()}
-        told["pixel_rows"] = {n: asdict(s) for n, s in self.rows["pixels"].items()}
+        told["pixels_by_modality"] = {n: asdict(s) for n, s in self.rows["pixels"].items()}
         told["differences"] = {row: {n: asdict(d) for n, d in found.items()} for row, found in self.over.items()}
         return told | ({"sd": self.sd} if self.sd else {}) | self.facts
 
@@ -123,7 +126,9 @@ def probe_model(prepared: Prepared) -> list[ProbeResult]:
     Raises:
         UsageError: too few sites for any modality.
     """
-    rounds = {row: sit(prepared.source.exam, features, prepared.probe.pool) for row, features in prepared.features.items()}
+    rounds = {
+        row: sit(prepared.source.exam, features, prepared.probe.pool) for row, features in prepared.features.items()
+    }
     results = []
     for task in prepared.source.exam.tasks:
         rows = {row: of_task(probed.scores, task) for row, probed in rounds.items()}
@@ -132,7 +137,8 @@ def probe_model(prepared: Prepared) -> list[ProbeResult]:
         own = rounds["trained"].outcomes
         over = {row: of_task(differences(own, rounds[row].outcomes), task) for row in ROWS[1:]}
         by_name = {name: value for name, value in own.by_name.items() if name.startswith(f"{task}/")}
-        results.append(ProbeResult(task, rows, over, replace(own, by_name=by_name)))
+        by_row = {row: of_task(probed.outcomes.by_name, task) for row, probed in rounds.items()}
+        results.append(ProbeResult(task, rows, over, replace(own, by_name=by_name), by_row=by_row))
     return results
 
 

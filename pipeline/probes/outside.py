@@ -124,7 +124,9 @@ def outside_view(model: Pretrained, items: Sequence[Outside], declared: Declared
     images = [read_image(item.image, declared) for item in items]
     for item, image in zip(items, images):
         if image.kind != images[0].kind:
-            raise UsageError(f"{item.image} is {image.kind}, {items[0].image} {images[0].kind}: images of one kind are needed here")
+            raise UsageError(
+                f"{item.image} is {image.kind}, {items[0].image} {images[0].kind}: images of one kind are needed here"
+            )
     return _view(model, images)
 
 

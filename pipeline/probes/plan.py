@@ -42,7 +42,9 @@ def plan_probe(shardset: ShardSet, probe: ProbeConfig, trained: ViewConfig) -> P
     split = split_of(shardset, probe.samples, label, raster)
     for side, sites in (("training", split.train), ("test", split.test)):
         if label is not None and len(sites) < MIN_SITES:
-            raise UsageError(f"{shardset.url}: {len(sites)} {side} sites with label {label!r}, a probe needs {MIN_SITES}")
+            raise UsageError(
+                f"{shardset.url}: {len(sites)} {side} sites with label {label!r}, a probe needs {MIN_SITES}"
+            )
     rows = (*split.train, *split.test)
     view = probe.views or whole_view(shardset, rows, trained)
     names = tuple(shardset.classes.get(label or "", ()))

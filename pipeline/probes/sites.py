@@ -117,7 +117,12 @@ def _canvas(
     if factor > 1.01:  # finer source: average over the canvas pixel's footprint
         n = max(1, round(side_m / gsd))
         top, left = round(y0_m / gsd), round(x0_m / gsd)
-        room = (-left, left + n - width, -top, top + n - height)  # ground outside the site is padded, or cut off where negative
+        room = (
+            -left,
+            left + n - width,
+            -top,
+            top + n - height,
+        )  # ground outside the site is padded, or cut off where negative
         x = F.adaptive_avg_pool2d(F.pad(source, room), pixels)
         valid = F.adaptive_avg_pool2d(F.pad(clear.float()[None], room), pixels)[0] > 0.999
         return _cast(x, dtype), valid

@@ -50,7 +50,9 @@ def open_source(
     """
     if storage.exists(storage.join(url, MANIFEST)):
         if declared is not None:
-            raise UsageError(f"{url} is a shard set and says itself what it holds: leave --sensor, --bands, --gsd, --unit out")
+            raise UsageError(
+                f"{url} is a shard set and says itself what it holds: leave --sensor, --bands, --gsd, --unit out"
+            )
         return _shards(model, ShardSet.open(url), probe, trained)
     return _folder(model, url, probe, declared)
 
@@ -81,7 +83,8 @@ def _folder(model: Pretrained, url: str, probe: ProbeConfig, declared: Declared 
         )
     train, test, split = split_outside(items)
     items = [items[i] for i in (*train, *test)]
-    labels, notes = None, ()
+    labels = None
+    notes: tuple[str, ...] = ()
     if not is_dense:
         for side, part in (("training", train), ("test", test)):
             if len(part) < MIN_SITES:

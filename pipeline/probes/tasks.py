@@ -77,9 +77,7 @@ def segment_scores(features: SiteFeatures, num_train: int, num_classes: int) -> 
             counts[site - num_train] = confusion(predicted[at : at + n], classes[site][usable[site]], num_classes)
             at += n
         outcome = Outcome(np.isin(np.arange(num_train, len(classes)), tested), counts)
-        scores |= dict.fromkeys(
-            names, (mean_iou(counts[outcome.tested], int(np.bincount(y_train).argmax())), outcome)
-        )
+        scores |= dict.fromkeys(names, (mean_iou(counts[outcome.tested], int(np.bincount(y_train).argmax())), outcome))
     return scores
 
 

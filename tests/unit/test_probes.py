@@ -22,9 +22,8 @@ from model.pretrained import Pretrained
 from model.skysense import SkySense
 from pipeline.config import DataConfig, PretrainConfig, ProbeConfig, ViewConfig
 from pipeline.examples.segmentation import SegmentationModel, finetune, pixel_accuracy
-from pipeline.probes.classify import knn, ridge
-from pipeline.probes.exam import uncovered
-from pipeline.probes.features import SiteFeatures, extract, network
+from pipeline.probes.classify import beside, knn, loo_error, ridge, thin_svd
+from pipeline.probes.features import extract, network
 from pipeline.probes.in_loop import obstacle, run_probes, statistics_dict
 from pipeline.probes.outcomes import pixels_url, read_outcomes, split_number, url_of
 from pipeline.probes.picture import feature_sheet
@@ -73,6 +72,44 @@ def test_knn_ignores_scale_and_shift_ridge_any_invertible_axis_scaling() -> None
     np.testing.assert_array_equal(knn(x, labels, y), knn(3 * x + 7, labels, 3 * y + 7))
     scale = rng.uniform(0.5, 2, 8)
     np.testing.assert_array_equal(ridge(x, labels, y), ridge(x * scale, labels, y * scale))
+
+
+@pytest.mark.parametrize(("rows", "dims"), [(20, 6), (12, 40), (13, 12)])
+@pytest.mark.parametrize("penalty", [1e-6, 1e-2, 10.0])
+def test_the_leave_one_out_error_is_that_of_leaving_one_out(rows: int, dims: int, penalty: float) -> None:
+    """Also with more features than rows, where every row is fitted and a naive closed form sees no error at all."""
+    rng = np.random.default_rng(rows + dims)
+    x, y = rng.normal(size=(rows, dims)), rng.normal(size=(rows, 2))
+    wanted = []
+    for i in range(rows):
+        others = np.arange(rows) != i
+        mean, offset = x[others].mean(0), y[others].mean(0)
+        centred = x[others] - mean
+        weights = np.linalg.solve(centred.T @ centred + penalty * np.eye(dims), centred.T @ (y[others] - offset))
+        wanted.append(y[i] - offset - (x[i] - mean) @ weights)
+    u, s, v = thin_svd(x - x.mean(0))
+    np.testing.assert_allclose((u * s) @ v.T, x - x.mean(0), atol=1e-9)
+    assert loo_error(u, s, y - y.mean(0), penalty) == pytest.approx(np.mean(np.square(wanted)), rel=1e-4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_features_side_by_side_know_what_is_missing_and_nothing_of_the_test(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    parts = [(rng.normal(3, 5, (12, dim)), rng.random(12) < 0.7) for dim in (2, 3)]
+    is_train = np.arange(12) < 7
+    joint, present = beside(parts, is_train)
+    np.testing.assert_array_equal(present, parts[0][1] | parts[1][1])
+    at = 0
+    for x, there in parts:
+        block, flag = joint[:, at : at + x.shape[1]], joint[:, at + x.shape[1]]
+        at += x.shape[1] + 1
+        np.testing.assert_array_equal(flag, there)
+        assert not block[~there].any()
+        if (there & is_train).sum() > 1:
+            np.testing.assert_allclose(block[there & is_train].mean(0), 0, atol=1e-5)
+    spoilt = [(np.where(is_train[:, None], x, np.nan), there) for x, there in parts]
+    np.testing.assert_array_equal(beside(spoilt, is_train)[0][is_train], joint[is_train])
 
 
 def test_intervals_hold_the_score_and_shrink_with_sites() -> None:
