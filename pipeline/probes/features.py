@@ -27,6 +27,7 @@ from pipeline.probes.sites import view_of_sites
 FUSED = "fused"
 MAX_PIXELS = 4096  # label pixels of one site
 ALL_PIXELS = 2**19  # label pixels of all sites together
+MIN_VARIANCE = 1e-12
 BATCH_PIXELS, MAX_BATCH = 2**23, 32  # canvas pixels of all dates, and sites, of one forward pass
 STAGES = (1, 2, 3, 4)
 
@@ -188,7 +189,9 @@ def pooled_moments(feat_BThwD: Tensor, valid_BThw: Tensor) -> tuple[Tensor, Tens
     count_B1 = weight.sum(1).clamp_min(1)
     mean_BD = x_BLD.sum(1) / count_B1
     spread = torch.where(weight > 0, x_BLD - mean_BD[:, None], 0.0)
-    return mean_BD, (spread.square().sum(1) / count_B1).sqrt()
+    variance_BD = spread.square().sum(1) / count_B1
+    # where nothing varies (one token, none) a root would have an infinite slope: those who train through this need a finite one
+    return mean_BD, torch.where(variance_BD > MIN_VARIANCE, variance_BD.clamp_min(MIN_VARIANCE).sqrt(), 0.0)
 
 
 def maps_of(features: Features, name: str, stage: str | int) -> list[tuple[Tensor, Tensor, int]]:
