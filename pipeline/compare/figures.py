@@ -125,7 +125,7 @@ def _summary(run: RunData, samples: int) -> Summary:
                     rows[row].pop(key, None)
                     over[row].pop(key, None)
                     value, ends = line.get(f"{key}/{row}"), [line.get(f"{key}/over_{row}{end}") for end in ENDS]
-                    if _is_number(value):
+                    if value is not None and _is_number(value):
                         rows[row][key] = float(value)
                     if all(map(_is_number, ends)):
                         over[row][key] = Difference(*map(float, ends))  # type: ignore[arg-type]

@@ -124,7 +124,9 @@ def svg_plot(runs: Sequence[RunData], key: str) -> str:
             for row, style in LEVELS.items():
                 height = level(run, key, row)
                 if height is not None:
-                    axes.axhline(height, color=colour, linestyle=style, linewidth=1, alpha=0.7, label=_level_label(row, i))
+                    axes.axhline(
+                        height, color=colour, linestyle=style, linewidth=1, alpha=0.7, label=_level_label(row, i)
+                    )
             low, high = (curve(run, f"{key}/{end}")[1] for end in ("low", "high"))
             if len(low) == len(high) == len(x) > 0:
                 axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)

@@ -116,7 +116,9 @@ def test_training_on_labels_learns_and_is_reproducible(model: Pretrained) -> Non
     before = {name: value.clone() for name, value in model.state_dict().items()}
     recipe = Recipe(samples=320, batch=16, lr=3e-3)
     outcomes = train_on_labels(model, source, range(TRAIN), recipe, "test")
-    short, again = (train_on_labels(model, source, range(TRAIN), Recipe(samples=32, batch=16), "test") for _ in range(2))
+    short, again = (
+        train_on_labels(model, source, range(TRAIN), Recipe(samples=32, batch=16), "test") for _ in range(2)
+    )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not model.training
     assert set(outcomes) == {"s2", "s1", "fused"}
