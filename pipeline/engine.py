@@ -57,6 +57,8 @@ def deepspeed_config(config: PretrainConfig, layout: Layout) -> dict[str, Any]:
     }  # fmt: skip
     if layout.precision == "bf16":
         settings["bf16"] = {"enabled": True}
+        # accumulation in fp32 is each rank's own; DeepSpeed would sum over ranks in the weights' precision
+        settings["communication_data_type"] = config.parallel.reduce
         if (
             layout.zero_stage != 1
         ):  # ZeRO-1 with this setting becomes another optimizer class, without our masters' layout

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import ModelConfig, MoEConfig
 from model.moe.balance import (
@@ -23,7 +25,7 @@ from model.moe.balance import (
     z_term,
 )
 from model.moe.dispatch import LocalDispatch, combine, moe_reference, sort_by_expert
-from model.moe.experts import experts_grouped, experts_loop
+from model.moe.experts import experts_grouped, experts_loop, members
 from model.moe.layer import MoELayer
 from model.moe.router import Router, route
 from tests.model_views import randomise
@@ -110,6 +112,45 @@ def test_grouped_product_equals_loop(dtype: torch.dtype) -> None:
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_grouped_product_of_no_rows_reaches_every_parameter() -> None:
+    """A rank of an expert-parallel group may get no row at all."""
+    moe = MoELayer(16, 32, 4, 1, grouped=True)
+    x_TD = torch.zeros(0, 16, requires_grad=True)
+    out = moe.experts(x_TD, torch.zeros(4, dtype=torch.int64))
+    assert out.shape == (0, 16)
+    out.sum().backward()
+    for name, parameter in moe.experts.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+def test_no_scatter_add_in_the_backward_of_experts() -> None:
+    """On CUDA it adds in any order: no bitwise resume."""
+
+    class Names(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: set[str] = set()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.seen.add(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    counts_E, b_ED = torch.tensor([40, 0, 8]), torch.zeros(3, 8)
+    w1, b1, w2, b2 = (p.requires_grad_() for p in (torch.zeros(3, 8, 8), b_ED.clone(), torch.zeros(3, 8, 8), b_ED))
+    with Names() as names:
+        out_TD = experts_grouped(torch.ones(48, 8), counts_E, w1, b1, w2, b2)
+        out_TD.backward(torch.ones_like(out_TD))
+    assert torch.equal(b2.grad, counts_E[:, None].expand(3, 8).float())
+    assert not [name for name in names.seen if "index_add" in name or "scatter" in name or "index_put" in name]
+
+
+def test_every_row_gets_its_experts_bias_exactly() -> None:
+    counts_E, b_ED = torch.tensor([2, 0, 3, 1]), torch.randn(4, 5)
+    found_TD = members(counts_E.cumsum(0), 6, torch.float32) @ b_ED
+    assert torch.equal(found_TD, b_ED.repeat_interleave(counts_E, 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

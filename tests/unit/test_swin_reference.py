@@ -10,8 +10,8 @@ from transformers.models.swinv2.configuration_swinv2 import Swinv2Config
 from transformers.models.swinv2.modeling_swinv2 import Swinv2Layer, Swinv2PatchMerging, Swinv2Stage
 
 from model.merging import AdaptivePatchMerging
-from model.positions import window_layouts
-from model.swin import SwinBlock
+from model.positions import plan_windows, window_layouts
+from model.swin import PositionBias, SwinBlock
 from tests.model_views import randomise
 
 DIM, HEADS = 12, 3
@@ -141,3 +141,13 @@ def test_merge_of_an_odd_grid_equals_independent_implementation() -> None:
     out, valid = ours(mine, torch.ones(2, 5, 7, dtype=torch.bool), merge=True)
     assert out.shape[1:3] == valid.shape[1:] == (3, 4)
     assert_close(out, theirs(other.flatten(1, 2), (5, 7)).view_as(out))
+
+
+def test_position_bias_loses_little_in_bfloat16() -> None:
+    """16 · sigmoid lies round 8 where bfloat16's steps are 1/16; a constant less, which softmax cannot see, half the error is left."""
+    torch.manual_seed(0)
+    windows = plan_windows(8, 8, 8, 0, torch.device("cpu"))
+    bias_ASS = PositionBias(16)(windows).detach()
+    error = (bias_ASS.bfloat16().float() - bias_ASS).abs().max()
+    assert float(error) <= 2**-6
+    assert abs(float(bias_ASS.mean())) < 1.0
