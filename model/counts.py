@@ -143,11 +143,11 @@ def _block(cfg: ModelConfig, s: int, i: int, c: int, side: int, moe: bool) -> in
     ffn = 16 * tokens * c * c
     if moe:
         ffn = cfg.moe.top_k * ffn + 2 * tokens * c * cfg.moe.experts
-    if s >= 2 and cfg.attention == "global":
+    if s >= 2:  # windows, an ablation of stages 3-4, are a mask over the same scores
         scores = 4 * tokens * tokens * c
     else:
         window, padded, _ = axis_windows(side, cfg.window, cfg.window // 2 if i % 2 else 0)
-        scores = 4 * padded**2 * (window**2 + p) * c + 4 * p * tokens * c
+        scores = 4 * padded**2 * window**2 * c
     return 8 * tokens * c * c + scores + ffn
 
 

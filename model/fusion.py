@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from model.batch import View
 from model.config import ModelConfig
-from model.transformer import Block, FeedForward, Layout, key_bias
+from model.plan import MASKED, Sequences
+from model.transformer import Block, FeedForward
 from model.validity import dense_validity
 
 NUM_DAYS = 367  # 1-366, and 0 for a date that is unknown
@@ -122,11 +123,12 @@ class Fusion(nn.Module):
         if columns is not None:
             x_XSF, valid_XS = x_XSF.index_select(1, columns), valid_XS.index_select(1, columns)
         x_XJF = torch.cat([self.extra_F.to(x_XSF.dtype).expand(x_XSF.shape[0], 1, -1), x_XSF], dim=1)
-        valid_XJ = F.pad(valid_XS, (1, 0), value=True)
-        layout = Layout((0, 0), 1, valid_XJ, bool(valid_XS.all()))
+        bias = None if bool(valid_XS.all()) else key_bias(F.pad(valid_XS, (1, 0), value=True), x_XJF.dtype)
+        sequences = Sequences.dense(*x_XJF.shape[:2], bias)
+        x_TF = x_XJF.flatten(0, 1)
         for block in self.blocks[:-1]:
-            x_XJF, _ = self._run(block, x_XJF, layout)
-        fused_XF = self._run(first_token_block, self.blocks[-1], x_XJF, layout)
+            x_TF, _ = self._run(block, x_TF, sequences)
+        fused_XF = self._run(block_of_queries, self.blocks[-1], x_TF, sequences)
         if rows is not None:
             fused_XF = fused_XF.new_zeros(num_locations, self.dim).index_copy(0, rows, fused_XF)
         return fused_XF
@@ -153,17 +155,15 @@ def only_shown(valid_BSyx: Tensor, frames: Mapping[str, Frames]) -> Tensor:
     return torch.where(left_BSyx.any(1, keepdim=True), left_BSyx, valid_BSyx)
 
 
-def first_token_block(block: Block, x_XJF: Tensor, layout: Layout) -> Tensor:
-    """The last block, computed for the extra token alone: nobody reads the other outputs."""
-    attention, dim = block.attention, x_XJF.shape[-1]
-    weight, bias = attention.qkv.weight, attention.qkv.bias
-    n_XJF = block.norm1(x_XJF)
-    q = F.linear(n_XJF[:, :1], weight[:dim], bias[:dim]).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-    k, v = F.linear(n_XJF, weight[dim:], bias[dim:]).unflatten(-1, (2, attention.heads, -1)).permute(2, 0, 3, 1, 4)
-    mask = None if layout.all_valid else key_bias(layout.valid_NJ, q.dtype)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(1)
-    x_XF = x_XJF[:, 0] + attention.proj(out)
-    return x_XF + block.ffn(block.norm2(x_XF))
+def key_bias(valid_XJ: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 for valid keys, MASKED for others, [X, 1, 1, J]."""
+    zero = torch.zeros((), dtype=dtype, device=valid_XJ.device)
+    return torch.where(valid_XJ, zero, MASKED)[:, None, None, :]
+
+
+def block_of_queries(block: Block, x_TF: Tensor, sequences: Sequences, num: int = 1) -> Tensor:
+    """The last block, for the queries alone: nobody reads the other outputs."""
+    return block.of_queries(x_TF, sequences, num)
 
 
 def fusion_leader(grids: Mapping[str, TokenGrid]) -> str:

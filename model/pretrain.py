@@ -23,7 +23,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -146,7 +146,10 @@ class Student(nn.Module):
         where they are the target of masked tokens)."""
         views = [batch.v, *(batch.local if self.decoder else [])]
         needed = bool(self.head_of_group) or self.prediction.needs_teacher
-        features = [self.features(view) for view in views] if needed else []
+        latent = bool(self.objective.masked_weight) and self.objective.masked_target == "teacher"
+        views = views * needed + [batch.u] * latent
+        features = self.features(views, [None] * len(views)) if views else []
+        whole_u = features.pop() if latent else None
         features, context = self._teacher_context(batch, features)
         seen = hide(self.model, self.objective, batch)
         valid_u, valid_v = view_validity(self.model, seen.u), view_validity(self.model, batch.v)
@@ -173,8 +176,6 @@ class Student(nn.Module):
             rows["query"] = self._teacher_queries(batch, features, valid_u.fused)
         tokens_KL = torch.stack([routed_tokens(self.model, view) for view in self._student_views(seen)])
         tokens_L = tokens_KL.sum(0).to(batch.position_B.device)
-        latent = self.objective.masked_weight and self.objective.masked_target == "teacher"
-        whole_u = self.features(batch.u) if latent else None
         prediction = self.prediction.scores(batch, features[0] if features else None, valid_u, whole_u)
         return TeacherScores(rows, pairings, self._classes(batch.u, valid_u.fused), tokens_L, context, prediction)
 
@@ -241,10 +242,9 @@ class Student(nn.Module):
         kept_BM = fused_sensors(
             self.model, self.objective.modality_dropout if self.training else 0.0, seen.u, batch.position_B
         )
-        features = [
-            self.features(view, _seeds(batch, targets.samples_seen, number), kept_BM if number == 0 else None)
-            for number, view in enumerate(self._student_views(seen))
-        ]
+        views = self._student_views(seen)
+        seeds = [_seeds(batch, targets.samples_seen, number) for number in range(len(views))]
+        features = self.features(views, seeds, [kept_BM] + [None] * (len(views) - 1))
         features = [self._in_context(f, targets.context_BPF) for f in features]
         u, local = features[0], features[1:]
         valid_u = view_validity(self.model, seen.u)
@@ -268,12 +268,15 @@ class Student(nn.Module):
             metrics.update(collapse.feature_metrics(u.fused.detach(), u.fused_valid))
         return loss, metrics
 
-    def features(self, view: View, seed_B: Tensor | None = None, fused_BM: Tensor | None = None) -> Features:
-        """SkySense's features of a raw view: photometric augmentation, normalisation, network.
+    def features(
+        self, views: Sequence[View], seeds: Sequence[Tensor | None], fused_BM: Sequence[Tensor | None] | None = None
+    ) -> list[Features]:
+        """SkySense's features of raw views, in one pass: photometric augmentation, normalisation, network.
 
-        seed_B: decides drop-path in training; a function of samples, not of ranks. fused_BM: sensors that the fusion sees.
+        Per view: seeds decide drop-path in training, a function of samples, not of ranks; fused_BM: sensors that the fusion sees.
         """
-        return self.skysense(normalise(photometric(view), self.statistics), seed_B, fused_BM=fused_BM)
+        views = [normalise(photometric(view), self.statistics) for view in views]
+        return self.skysense.views(views, seeds, fused_BM=fused_BM)
 
     def _contrast(
         self, batch: Batch, valid_u: Validity, u: Features, local: list[Features], targets: TeacherTargets,
@@ -352,7 +355,7 @@ class Student(nn.Module):
     def _router(self, features: list[Features], targets: TeacherTargets, metrics: dict[str, Tensor]) -> Tensor | float:
         if not self.num_routers:
             return 0.0
-        stats = add_stats([f.moe for f in features])
+        stats = features[0].moe
         if self.training:
             self._step_stats.append([MoEStats(*(x.detach() for x in layer)) for layer in stats])
         balance_L, z_L = router_terms(stats, self.load_LE, targets.router_tokens_L, targets.parts, targets.reduce)

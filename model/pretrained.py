@@ -27,6 +27,7 @@ from data_prep.schema import MODALITIES
 from model.batch import ModalityView, View
 from model.config import ModelConfig
 from model.inputs import normalise
+from model.backbone import Images
 from model.skysense import Features, SkySense
 
 FORMAT = "geoloom-backbone-1"
@@ -98,16 +99,11 @@ class Pretrained(nn.Module):
         part = self._modality(modality, images_BCHW, valid_BHW, None, gsd_m)
         view = normalise(View({modality: part}, part.gsd_B.new_zeros(0), None, part.gsd_B), self.statistics)
         x, ok = view.modalities[modality].x_BTCHW, view.modalities[modality].valid_BTHW
-        dates = ok.shape[1]
-        tokens = self.skysense.backbone(
-            modality,
-            x.flatten(0, 1),
-            ok.flatten(0, 1),
-            part.gsd_B.repeat_interleave(dates),
-            merges=merges,
-            pyramid=True,
-        )
-        return [torch.where(v[..., None], f, 0).permute(0, 3, 1, 2).contiguous() for f, v in tokens.pyramid]
+        merges = self.cfg.merges(modality) if merges is None else merges
+        gsd_N = part.gsd_B.repeat_interleave(ok.shape[1])
+        images = Images(modality, x.flatten(0, 1), ok.flatten(0, 1), gsd_N, None, merges)
+        [tokens] = self.skysense.backbone([images], pyramid=True)
+        return [level.permute(0, 3, 1, 2).contiguous() for level, _ in tokens.pyramid]
 
     def view(
         self,

@@ -21,7 +21,7 @@ from model.prediction import Prediction
 from model.pretrain import Student
 from model.skysense import SkySense
 from pipeline.config import PretrainConfig, ViewConfig
-from tests.model_views import random_view
+from tests.model_views import images_of, random_view
 
 FULL = ModelConfig(size="skysense_v2")
 
@@ -89,7 +89,9 @@ def test_parameters_equal_the_model_on_meta(name: str) -> None:
 )
 @pytest.mark.parametrize("modality", ["hr", "s1"])
 def test_backbone_flops_equal_torchs_counter(cfg: ModelConfig, modality: str) -> None:
-    """Of a third and fourth image: what a call costs once, like the position bias tables, is left out of the formula."""
+    """Of a third and fourth image: what a call costs once, like the position bias tables, is left out of the formula, and so are
+    products with one-hot matrices (prompts to images, router sums): less than half a percent even here.
+    """
     torch.manual_seed(0)
     model = SkySense(replace(cfg, drop_path=0.0))
     side = {"hr": 72, "s1": 20}[modality]
@@ -97,10 +99,11 @@ def test_backbone_flops_equal_torchs_counter(cfg: ModelConfig, modality: str) ->
     def measured(images: int) -> int:
         part = random_view(images, hr=side, series=side, s1_dates=1).modalities[modality]
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model.backbone(modality, part.x_BTCHW[:, 0], part.valid_BTHW[:, 0], part.gsd_B)
+            model.backbone([images_of(cfg, modality, part)])
         return counter.get_total_flops()
 
-    assert measured(4) - measured(2) == 2 * sum(counts.image_flops(cfg, modality, side).values())
+    expected = 2 * sum(counts.image_flops(cfg, modality, side).values())
+    assert measured(4) - measured(2) == pytest.approx(expected, rel=5e-3)
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
