@@ -48,7 +48,7 @@ class Tokens:
     """Result for one set of images.
 
     Attributes:
-        feat_NhwD: final-stage tokens, normalised, zero where not valid. valid_Nhw: bool.
+        feat_NhwD: final-stage tokens, normalised, zero where not valid. valid_Nhw: bool; host_valid: the same on the host.
         stride: pixels per token side.
         moe: router sums per mixture-of-experts block, in order, of the whole call.
         pyramid: (features, validity) after each of the four stages, if asked for.
@@ -58,6 +58,7 @@ class Tokens:
     valid_Nhw: Tensor
     stride: int
     moe: list[MoEStats]
+    host_valid: np.ndarray
     pyramid: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
@@ -218,7 +219,7 @@ def _unpack(
             at[s] += grid.size
         masks = [torch.from_numpy(v).to(final_RD.device, non_blocking=True) for v in (valid if maps else valid[3:])]
         stride = cfg.patch * 2 ** sum(images.merges)
-        found.append(Tokens(levels[-1], masks[-1], stride, moe, list(zip(levels[:-1], masks))))
+        found.append(Tokens(levels[-1], masks[-1], stride, moe, valid[3], list(zip(levels[:-1], masks))))
     return found
 
 

@@ -1,5 +1,6 @@
-"""Multi-modal temporal fusion: all frames of all modalities on one token grid, and per ground location a transformer over
-[extra token ‖ every frame]; the extra token's output is the fused feature.
+"""Multi-modal temporal fusion as the predecessor has it (`fusion.kind: frames`; the default is `model.cell_fusion`): all frames of all
+modalities on one token grid, and per ground location a transformer over [extra token ‖ every frame]; the extra token's output is the
+fused feature.
 
 The order of the two linear steps is ours: project to the fusion dim first, then unfold (the predecessor unfolded at full width, four
 times the parameters for the same grid).
@@ -10,10 +11,11 @@ channels · S frames of all modalities · X ground locations of all sites · J =
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.batch import View
 from model.config import ModelConfig
+from model.grids import TokenGrid, cell_under, finest
 from model.plan import MASKED, Sequences
 from model.transformer import Block, FeedForward
 from model.validity import dense_validity
@@ -28,27 +31,22 @@ from model.validity import dense_validity
 NUM_DAYS = 367  # 1-366, and 0 for a date that is unknown
 
 
-@dataclass(frozen=True)
-class TokenGrid:
-    """Token grid of one modality over a view. hw: rows, columns of tokens; canvas: of pixels; stride: pixels per token side."""
-
-    hw: tuple[int, int]
-    canvas: tuple[int, int]
-    stride: int
-
-
 @dataclass
 class Frames:
-    """Final-stage tokens of one modality of one view. shown_B: sites whose fusion sees this modality; None: all."""
+    """Final-stage tokens of one modality of one view. host_valid: `valid_BThw` on the host; gsd_B: metres per pixel; shown_B: sites
+    whose fusion sees this modality, None: all.
+    """
 
     feat_BThwD: Tensor
     valid_BThw: Tensor
     doy_BT: Tensor
     grid: TokenGrid
+    host_valid: np.ndarray
+    gsd_B: Tensor
     shown_B: Tensor | None = None
 
 
-class Fusion(nn.Module):
+class FrameFusion(nn.Module):
     """Fusion of the configured modalities. Missing dates, modalities and cloudy tokens are masked keys, never numbers."""
 
     def __init__(self, cfg: ModelConfig) -> None:
@@ -80,7 +78,10 @@ class Fusion(nn.Module):
             nn.init.trunc_normal_(self.extra_F, std=0.02)
         self.norm.reset_parameters()
 
-    def forward(self, frames: dict[str, Frames]) -> tuple[Tensor, Tensor]:
+    def forward(self, views: Sequence[dict[str, Frames]]) -> list[tuple[Tensor, Tensor]]:
+        return [self.fuse(frames) for frames in views]
+
+    def fuse(self, frames: dict[str, Frames]) -> tuple[Tensor, Tensor]:
         """Returns fused_ByxF and fused_valid_Byx: a location is valid if any frame is valid there."""
         cells = fusion_cells({name: item.grid for name, item in frames.items()}, self.factors)
         x_BSyxF = torch.cat([self._place(name, item, cells[name]) for name, item in frames.items()], dim=1)
@@ -166,14 +167,9 @@ def block_of_queries(block: Block, x_TF: Tensor, sequences: Sequences, num: int 
     return block.of_queries(x_TF, sequences, num)
 
 
-def fusion_leader(grids: Mapping[str, TokenGrid]) -> str:
-    """The modality whose token grid is the fusion grid: the finest; among equals the first configured."""
-    return max(grids, key=lambda name: grids[name].hw[0] * grids[name].hw[1])
-
-
 def fusion_cells(grids: Mapping[str, TokenGrid], factors: Mapping[str, int]) -> dict[str, tuple[list[int], list[int]]]:
     """Per modality, rows and columns of its unfolded grid that lie under the fusion grid's cells."""
-    leader = grids[fusion_leader(grids)]
+    leader = grids[finest(grids)]
     found = {}
     for name, grid in grids.items():
         rows, columns = (
@@ -212,18 +208,7 @@ def fused_validity(cfg: ModelConfig, view: View) -> tuple[Tensor, str]:
         hw = valid[name].shape[2:]
         grids[name] = TokenGrid((hw[0], hw[1]), (canvas[0], canvas[1]), cfg.stride(name))
     factors = {name: cfg.upscale(name) for name in cfg.modalities}
-    return place_validity(valid, fusion_cells(grids, factors), factors).any(1), fusion_leader(grids)
-
-
-def cell_under(count: int, lead_stride: int, lead_canvas: int, r: int, stride: int, canvas: int) -> list[int]:
-    """For each of `count` fusion cells along an axis, the cell of another modality (tokens unfolded r-fold) under its centre.
-
-    All canvases show the same ground, so the fraction of the canvas is the common measure; whole numbers, no rounding.
-    Centre of cell i: (2i + 1) · lead_stride / (2 · lead_canvas) of the canvas; cells of the other are stride / (r · canvas) of it.
-    Centres beyond the canvas (padding) are held at its last cell; the leader has no valid token of its own only there.
-    """
-    last = -(-canvas // stride) * r - 1
-    return [min((2 * i + 1) * lead_stride * r * canvas // (2 * lead_canvas * stride), last) for i in range(count)]
+    return place_validity(valid, fusion_cells(grids, factors), factors).any(1), finest(grids)
 
 
 def at_least_one(keep_X: Tensor) -> Tensor | None:

@@ -11,6 +11,7 @@ sequence · P prompts · M modalities.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,8 +26,9 @@ from model.windows import offset_index, window_cells
 # Added to the logits of masked keys. exp(MASKED + any logit here) is exactly 0 in every float format, and a row whose keys
 # are all masked stays finite, forward and backward, where -inf would give NaN.
 MASKED = -3.0e4
-# A bucket costs some twenty kernels forward and backward. It is worth that many slots of padding, or scores in windows.
-PADDED_SLOTS, PADDED_SCORES, MAX_BUCKETS = 32, 1 << 15, 6
+# A bucket costs some twenty kernels forward and backward: it is worth so many slots of padding, scores of windows in a frame too large,
+# scores with a mask that they do not need.
+PADDED_SLOTS, PADDED_SCORES, MASKED_SCORES, MAX_BUCKETS = 32, 1 << 11, 1 << 15, 6
 
 
 class ImageSet(NamedTuple):
@@ -166,7 +168,7 @@ def plan_trunk(cfg: ModelConfig, sets: list[ImageSet], device: torch.device, dty
     are part of every graph; what is computed for it is read by nobody.
     """
     names = [images.modality for images in sets]
-    if any(a != b and a in names[i + 1 :] for i, (a, b) in enumerate(zip(names, names[1:]))):
+    if any(a != b and a in names[i + 1 :] for i, (a, b) in enumerate(itertools.pairwise(names))):
         raise ValueError(f"sets of one modality must be neighbours, found {names}")
     valid = [stage_grids(s.valid_Nhw, s.merges) for s in sets]
     computed = [list(grids) for grids in valid]
@@ -241,7 +243,7 @@ def plan_windows(window: int, grids: list[np.ndarray], shift: int, device: torch
     rows, buckets = [], []
     for frame, (row_XS, region_XS) in _merge_frames(groups).items():
         plain = (row_XS >= 0).all(1) & (region_XS == region_XS[:, :1]).all(1)
-        apart = int(plain.sum()) * row_XS.shape[1] ** 2 > PADDED_SCORES and not plain.all()
+        apart = int(plain.sum()) * row_XS.shape[1] ** 2 > MASKED_SCORES and not plain.all()
         for chosen in [plain, ~plain] if apart else [np.ones(len(plain), bool)]:
             row, region = row_XS[chosen], region_XS[chosen]
             see = (row >= 0)[:, None, :]

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from cluster.config import from_dict, to_dict
 from cluster.errors import UsageError
 from data_prep.schema import MODALITIES
+from model.backbone import Images
 from model.batch import ModalityView, View
 from model.config import ModelConfig
 from model.inputs import normalise
-from model.backbone import Images
 from model.skysense import Features, SkySense
 
 FORMAT = "geoloom-backbone-1"
@@ -118,19 +118,26 @@ class Pretrained(nn.Module):
             known = ", ".join(self.cfg.modalities)
             raise UsageError(f"this model reads {known}; found {unknown[0] if unknown else 'no image at all'}")
         sites, device = next(iter(images.values())).shape[0], next(iter(images.values())).device
+        width_m = max(x.shape[-1] * self._gsd(name, gsd_m) for name, x in images.items())
         parts = {}
         for name in self.cfg.modalities:
             if name in images:
                 pick = [(given or {}).get(name) for given in (valid, doy)]
                 parts[name] = self._modality(name, images[name], pick[0], pick[1], (gsd_m or {}).get(name))
             else:
-                side = self.cfg.stride(name)
+                # as many tokens as the sensor would have on this ground: the cells of the fusion do not depend on what is missing
+                stride = self.cfg.stride(name)
+                side = stride * max(1, round(width_m / self._gsd(name, gsd_m) / stride))
                 blank = torch.zeros(sites, 1, len(MODALITIES[name].bands), side, side, device=device)
                 parts[name] = self._modality(
                     name, blank, torch.zeros_like(blank[:, :, 0], dtype=torch.bool), None, None
                 )
         lead = next(iter(parts.values()))
         return normalise(View(parts, lead.gsd_B.new_zeros(sites, 0), None, lead.gsd_B), self.statistics)
+
+    @staticmethod
+    def _gsd(name: str, gsd_m: Mapping[str, float] | None) -> float:
+        return (gsd_m or {}).get(name) or MODALITIES[name].gsd_m
 
     def _modality(
         self, name: str, x: Tensor, valid: Tensor | None, doy_BT: Tensor | None, gsd_m: float | None

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from model.backbone import Images, Tokens, build_backbone
 from model.batch import View
+from model.cell_fusion import CellFusion
 from model.config import ModelConfig
 from model.droppath import image_seeds
-from model.fusion import Frames, Fusion, TokenGrid, fusion_leader
+from model.fusion import FrameFusion, Frames
+from model.grids import TokenGrid, finest
 from model.moe.balance import MoEStats
 from model.transformer import Block
 
@@ -53,7 +55,7 @@ class SkySense(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.backbone = build_backbone(cfg)
-        self.fusion = Fusion(cfg)
+        self.fusion = CellFusion(cfg) if cfg.fuses_cells else FrameFusion(cfg)
 
     def reset_parameters(self) -> None:
         """Draws all weights anew, e.g. after `to_empty` of a model built on the meta device."""
@@ -101,14 +103,19 @@ class SkySense(nn.Module):
             for number, (view, seed_B) in enumerate(zip(views, seeds)):
                 images.append(self._images(m, name, view, seed_B, merge))
                 where.append((number, name))
-        found: list[dict[str, Tokens]] = [{} for _ in views]
-        for (number, name), tokens in zip(where, self.backbone(images)):
-            layout = view_layout(views[number], name)
-            feat, valid = tokens.feat_NhwD.unflatten(0, layout), tokens.valid_Nhw.unflatten(0, layout)
-            found[number][name] = Tokens(feat, valid, tokens.stride, tokens.moe)
+        frames: list[dict[str, Frames]] = [{} for _ in views]
         shown = fused_BM or [None] * len(views)
-        features = [self._fuse(view, parts, mask) for view, parts, mask in zip(views, found, shown)]
-        features[0].moe = next(iter(found[0].values())).moe
+        results = self.backbone(images)
+        for (number, name), tokens in zip(where, results):
+            frames[number][name] = self._frames(views[number], name, tokens, shown[number])
+        features = []
+        for parts, (fused, fused_valid) in zip(frames, self.fusion(frames)):
+            grids = {name: item.grid for name, item in parts.items()}
+            dense = {name: item.feat_BThwD for name, item in parts.items()}
+            valid = {name: item.valid_BThw for name, item in parts.items()}
+            stride = {name: grid.stride for name, grid in grids.items()}
+            features.append(Features(dense, valid, stride, fused, fused_valid, finest(grids), []))
+        features[0].moe = results[0].moe
         return features
 
     def _images(self, m: int, name: str, view: View, seed_B: Tensor | None, merges: tuple[bool, bool, bool]) -> Images:
@@ -118,19 +125,14 @@ class SkySense(nn.Module):
         gsd_N = part.gsd_B.repeat_interleave(dates)
         return Images(name, part.x_BTCHW.flatten(0, 1), part.valid_BTHW.flatten(0, 1), gsd_N, seed_N, merges)
 
-    def _fuse(self, view: View, parts: dict[str, Tokens], fused_BM: Tensor | None) -> Features:
-        grids, frames = {}, {}
-        for name, tokens in parts.items():
-            part = view.modalities[name]
-            hw, canvas = tokens.valid_Nhw.shape[2:], part.valid_BTHW.shape[2:]
-            grids[name] = TokenGrid((hw[0], hw[1]), (canvas[0], canvas[1]), tokens.stride)
-            shown_B = None if fused_BM is None else fused_BM[:, self.cfg.modalities.index(name)]
-            frames[name] = Frames(tokens.feat_NhwD, tokens.valid_Nhw, part.doy_BT, grids[name], shown_B)
-        fused, fused_valid = self.fusion(frames)
-        dense = {name: tokens.feat_NhwD for name, tokens in parts.items()}
-        valid = {name: tokens.valid_Nhw for name, tokens in parts.items()}
-        stride = {name: tokens.stride for name, tokens in parts.items()}
-        return Features(dense, valid, stride, fused, fused_valid, fusion_leader(grids), [])
+    def _frames(self, view: View, name: str, tokens: Tokens, fused_BM: Tensor | None) -> Frames:
+        part = view.modalities[name]
+        layout, canvas = part.valid_BTHW.shape[:2], part.valid_BTHW.shape[2:]
+        feat, valid = tokens.feat_NhwD.unflatten(0, layout), tokens.valid_Nhw.unflatten(0, layout)
+        grid = TokenGrid((feat.shape[2], feat.shape[3]), (canvas[0], canvas[1]), tokens.stride)
+        shown_B = None if fused_BM is None else fused_BM[:, self.cfg.modalities.index(name)]
+        host = tokens.host_valid.reshape(valid.shape)
+        return Frames(feat, valid, part.doy_BT, grid, host, part.gsd_B, shown_B)
 
     def _seeds(self, view: View, sample_seed_B: Tensor | None) -> Tensor | None:
         if not self.training or self.cfg.drop_path == 0.0:
@@ -148,9 +150,3 @@ class SkySense(nn.Module):
         for block in self.fusion.blocks[:-1]:
             assert isinstance(block, Block)
             block.compile_in_place(**options)
-
-
-def view_layout(view: View, name: str) -> tuple[int, int]:
-    """(sites, dates) of one modality."""
-    shape = view.modalities[name].valid_BTHW.shape
-    return shape[0], shape[1]
