@@ -9,6 +9,7 @@ Dimension legend: B sites · N images · T rows · K branches of a block · X la
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -36,8 +37,15 @@ def keep_factors(seed_N: Tensor, rates: Sequence[float], branches: int = 2) -> T
     """float32 [layers, K, N]: 0 with probability `rates[layer]`, otherwise 1 / (1 - rate). The whole step's draws in one table."""
     salts_X = torch.arange(1, len(rates) * branches + 1, device=seed_N.device)
     draw_XN = mix(mix(seed_N[None], salts_X[:, None]), 0xA5).to(torch.float64) / 2.0**32
-    rate_L11 = torch.tensor(rates, dtype=torch.float64, device=seed_N.device)[:, None, None]
+    rate_L11 = _rates(tuple(rates), seed_N.device)
     return ((draw_XN.unflatten(0, (-1, branches)) >= rate_L11) / (1.0 - rate_L11)).float()
+
+
+@functools.lru_cache(maxsize=16)
+def _rates(rates: tuple[float, ...], device: torch.device) -> Tensor:
+    """[layers, 1, 1] on the device; sent there once."""
+    with torch.inference_mode(False):  # what inference makes first, training must be able to use
+        return torch.tensor(rates, dtype=torch.float64, device=device)[:, None, None]
 
 
 def drop(x_TD: Tensor, keep_KT: Tensor | None, branch: int) -> Tensor:

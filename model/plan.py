@@ -117,10 +117,7 @@ class Transition(NamedTuple):
 
 @dataclass(frozen=True)
 class TrunkPlan:
-    """members: per set, row of each of its images' first-stage tokens among those computed; valid: per set and stage, bool [N, h, w].
-
-    tokens: computed tokens per stage, for useful FLOPs.
-    """
+    """Per set: kept, which images are computed; members, which first-stage tokens of these (None: all); valid, per stage, bool [N, h, w]."""
 
     sets: list[ImageSet]
     kept: list[Tensor | None]

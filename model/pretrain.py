@@ -12,7 +12,7 @@ Loss and metrics follow the convention of `model.losses.reduce`: their mean over
 Metric names: `loss`; `loss/mgcl_<modality|fused>` (sum of the granularities); `loss/qsacl`; `loss/ita`; `loss/balance`,
 `loss/z` (means over layers); `loss/cross_<modality>`, `loss/{restore,site,koleo}_<modality|fused>`, `loss/masked_<modality>`,
 `loss/labels` (`model.prediction`); `targets/entropy` (of the teacher's
-targets, as a share of log K, mean over groups: 1 = they say nothing, 0 = one prototype each); `feature/effective_rank`, `feature/std` (`model.collapse`); from `finish_step`: `moe/…`
+targets, as a share of log K, mean over groups: 1 = they say nothing, 0 = one prototype each); `feature/effective_rank`, `feature/std` (`model.collapse`); `work/share` (`model.useful`); from `finish_step`: `moe/…`
 (`model.moe.balance.describe`), `prototypes/usage` and `prototypes/usage_<head>`.
 
 Dimension legend: B sites · T dates · h, w tokens · D final dim · F fused dim · N rows · L layers with experts · E experts.
@@ -45,6 +45,7 @@ from model.losses.ita import IGNORE, token_classes
 from model.losses.mgcl import ViewTokens, pair_views, pool_student
 from model.losses.reduce import Reduce
 from model.losses.router import router_terms
+from model.losses.sinkhorn import memberships
 from model.moe.balance import MoEStats, add_stats, describe, reduce_stats
 from model.objective_plan import cross_heads, head_dims, head_of, uses_ita
 from model.prediction import Prediction, gather
@@ -52,8 +53,9 @@ from model.restore import on_cells
 from model.skysense import Features, SkySense
 from model.targets import Rows, TeacherScores, TeacherTargets, center
 from model.text import TextAlignment, load_embeddings
+from model.useful import useful_share
 from model.validity import routed_tokens
-from model.view_tokens import Validity, view_tokens, view_validity
+from model.view_tokens import features_validity, view_tokens, view_validity
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +154,8 @@ class Student(nn.Module):
         whole_u = features.pop() if latent else None
         features, context = self._teacher_context(batch, features)
         seen = hide(self.model, self.objective, batch)
-        valid_u, valid_v = view_validity(self.model, seen.u), view_validity(self.model, batch.v)
+        valid_u = view_validity(self.model, seen.u)
+        valid_v = features_validity(features[0]) if needed else view_validity(self.model, batch.v)
         rows: dict[str, Rows] = {}
         pairings = {}
         for name, view in self._contrasted(seen).items():
@@ -247,9 +250,9 @@ class Student(nn.Module):
         features = self.features(views, seeds, [kept_BM] + [None] * (len(views) - 1))
         features = [self._in_context(f, targets.context_BPF) for f in features]
         u, local = features[0], features[1:]
-        valid_u = view_validity(self.model, seen.u)
+        valid_u = features_validity(u)
         metrics: dict[str, Tensor] = {}
-        loss = self._contrast(seen, valid_u, u, local, targets, metrics)
+        loss = self._contrast(seen, u, local, targets, metrics)
         if self.prediction.is_on:
             assert targets.prediction is not None
             whole = replace(batch, u=normalise(batch.u, self.statistics))
@@ -266,6 +269,7 @@ class Student(nn.Module):
         metrics["loss"] = loss.detach()
         if diagnose:
             metrics.update(collapse.feature_metrics(u.fused.detach(), u.fused_valid))
+            metrics["work/share"] = useful_share(self.model, views, features)
         return loss, metrics
 
     def features(
@@ -279,13 +283,12 @@ class Student(nn.Module):
         return self.skysense.views(views, seeds, fused_BM=fused_BM)
 
     def _contrast(
-        self, batch: Batch, valid_u: Validity, u: Features, local: list[Features], targets: TeacherTargets,
-        metrics: dict[str, Tensor],
-    ) -> Tensor:  # fmt: skip
+        self, batch: Batch, u: Features, local: list[Features], targets: TeacherTargets, metrics: dict[str, Tensor]
+    ) -> Tensor:
         """MGCL, cross-sensor prediction and QSACL: rows of every group to their head, one call per head."""
         rows: dict[str, Tensor] = {}
         for (name, view), features in zip(self._contrasted(batch).items(), (u, *local)):
-            valid = valid_u if name == "" else view_validity(self.model, view)
+            valid = features_validity(features)
             for space in self.spaces:
                 tokens = view_tokens(self.model, view, space, valid, features)
                 pooled = pool_student(tokens, targets.pairings[space + name])
@@ -305,15 +308,14 @@ class Student(nn.Module):
                 targets.prototypes_frozen,
             )
             loss = loss + out.loss * (self.objective.qsacl_weight if name == "query" else self.objective.mgcl_weight)
-            self._note_hits(name, out.best_N[target.weight_N > 0], head)
-            for i, group in enumerate(groups):
-                weight_N = target.weight_N * (target.group_N == i)
+            self._note_hits(name, out.best_N, target.weight_N, head)
+            weight_GN = memberships(target.group_N, len(groups), target.weight_N > 0) * target.weight_N
+            totals_G2 = weight_GN @ torch.stack([out.ce_N, out.entropy_N], 1).to(weight_GN.dtype)
+            for group, ce in zip(groups, totals_G2[:, 0].unbind()):
                 key = "loss/qsacl" if group == "query" else f"loss/mgcl_{group.split('/')[0]}"
-                metrics[key] = metrics.get(key, 0.0) + (out.ce_N * weight_N).sum()
-                share = (out.entropy_N * weight_N).sum() / (
-                    len(self.head_of_group) * math.log(self.objective.prototypes)
-                )
-                metrics["targets/entropy"] = metrics.get("targets/entropy", 0.0) + share
+                metrics[key] = metrics[key] + ce if key in metrics else ce
+            share = totals_G2[:, 1].sum() / (len(self.head_of_group) * math.log(self.objective.prototypes))
+            metrics["targets/entropy"] = metrics.get("targets/entropy", 0.0) + share
         return self._cross(u, targets, loss, metrics)
 
     def _cross(self, u: Features, targets: TeacherTargets, loss: Tensor, metrics: dict[str, Tensor]) -> Tensor:
@@ -363,21 +365,22 @@ class Student(nn.Module):
         return self.model.moe.balance_weight * balance_L.sum() + self.model.moe.z_weight * z_L.sum()
 
     @torch.no_grad()
-    def finish_step(self, reduce: Reduce) -> dict[str, Tensor]:
+    def finish_step(self, reduce: Reduce) -> dict[str, float]:
         """Once per optimiser step, on all ranks: sums loads and prototype hits over the step; metrics `moe/…`, `prototypes/…`."""
-        metrics: dict[str, Tensor] = {}
+        metrics: dict[str, float] = {}
         if self._step_stats:
             stats = reduce_stats(add_stats(self._step_stats), reduce)
             self.load_LE.copy_(torch.stack([layer.load_ME.sum(0) for layer in stats]).round().long())
             metrics.update(describe(stats, self.model.modalities))
+        usage = []
         for name, head in self._heads().items():
             hits = self._step_hits.get(name)
             hits = torch.zeros_like(head.prototypes.age_K) if hits is None else hits
-            metrics[f"prototypes/usage_{name}"] = collapse.update_age(head.prototypes.age_K, reduce.sum(hits) > 0)
-        if self.heads:
-            metrics["prototypes/usage"] = torch.stack(
-                [metrics[f"prototypes/usage_{name}"] for name in self.heads]
-            ).mean()
+            usage.append(collapse.update_age(head.prototypes.age_K, reduce.sum(hits) > 0))
+        if usage:
+            shares = torch.stack(usage).tolist()
+            metrics.update({f"prototypes/usage_{name}": share for name, share in zip(self._heads(), shares)})
+            metrics["prototypes/usage"] = sum(shares) / len(shares)
         self._step_stats, self._step_hits = [], {}
         return metrics
 
@@ -402,9 +405,10 @@ class Student(nn.Module):
     def _head(self, group: str) -> ProjectionHead:
         return self._heads()[self.head_of_group[group]]
 
-    def _note_hits(self, name: str, best_N: Tensor, head: ProjectionHead) -> None:
+    def _note_hits(self, name: str, best_N: Tensor, weight_N: Tensor, head: ProjectionHead) -> None:
+        """Marks the best matches of rows that count."""
         hits = self._step_hits.setdefault(name, torch.zeros_like(head.prototypes.age_K))
-        hits[best_N] = 1
+        hits.scatter_reduce_(0, best_N, (weight_N > 0).to(hits.dtype), "amax")
 
 
 LOCAL = "/local"

@@ -118,22 +118,33 @@ class Pretrained(nn.Module):
             known = ", ".join(self.cfg.modalities)
             raise UsageError(f"this model reads {known}; found {unknown[0] if unknown else 'no image at all'}")
         sites, device = next(iter(images.values())).shape[0], next(iter(images.values())).device
-        width_m = max(x.shape[-1] * self._gsd(name, gsd_m) for name, x in images.items())
         parts = {}
         for name in self.cfg.modalities:
             if name in images:
                 pick = [(given or {}).get(name) for given in (valid, doy)]
                 parts[name] = self._modality(name, images[name], pick[0], pick[1], (gsd_m or {}).get(name))
             else:
-                # as many tokens as the sensor would have on this ground: the cells of the fusion do not depend on what is missing
-                stride = self.cfg.stride(name)
-                side = stride * max(1, round(width_m / self._gsd(name, gsd_m) / stride))
-                blank = torch.zeros(sites, 1, len(MODALITIES[name].bands), side, side, device=device)
+                shape = (sites, 1, len(MODALITIES[name].bands), *self._blank_sides(name, images, gsd_m))
+                blank = torch.zeros(shape, device=device)
                 parts[name] = self._modality(
                     name, blank, torch.zeros_like(blank[:, :, 0], dtype=torch.bool), None, None
                 )
         lead = next(iter(parts.values()))
         return normalise(View(parts, lead.gsd_B.new_zeros(sites, 0), None, lead.gsd_B), self.statistics)
+
+    def _blank_sides(
+        self, name: str, images: Mapping[str, Tensor], gsd_m: Mapping[str, float] | None
+    ) -> tuple[int, int]:
+        """Rows and columns in pixels of a sensor that is missing: as many tokens as it would have on this ground, but no more than the
+        coarsest sensor that is there. So neither the cells nor the places of the fusion are its own doing.
+        """
+        sides = []
+        for axis in (-2, -1):
+            ground_m = max(x.shape[axis] * self._gsd(given, gsd_m) for given, x in images.items())
+            fewest = min(-(-x.shape[axis] // self.cfg.stride(given)) for given, x in images.items())
+            tokens = round(ground_m / (self.cfg.stride(name) * self._gsd(name, gsd_m)))
+            sides.append(self.cfg.stride(name) * min(max(tokens, 1), fewest))
+        return sides[0], sides[1]
 
     @staticmethod
     def _gsd(name: str, gsd_m: Mapping[str, float] | None) -> float:
@@ -193,7 +204,9 @@ def load_backbone(path: str, device: str | torch.device = "cpu") -> Pretrained:
         raise UsageError(
             f"{path} is no exported backbone (format {metadata.get('format')!r}); use python -m pipeline export"
         )
-    cfg = from_dict(ModelConfig, json.loads(metadata["config"]), path)
+    tree = json.loads(metadata["config"])
+    tree.setdefault("fusion", {}).setdefault("kind", "frames")  # files from before there was another
+    cfg = from_dict(ModelConfig, tree, path)
     with torch.device("meta"):
         model = Pretrained(cfg, json.loads(metadata["statistics"]), json.loads(metadata["facts"]))
     try:

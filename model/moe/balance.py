@@ -92,7 +92,7 @@ def z_term(local: MoEStats, total: MoEStats) -> Tensor:
     return local.z_M.sum() / total.tokens_M.detach().sum().clamp_min(1)
 
 
-def describe(stats: list[MoEStats], modalities: tuple[str, ...]) -> dict[str, Tensor]:
+def describe(stats: list[MoEStats], modalities: tuple[str, ...]) -> dict[str, float]:
     """Metrics of all layers: per modality the share of each expert (mean over layers) and the gate's entropy in nats;
     over all modalities the largest share over layers and experts (1/E when uniform) and the dead (unused) experts.
 
@@ -101,18 +101,20 @@ def describe(stats: list[MoEStats], modalities: tuple[str, ...]) -> dict[str, Te
     """
     if not stats:
         return {}
-    load_LME = torch.stack([layer.load_ME.detach() for layer in stats])
-    entropy_LM = torch.stack([layer.entropy_M / layer.tokens_M.clamp_min(1) for layer in stats])
-    share_LME = load_LME / load_LME.sum(-1, keepdim=True).clamp_min(1)
-    total_LE = load_LME.sum(1)
+    load_LME = torch.stack([layer.load_ME.detach() for layer in stats]).double()
+    entropy_LM1 = torch.stack([layer.entropy_M / layer.tokens_M.clamp_min(1) for layer in stats])[..., None]
+    table = torch.cat([load_LME, entropy_LM1.to(load_LME.dtype)], -1).cpu().numpy()  # the host waits once
+    loads, entropies = table[..., :-1], table[..., -1].mean(0)
+    total_LE = loads.sum(1)
     metrics = {
-        "moe/max_share": (total_LE / total_LE.sum(-1, keepdim=True).clamp_min(1)).max(),
-        "moe/dead_experts": (total_LE == 0).sum().to(torch.float32),
+        "moe/max_share": float((total_LE / total_LE.sum(-1, keepdims=True).clip(1)).max()),
+        "moe/dead_experts": float((total_LE == 0).sum()),
     }
+    share_LME = loads / loads.sum(-1, keepdims=True).clip(1)
     for m, name in enumerate(modalities):
-        metrics[f"moe/entropy/{name}"] = entropy_LM[:, m].mean()
-        for e in range(load_LME.shape[-1]):
-            metrics[f"moe/load/{name}/{e}"] = share_LME[:, m, e].mean()
-            for layer, share_ME in enumerate(share_LME):
-                metrics[f"moe/layer{layer}/load/{name}/{e}"] = share_ME[m, e]
+        metrics[f"moe/entropy/{name}"] = float(entropies[m])
+        for e, mean in enumerate(share_LME[:, m].mean(0).tolist()):
+            metrics[f"moe/load/{name}/{e}"] = mean
+            for layer, share in enumerate(share_LME[:, m, e].tolist()):
+                metrics[f"moe/layer{layer}/load/{name}/{e}"] = share
     return metrics

@@ -40,7 +40,7 @@ def test_what_is_decayed_is_what_multiplies_activations() -> None:
     never = (
         "prompts.",
         "fusion.day",
-        "extra_F",
+        "query_RF",
         "positions.",
         "attention.bias.",
         "queries",
