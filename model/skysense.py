@@ -6,7 +6,7 @@ Dimension legend: B sites · T dates · N = B·T images · h, w tokens · D back
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Features:
         fused: [B, y, x, F]; fused_valid: bool [B, y, x].
         fused_like: the modality whose token grid (and stride) the fused grid is.
         moe: per mixture-of-experts layer, router sums by modality, over all views of the call (on the first of them).
+        stages: if asked for, per modality features and validity after each of the four stages, as `dense` and `dense_valid`.
     """
 
     dense: dict[str, Tensor]
@@ -83,7 +84,7 @@ class SkySense(nn.Module):
                 none of them shows is fused from all that there is, so that validity stays what masks say.
             stages: return the features after every stage too (`Features.stages`).
         """
-        return self.views([view], [sample_seed_B], merges, [fused_BM])[0]
+        return self.views([view], [sample_seed_B], merges, [fused_BM], stages)[0]
 
     def views(
         self,
@@ -91,6 +92,7 @@ class SkySense(nn.Module):
         seeds: Sequence[Tensor | None],
         merges: Mapping[str, tuple[bool, bool, bool]] | None = None,
         fused_BM: Sequence[Tensor | None] | None = None,
+        stages: bool = False,
     ) -> list[Features]:
         """Features of several views in one pass of the network (see `forward`), the router's sums of all of them on the first.
 
@@ -105,16 +107,20 @@ class SkySense(nn.Module):
                 where.append((number, name))
         frames: list[dict[str, Frames]] = [{} for _ in views]
         shown = fused_BM or [None] * len(views)
-        results = self.backbone(images)
+        after: list[dict[str, list[tuple[Tensor, Tensor]]]] = [{} for _ in views]
+        results = self.backbone(images, pyramid=stages)
         for (number, name), tokens in zip(where, results):
             frames[number][name] = self._frames(views[number], name, tokens, shown[number])
+            if stages:
+                layout = views[number].modalities[name].valid_BTHW.shape[:2]
+                after[number][name] = [(f.unflatten(0, layout), v.unflatten(0, layout)) for f, v in tokens.pyramid]
         features = []
-        for parts, (fused, fused_valid) in zip(frames, self.fusion(frames)):
+        for parts, maps, (fused, fused_valid) in zip(frames, after, self.fusion(frames)):
             grids = {name: item.grid for name, item in parts.items()}
             dense = {name: item.feat_BThwD for name, item in parts.items()}
             valid = {name: item.valid_BThw for name, item in parts.items()}
             stride = {name: grid.stride for name, grid in grids.items()}
-            features.append(Features(dense, valid, stride, fused, fused_valid, finest(grids), []))
+            features.append(Features(dense, valid, stride, fused, fused_valid, finest(grids), [], maps))
         features[0].moe = results[0].moe
         return features
 
