@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from data_prep.schema import MODALITIES
 from model.config import ModelConfig, ObjectiveConfig
 from model.grids import TokenGrid, axis_windows, coarsest, finest, stage_sides, tokens_under
-from model.objective_plan import count_parameters, head_dims
+from model.objective_plan import count_parameters, head_dims, prediction_flops
 
 CPB_HIDDEN = 512
 NUM_DAYS = 367

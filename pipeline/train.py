@@ -86,9 +86,8 @@ def loop(run: Run, stop: StopFlag) -> int:
         micro_batches, keys = next_batches(run, batches)
         waited = time.monotonic() - began
 
-        # after the first step the teacher is all but untrained: what every later score is measured against
         number = run.step + 1
-        probing = run.probing and (number == 1 or due(number, config.probe.every, last))
+        probing = run.probing and due(number, config.probe.every, last)
         logging_step = probing or number == 1 or due(number, config.train.log_every, last)
         result = run.engine.step(micro_batches, run.samples, run.beat, diagnose=logging_step)
         run.step, run.samples = run.step + 1, run.samples + run.layout.batch

@@ -17,6 +17,8 @@ from model import counts
 from model.config import SIZES, FusionConfig, ModelConfig, MoEConfig, ObjectiveConfig
 from model.fusion import Frames
 from model.grids import TokenGrid
+from model.objective_plan import DAY_WAVES, PLACE_WAVES, prediction_flops
+from model.prediction import Prediction
 from model.pretrain import Student
 from model.skysense import SkySense
 from pipeline.config import PretrainConfig, ViewConfig
