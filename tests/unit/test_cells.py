@@ -45,9 +45,10 @@ def by_hand(model: SkySense, view: View) -> tuple[Tensor, Tensor]:
     out = torch.zeros(2, *lead.hw, cfg.fusion_dim, dtype=features.fused.dtype)
     valid = torch.zeros(2, *lead.hw, dtype=torch.bool)
     for b in range(2):
-        ground = next(
+        widths = [
             float(view.modalities[n].gsd_B[b]) * grids[n].canvas[1] for n in names if features.dense_valid[n][b].any()
-        )
+        ]
+        ground = widths[0] if widths else 1.0
         for cell in np.ndindex(*coarse.hw):
             rows, metres, places = [], [], []
             for y, x in np.ndindex(*lead.hw):
