@@ -86,7 +86,10 @@ def loop(run: Run, stop: StopFlag) -> int:
         micro_batches, keys = next_batches(run, batches)
         waited = time.monotonic() - began
 
-        result = run.engine.step(micro_batches, run.samples, run.beat)
+        number = run.step + 1
+        probing = run.probing and due(number, config.probe.every, last)
+        logging_step = probing or number == 1 or due(number, config.train.log_every, last)
+        result = run.engine.step(micro_batches, run.samples, run.beat, diagnose=logging_step)
         run.step, run.samples = run.step + 1, run.samples + run.layout.batch
         check_step(run.step, result, keys, run.ranks)
         run.log.count(waited, result)
@@ -101,9 +104,9 @@ def loop(run: Run, stop: StopFlag) -> int:
             )
 
         run.beat.at("probe")
-        scores = probe(run) if run.probing and due(run.step, config.probe.every, last) else {}
+        scores = probe(run) if probing else {}
         run.beat.at("log")
-        if scores or run.step == 1 or due(run.step, config.train.log_every, last):
+        if logging_step:
             run.log.write(run.step, run.samples, result, {**run.reader.metrics(), **scores})
         stopping = stop.agreed(run.device)
         run.beat.at("save")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from cluster.errors import UsageError
 from data_prep.schema import CLEAR, SiteArrays
 from data_prep.shards import ShardSet
+from model.backbone import Images
 from model.batch import ModalityView, View
 from model.config import ModelConfig, MoEConfig
 from model.skysense import SkySense
@@ -123,9 +124,8 @@ def test_stages_are_the_backbones_own_and_dates_without_pixels_take_no_part(sepa
         strides = [cfg.patch * 2 ** sum(merged[:s]) for s in range(4)]
         assert [stride for _, _, stride in maps_of(features, name, "all")] == strides
         part = view.modalities[name]
-        tokens = skysense.backbone(
-            name, part.x_BTCHW[:1, 0], part.valid_BTHW[:1, 0], part.gsd_B[:1], pyramid=True
-        ).pyramid
+        first = Images(name, part.x_BTCHW[:1, 0], part.valid_BTHW[:1, 0], part.gsd_B[:1], None, cfg.merges(name))
+        tokens = skysense.backbone([first], pyramid=True)[0].pyramid
         if part.valid_BTHW[0, 0].any():
             torch.testing.assert_close(maps[1][0][0, 0], tokens[1][0][0])
     wide = features_of(features, view, stage="all")
