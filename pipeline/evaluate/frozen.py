@@ -23,7 +23,7 @@ from pipeline.evaluate.bands import to_model
 from pipeline.evaluate.boxes import Detector, records_of, train_detector
 from pipeline.evaluate.encode import Batch, Encoder, batches
 from pipeline.evaluate.items import Boxes, Item, LabelledSet, hashed_split, take_share
-from pipeline.evaluate.metrics import Records, confusion, scorer
+from pipeline.evaluate.metrics import Records, confusion, value_of
 from pipeline.evaluate.radiometry import check_set, check_unit
 from pipeline.evaluate.registry import Row
 from pipeline.evaluate.store import FeatureStore, FeatureWriter, is_complete, name_of
@@ -53,12 +53,9 @@ def check_pixels(model: Pretrained, row: Row, labelled: LabelledSet) -> list[str
         for bands in row.bands:
             x_TFHW = sample.images[bands.sensor]
             x_TCHW, ok_THW = to_model(bands, x_TFHW, item.key)
-            flat = np.flatnonzero(ok_THW.reshape(-1))
-            if not len(flat):
-                continue
-            at = flat[np.linspace(0, len(flat) - 1, min(CHECKED_PIXELS, len(flat))).round().astype(int)]
-            stored[bands.sensor].append(np.moveaxis(x_TCHW, 1, -1).reshape(-1, x_TCHW.shape[1])[at])
-            raw[bands.sensor].append(np.moveaxis(x_TFHW[:, bands.picked], 1, -1).reshape(-1, x_TCHW.shape[1])[at])
+            given_PC = np.moveaxis(x_TFHW[:, bands.picked], 1, -1).reshape(-1, x_TCHW.shape[1])
+            raw[bands.sensor].append(given_PC[_some(np.isfinite(given_PC).all(1) & (given_PC != 0).any(1))])
+            stored[bands.sensor].append(np.moveaxis(x_TCHW, 1, -1).reshape(given_PC.shape)[_some(ok_THW.reshape(-1))])
             side = max(x_TFHW.shape[2:])
             if row.published_px and not row.tile_px and side != row.published_px:
                 notes.append(
@@ -73,6 +70,12 @@ def check_pixels(model: Pretrained, row: Row, labelled: LabelledSet) -> list[str
         notes += check_set(bands, stored[bands.sensor], row.name)
         notes += [f"{bands.sensor}: {bands.note}"] if bands.note else []
     return list(dict.fromkeys(notes))
+
+
+def _some(usable_P: np.ndarray) -> np.ndarray:
+    """At most CHECKED_PIXELS positions of those that are usable, evenly spread."""
+    at = np.flatnonzero(usable_P)
+    return at[np.linspace(0, len(at) - 1, min(CHECKED_PIXELS, len(at))).round().astype(int)]
 
 
 def targets_of(row: Row, items: Sequence[Item]) -> Targets:
@@ -166,7 +169,7 @@ def _global(
 
     def quality(scores: np.ndarray, truth: np.ndarray) -> float:
         found = global_records(row, scores, truth, truth)
-        return scorer(found)(np.ones(found.items))
+        return value_of(found)
 
     train, val, test = parts.train, parts.val, parts.test
     chosen: dict[str, object]
@@ -222,7 +225,7 @@ def _dense(
     for rate in dense.RATES:
         trained = fitted(rate)
         found = dense_records(row, trained, load, parts.val, labelled, targets, parts.train)
-        value = scorer(found)(np.ones(found.items))
+        value = value_of(found)
         if best is None or value > best_score:
             best, best_score, best_rate = trained, value, rate
     assert best is not None
@@ -247,7 +250,7 @@ def dense_records(
     commonest = 1 if row.kind == "pair" else int(np.bincount(known[known >= 0], minlength=num_classes).argmax())
     constant = np.zeros_like(total)
     constant[:, :, commonest] = total.sum(2)
-    chance = scorer(Records(row.metric, {"confusion": constant}))(np.ones(len(rows)))
+    chance = value_of(Records(row.metric, {"confusion": constant}))
     return Records(row.metric, {"confusion": total}, chance)
 
 

@@ -15,7 +15,8 @@ from pipeline.probes.scores import DRAWS, Difference, Score
 
 RECALLS = np.linspace(0, 1, 101)  # COCO's recall points
 MAX_DETECTIONS = 100
-Scorer = Callable[[np.ndarray], float]
+CHUNK = 50  # draws at a time: 50 x 100,000 items in 40 MB
+Scorer = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -46,40 +47,54 @@ WORDS = {
 
 
 def scorer(records: Records) -> Scorer:
-    """The score as a function of item counts w [S] (all ones: the score itself)."""
+    """The score as a function of how often each item counts: w [W, S] → [W]."""
     arrays = records.arrays
     if records.metric == "accuracy":
         right = np.asarray(arrays["right"], float)
-        return lambda w: float(w @ right / max(w.sum(), 1))
+        return lambda w: w @ right / np.maximum(w.sum(1), 1)
     if records.metric == "map":
         return _multi_label_map(np.asarray(arrays["scores"], float), np.asarray(arrays["truth"], bool))
     if records.metric == "map50":
         return _detection_ap(arrays)
-    if records.metric == "scs":
-        return lambda w: _scs(arrays, w)
     per_item = np.asarray(arrays["confusion"], float)
+    flat, shape = per_item.reshape(len(per_item), -1), per_item.shape[1:]
+    if records.metric == "scs":
+        both, either = (np.asarray(arrays[name], float) for name in ("both", "either"))
+        return lambda w: (w @ both / np.maximum(w @ either, 1e-15) + mean_iou((w @ flat).reshape(-1, *shape))) / 2
     summary = {"miou": mean_iou, "mf1": mean_f1, "f1": change_f1}[records.metric]
-    flat = per_item.reshape(len(per_item), -1)
-    return lambda w: summary((w @ flat).reshape(per_item.shape[1:]))
+    return lambda w: summary((w @ flat).reshape(-1, *shape))
 
 
-def mean_iou(confusion_KK: np.ndarray) -> float:
-    """Mean over the classes that occur in the truth of intersection / union."""
-    hit, truth, said = np.diag(confusion_KK), confusion_KK.sum(1), confusion_KK.sum(0)
-    occurs = truth > 0
-    return float((hit / np.maximum(truth + said - hit, 1))[occurs].mean()) if occurs.any() else 0.0
+def value_of(records: Records) -> float:
+    """The score itself: every item counts once."""
+    return float(scorer(records)(np.ones((1, records.items)))[0])
 
 
-def mean_f1(confusion_KK: np.ndarray) -> float:
-    """Mean over the classes that occur in the truth of 2 hit / (truth + predicted)."""
-    hit, truth, said = np.diag(confusion_KK), confusion_KK.sum(1), confusion_KK.sum(0)
-    occurs = truth > 0
-    return float((2 * hit / np.maximum(truth + said, 1))[occurs].mean()) if occurs.any() else 0.0
+def mean_iou(confusion_WKK: np.ndarray) -> np.ndarray:
+    """[W] mean over the classes that occur in the truth of intersection / union."""
+    hit, truth, said = _sums(confusion_WKK)
+    return _mean_where(hit / np.maximum(truth + said - hit, 1), truth > 0)
 
 
-def change_f1(confusion_22: np.ndarray) -> float:
-    """F1 of class 1."""
-    return float(2 * confusion_22[1, 1] / max(confusion_22[1].sum() + confusion_22[:, 1].sum(), 1))
+def mean_f1(confusion_WKK: np.ndarray) -> np.ndarray:
+    """[W] mean over the classes that occur in the truth of 2 hit / (truth + predicted)."""
+    hit, truth, said = _sums(confusion_WKK)
+    return _mean_where(2 * hit / np.maximum(truth + said, 1), truth > 0)
+
+
+def change_f1(confusion_W22: np.ndarray) -> np.ndarray:
+    """[W] F1 of class 1."""
+    hit, truth, said = _sums(confusion_W22)
+    return 2 * hit[:, 1] / np.maximum(truth[:, 1] + said[:, 1], 1)
+
+
+def _sums(confusion_WKK: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return np.diagonal(confusion_WKK, axis1=1, axis2=2), confusion_WKK.sum(2), confusion_WKK.sum(1)
+
+
+def _mean_where(values_WK: np.ndarray, where_WK: np.ndarray) -> np.ndarray:
+    """[W] mean over the entries that count; 0 where none does."""
+    return (values_WK * where_WK).sum(1) / np.maximum(where_WK.sum(1), 1)
 
 
 def _multi_label_map(scores_SK: np.ndarray, truth_SK: np.ndarray) -> Scorer:
@@ -89,17 +104,17 @@ def _multi_label_map(scores_SK: np.ndarray, truth_SK: np.ndarray) -> Scorer:
     last_KS = np.concatenate([sorted_KS[:, 1:] != sorted_KS[:, :-1], np.ones((len(order_KS), 1), bool)], 1)
     positive_KS = np.take_along_axis(truth_SK.T, order_KS, 1)
 
-    def score(w: np.ndarray) -> float:
-        found = []
-        for order, last, positive in zip(order_KS, last_KS, positive_KS):
-            weight = w[order]
-            hits = np.cumsum(weight * positive)
-            if hits[-1] <= 0:
+    def score(w: np.ndarray) -> np.ndarray:
+        found, occurs = np.zeros((len(w), len(order_KS))), np.zeros((len(w), len(order_KS)), bool)
+        for k, (order, last, positive) in enumerate(zip(order_KS, last_KS, positive_KS)):
+            if not positive.any():
                 continue
-            seen = np.cumsum(weight)
-            hits_at, seen_at = hits[last], np.maximum(seen[last], 1e-12)
-            found.append(float((np.diff(hits_at, prepend=0) * hits_at / seen_at).sum() / hits[-1]))
-        return float(np.mean(found)) if found else 0.0
+            weight = w[:, order]
+            hits, seen = np.cumsum(weight * positive, 1), np.cumsum(weight, 1)
+            total, hits_at = hits[:, -1], hits[:, last]
+            area = np.diff(hits_at, prepend=0) * hits_at / np.maximum(seen[:, last], 1e-12)
+            found[:, k], occurs[:, k] = area.sum(1) / np.maximum(total, 1e-12), total > 0
+        return _mean_where(found, occurs)
 
     return score
 
@@ -114,20 +129,21 @@ def _detection_ap(arrays: Mapping[str, np.ndarray]) -> Scorer:
         mine = mine[np.argsort(-value[mine], kind="mergesort")]
         by_class.append((item[mine], hit[mine].astype(float)))
 
-    def score(w: np.ndarray) -> float:
-        found = []
+    def one_class(weight: np.ndarray, hits: np.ndarray, total: float) -> float:
+        right, wrong = np.cumsum(weight * hits), np.cumsum(weight * (1 - hits))
+        counted = right + wrong > 0
+        recall, precision = right[counted] / total, right[counted] / (right + wrong)[counted]
+        precision = np.maximum.accumulate(precision[::-1])[::-1]
+        at = np.searchsorted(recall, RECALLS - 1e-12, side="left")
+        return float(np.append(precision, 0.0)[np.minimum(at, len(precision))].mean())
+
+    def score(w: np.ndarray) -> np.ndarray:
+        totals_WK = w @ truth_SK
+        found = np.zeros_like(totals_WK)
         for k, (owner, hits) in enumerate(by_class):
-            total = float(w @ truth_SK[:, k])
-            if total <= 0:
-                continue
-            weight = w[owner].astype(float)
-            right, wrong = np.cumsum(weight * hits), np.cumsum(weight * (1 - hits))
-            counted = right + wrong > 0
-            recall, precision = right[counted] / total, right[counted] / (right + wrong)[counted]
-            precision = np.maximum.accumulate(precision[::-1])[::-1]
-            at = np.searchsorted(recall, RECALLS - 1e-12, side="left")
-            found.append(float(np.append(precision, 0.0)[np.minimum(at, len(precision))].mean()))
-        return float(np.mean(found)) if found else 0.0
+            for i in np.flatnonzero(totals_WK[:, k] > 0):
+                found[i, k] = one_class(w[i, owner].astype(float), hits, totals_WK[i, k])
+        return _mean_where(found, totals_WK > 0)
 
     return score
 
@@ -161,40 +177,36 @@ def match_boxes(
     }  # fmt: skip
 
 
-def _scs(arrays: Mapping[str, np.ndarray], w: np.ndarray) -> float:
-    """(binary change + semantic change) / 2 (Toker et al., CVPR 2022, as dynnet's `codalab_eval` totals it): IoU of the changed
-    pixels, and mean IoU of the classes on the pixels that truly changed."""
-    binary = float(w @ arrays["both"]) / max(float(w @ arrays["either"]), 1e-15)
-    return (binary + mean_iou(np.tensordot(w, np.asarray(arrays["confusion"], float), 1))) / 2
-
-
 def draws(items: int, seed: int = 0, number: int = DRAWS) -> np.ndarray:
     """[W, S] how often each item counts in each bootstrap draw; hangs on the seed and the number of items only."""
     picks = np.random.default_rng(seed).integers(0, items, (number, items))
     return np.stack([np.bincount(pick, minlength=items) for pick in picks])
 
 
+def _drawn(records: Sequence[Records]) -> np.ndarray:
+    """[W] bootstrap scores, mean over seeds: every seed and every network sees the same draws."""
+    scorers, items = [scorer(one) for one in records], records[0].items
+    counts = draws(items)
+    parts = [counts[start : start + CHUNK] for start in range(0, len(counts), CHUNK)]
+    return np.concatenate([np.mean([score(part) for score in scorers], axis=0) for part in parts])
+
+
 def score_of(records: Sequence[Records]) -> Score:
-    """Mean over seeds with a 95 % interval over test items (all seeds see the same draw)."""
-    scorers = [scorer(one) for one in records]
-    whole = np.ones(records[0].items)
-    values = [np.mean([score(w) for score in scorers]) for w in draws(records[0].items)]
-    low, high = np.quantile(values, [0.025, 0.975])
-    value = float(np.mean([score(whole) for score in scorers]))
-    return Score(value, float(low), float(high), float(np.mean([one.chance for one in records])), records[0].items)
+    """Mean over seeds with a 95 % interval over test items."""
+    low, high = np.quantile(_drawn(records), [0.025, 0.975])
+    value, chance = (
+        float(np.mean(values)) for values in ([value_of(one) for one in records], [one.chance for one in records])
+    )
+    return Score(value, float(low), float(high), chance, records[0].items)
 
 
 def difference_of(records: Sequence[Records], base: Sequence[Records]) -> Difference | None:
     """records − base, paired over test items: each draw takes the same ones for both. None where they do not count the same."""
     if records[0].metric != base[0].metric or records[0].items != base[0].items:
         return None
-    ours, theirs = [scorer(one) for one in records], [scorer(one) for one in base]
-
-    def apart(w: np.ndarray) -> float:
-        return float(np.mean([score(w) for score in ours]) - np.mean([score(w) for score in theirs]))
-
-    low, high = np.quantile([apart(w) for w in draws(records[0].items)], [0.025, 0.975])
-    return Difference(apart(np.ones(records[0].items)), float(low), float(high))
+    low, high = np.quantile(_drawn(records) - _drawn(base), [0.025, 0.975])
+    value = np.mean([value_of(one) for one in records]) - np.mean([value_of(one) for one in base])
+    return Difference(float(value), float(low), float(high))
 
 
 def confusion(predicted: np.ndarray, truth: np.ndarray, num_classes: int) -> np.ndarray:

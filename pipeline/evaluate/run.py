@@ -7,21 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from cluster import storage
 from cluster.errors import UsageError
 from model.pretrained import Pretrained
 from pipeline.evaluate.encode import LAYERS, POOLS, Encoder, Network, PixelStatistics
 from pipeline.evaluate.frozen import check_pixels, features, features_folder, head_records, sides
 from pipeline.evaluate.items import LabelledSet
-from pipeline.evaluate.metrics import Records, difference_of, score_of, scorer
+from pipeline.evaluate.metrics import Records, difference_of, score_of, value_of
 from pipeline.evaluate.registry import Row, row_named
 from pipeline.evaluate.results import Result, keep
 from pipeline.evaluate.store import weights_digest
+from pipeline.evaluate.track import track
 from pipeline.probes.features import FUSED
 from pipeline.probes.offline import untrained_twin
 from pipeline.tracking.facts import git_revision
+
+FEW = 30  # test items below which a score is a proof that the row runs, not a measurement
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,22 @@ def evaluate_row(model: Pretrained, row: Row, root: str, settings: Settings) -> 
                 if encoder is trained and seed == 0:
                     chosen[head] = picked
     seconds = (time.monotonic() - started) / len(heads)
+    tests = len(labelled.of("test"))
+    notes += [f"{tests} test items: the row runs, but no such score tells two checkpoints apart"] if tests < FEW else []
     results = []
     for head in heads:
         result = result_of(row, labelled, settings, head, found[head], notes, seconds, chosen[head], facts)
         keep(settings.out, result, [item.key for item in labelled.of("test")], found[head]["trained"])
         results.append(result)
+    tell(settings, results)
     return results
+
+
+def tell(settings: Settings, results: Sequence[Result]) -> None:
+    """MLflow, if the checkpoint's run is tracked; a store that is away costs a note, not the results."""
+    problem = track(settings.out, [result.to_json() for result in results])
+    for result in results if problem else ():
+        result.notes.append(str(problem))
 
 
 def result_of(
@@ -116,12 +127,11 @@ def result_of(
     """Score, baselines and paired gains of one head. `found`: records by encoder (`trained` first), one per seed."""
     trained = found["trained"]
     base = {name: records for name, records in found.items() if name != "trained"}
-    whole = [scorer(one) for one in trained]
     gains = {name: difference_of(trained, records) for name, records in base.items()}
     return Result(
         task_name(row), settings.mode, head, row.metric, labelled.digest, labelled.how, score_of(trained),
         {name: score_of(records) for name, records in base.items()}, {n: g for n, g in gains.items() if g is not None},
-        [float(score(np.ones(trained[0].items))) for score in whole], settings.seeds, settings.labels,
+        [value_of(one) for one in trained], settings.seeds, settings.labels,
         {side: len(labelled.of(side)) for side in ("train", "val", "test")},
         chosen, list(notes), seconds, facts,
     )  # fmt: skip
