@@ -17,7 +17,7 @@ from pipeline.evaluate.items import IGNORE
 WIDTH = 64  # channels of UPerNet's maps
 BINS = (1, 2, 3, 6)  # pooling sizes of its pyramid pooling (Zhao et al. 2017)
 RATES = (1e-3, 1e-2)  # AdamW; chosen on validation
-STEPS = 300
+STEPS = 200
 BATCH = 8
 POINTS = 4096  # pixels of an item in one step
 
@@ -122,7 +122,7 @@ def epochs(rows: Sequence[int], seed: int, batch: int) -> Iterator[list[int]]:
         order = np.random.default_rng([seed, epoch]).permutation(len(rows))
         for start in range(0, len(order), batch):
             picked = [rows[i] for i in order[start : start + batch]]
-            yield picked if len(picked) > 1 or len(rows) == 1 else [*picked, rows[order[0]]]
+            yield picked if len(picked) > 1 or batch == 1 or len(rows) == 1 else [*picked, rows[order[0]]]
         epoch += 1
 
 

@@ -94,7 +94,7 @@ def evaluate_row(model: Pretrained, row: Row, root: str, settings: Settings) -> 
         twin = untrained_twin(model, seed)
         encoders: list[Encoder] = [trained, Network("untrained", twin, row, layer, pool, merges), PixelStatistics(row)]
         for encoder in encoders:
-            folder = features_folder(settings.cache, _key(encoder, model, row, labelled, facts, seed))
+            folder = features_folder(settings.cache, features_key(encoder, model, row, labelled, facts, seed))
             store, targets = features(model, encoder, row, labelled.items, folder)
             for head in heads:
                 records, picked = head_records(row, labelled, head, store, targets, parts, seed)
@@ -152,11 +152,11 @@ def facts_of(model: Pretrained, row: Row) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _key(
+def features_key(
     encoder: Encoder, model: Pretrained, row: Row, labelled: LabelledSet, facts: dict[str, Any], seed: int
 ) -> dict[str, Any]:  # fmt: skip
     """What features hang on: nothing that may change without changing this."""
-    weights = facts["weights_sha256"] if encoder.name == "trained" else f"{encoder.name}"
+    weights = facts["weights_sha256"] if encoder.name in ("trained", "frozen") else encoder.name
     network = {} if encoder.name == "pixels" else {key: facts[key] for key in ("layer", "pool", "merges")}
     drawn = seed if encoder.name == "untrained" else 0
     return {
