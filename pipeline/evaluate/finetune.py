@@ -234,6 +234,7 @@ class Tuning:
             tensors |= {f"{key}/{name}": state[key] for key in ("exp_avg", "exp_avg_sq")}
             steps[name] = float(state["step"])
         token = "finetune"
+        tensors = dict(sorted(tensors.items()))  # the optimizer's own order changes with a resume
         entry = write_tensors(storage.join(store.work_url(self.url, self.epoch, token), FILE), tensors)
         pieces = {
             name: {"shape": list(value.shape), "pieces": [[0, value.numel(), FILE]]} for name, value in tensors.items()

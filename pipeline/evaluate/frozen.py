@@ -148,6 +148,24 @@ def sides(labelled: LabelledSet, share: float, seed: int) -> Sides:
     return Sides(*([place[item.key] for item in part] for part in (train, val, labelled.of("test"))))
 
 
+def unseen(labelled: LabelledSet, targets: Targets, parts: Sides) -> list[str]:
+    """A note for classes that the test has and training lacks: nothing can score on them."""
+    if isinstance(targets.values[0], Boxes):
+        counts = [
+            np.bincount(t.labels, minlength=len(labelled.classes)) for t in targets.values if isinstance(t, Boxes)
+        ]
+    elif isinstance(targets.values[0], np.ndarray) and targets.values[0].dtype == bool:
+        counts = [np.asarray(t, int) for t in targets.values]
+    else:
+        flat = [np.asarray(t).ravel() for t in targets.values]
+        counts = [np.bincount(t[t >= 0], minlength=len(labelled.classes)) for t in flat]
+    there = [sum(counts[i] for i in side) for side in ([*parts.train, *parts.val], parts.test)]
+    missing = [name for name, a, b in zip(labelled.classes, *there) if b and not a]
+    return (
+        [f"no training item has {', '.join(missing)}, which the test has: nothing can score there"] if missing else []
+    )
+
+
 def head_records(
     row: Row, labelled: LabelledSet, head: str, store: FeatureStore, targets: Targets, parts: Sides, seed: int
 ) -> tuple[Records, dict[str, object]]:  # fmt: skip

@@ -11,7 +11,7 @@ from cluster import storage
 from cluster.errors import UsageError
 from model.pretrained import Pretrained
 from pipeline.evaluate.encode import LAYERS, POOLS, Encoder, Network, PixelStatistics
-from pipeline.evaluate.frozen import check_pixels, features, features_folder, head_records, sides
+from pipeline.evaluate.frozen import check_pixels, features, features_folder, head_records, sides, unseen
 from pipeline.evaluate.items import LabelledSet
 from pipeline.evaluate.metrics import Records, difference_of, score_of, value_of
 from pipeline.evaluate.registry import Row, row_named
@@ -101,6 +101,8 @@ def evaluate_row(model: Pretrained, row: Row, root: str, settings: Settings) -> 
                 found.setdefault(head, {}).setdefault(encoder.name, []).append(records)
                 if encoder is trained and seed == 0:
                     chosen[head] = picked
+            if encoder is trained:
+                notes += [note for note in unseen(labelled, targets, parts) if note not in notes]
     seconds = (time.monotonic() - started) / len(heads)
     tests = len(labelled.of("test"))
     notes += [f"{tests} test items: the row runs, but no such score tells two checkpoints apart"] if tests < FEW else []
