@@ -10,17 +10,18 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pipeline.probes.classify import TEMPERATURE, _unit
+from pipeline.probes.classify import TEMPERATURE
 
 STRENGTHS = tuple(10.0**power for power in range(-4, 4))  # C of the logistic head
 K = 20
 
 
 def knn(train_ND: np.ndarray, targets_NK: np.ndarray, test_MD: np.ndarray, k: int = K) -> np.ndarray:
-    """Votes [M, K] of the k most similar rows, weighted by exp(cosine / 0.07): `probes.classify.knn`'s protocol, for label sets too."""
+    """Votes [M, K] of the k most similar rows, weighted by exp(cosine / 0.07), for label sets too. Features are standardised by the
+    training rows first: those of an untrained network differ little from their mean, those of pixels have many units."""
     k = max(1, min(k, len(train_ND) // 4))
-    centre = train_ND.mean(0)
-    train, test = _unit(train_ND - centre), _unit(test_MD - centre)
+    mean, std = train_ND.mean(0), train_ND.std(0) + 1e-6
+    train, test = _unit((train_ND - mean) / std), _unit((test_MD - mean) / std)
     votes = np.empty((len(test_MD), targets_NK.shape[1]))
     for start in range(0, len(test), 1024):  # a block of similarities at a time
         similarity = test[start : start + 1024] @ train.T
@@ -28,6 +29,10 @@ def knn(train_ND: np.ndarray, targets_NK: np.ndarray, test_MD: np.ndarray, k: in
         weights = np.exp(np.take_along_axis(similarity, nearest, 1) / TEMPERATURE)
         votes[start : start + 1024] = np.einsum("mk,mkc->mc", weights, targets_NK[nearest].astype(float))
     return votes
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 def logistic(

@@ -94,9 +94,7 @@ class Tuned(nn.Module):
                 for part in make_batch(network, row, [first]).views[0].modalities.values()
                 if part.valid_BTHW.any()
             )
-            self.head = Detector(
-                [m.shape[1] for m in maps], self.num_classes, max(1, round(height / maps[0].shape[-2]))
-            )
+            self.head = Detector([m.shape[1] for m in maps], self.num_classes, height, [m.shape[2] for m in maps])
         else:
             if head not in dense.HEADS:
                 raise UsageError(f"--head {head}: {row.name} takes {', '.join(row.heads)}")

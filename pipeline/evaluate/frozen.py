@@ -304,10 +304,9 @@ def _boxes(
 
     num_classes = len(labelled.classes)
     maps, size, _ = load(parts.train[0])
-    finest = max(1, round(size[0] / maps[0].shape[-2]))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        detector = Detector([m.shape[1] for m in maps], num_classes, finest)
+        detector = Detector([m.shape[1] for m in maps], num_classes, size[0], [m.shape[2] for m in maps])
     rows = [i for i in [*parts.train, *parts.val] if len(targets.values[i].labels)]  # type: ignore[union-attr]
     train_detector(detector, load, rows, seed)
     return Records("map50", records_of(detector, load, parts.test, num_classes)), {}

@@ -130,7 +130,9 @@ def test_tortilla_members_equal_tacoreader(sets: dict[str, Path]) -> None:
     """Versions from 1.0 on read another container; requirements-evaluate.txt pins the last one that reads tortillas."""
     tacoreader = pytest.importorskip("tacoreader", reason="requirements-evaluate.txt is not installed")
     if not tacoreader.__version__.startswith("0."):
-        pytest.skip(f"tacoreader {tacoreader.__version__} does not read tortillas: pip install -r requirements-evaluate.txt")
+        pytest.skip(
+            f"tacoreader {tacoreader.__version__} does not read tortillas: pip install -r requirements-evaluate.txt"
+        )
     path = str(sets["benv2"] / "geobench_benv2.tortilla")
     frame, ours = tacoreader.load(path), geobench.members(path)
     assert [row["tortilla:id"] for row in ours] == list(frame["tortilla:id"])

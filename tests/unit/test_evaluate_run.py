@@ -187,6 +187,7 @@ def test_knn_is_the_probes_own_and_logistic_chooses_on_validation() -> None:
     centres = rng.normal(size=(3, 8)) * 2
     labels = rng.integers(0, 3, 240)
     x = centres[labels] + rng.normal(size=(240, 8))
+    x = (x - x[:160].mean(0)) / x[:160].std(0)
     one_hot = np.eye(3, dtype=bool)[labels]
     votes = knn(x[:160], one_hot[:160], x[160:])
     assert votes.argmax(1).tolist() == classify.knn(x[:160], labels[:160], x[160:], 20).tolist()
