@@ -1,13 +1,9 @@
 """`python -m pipeline compare RUN [RUN …]`: what differs, whether the comparison is fair, and who is better.
 
 A RUN is a run directory (any fsspec URL), an MLflow run id, or a run name. Beside every probe score stands its own 95 % interval;
-<<<<<<< HEAD
 differences to the first run, to the untrained network and to pixel statistics are paired over the test sites, which probes leave in
-the run directory (`probes/`).
-=======
-differences to the first run, and since step 1, are paired over the test sites, which probes leave in the run directory (`probes/`).
-What `pipeline evaluate` left in `evaluate/` is compared row by row; folders that `evaluate --out` wrote can be compared as they are.
->>>>>>> aeab804 (Evaluate: tests in the published layouts, metrics against torchmetrics and pycocotools, compare pairs evaluations)
+the run directory (`probes/`). What `pipeline evaluate` left in `evaluate/` is compared row by row; folders that `evaluate --out`
+wrote can be compared as they are.
 """
 
 from __future__ import annotations
