@@ -21,6 +21,7 @@ from pipeline.evaluate.bands import to_model
 from pipeline.evaluate.items import Item, Sample
 from pipeline.evaluate.registry import Row
 from pipeline.probes.features import FUSED, date_mean, tokens_of
+from pipeline.probes.pixels import masked_statistics, site_statistics
 
 LAYERS = ("last", "stage1", "stage2", "stage3", "stage4", "concat", "fused")
 POOLS = ("mean", "mean+std")
@@ -30,7 +31,6 @@ CELLS = (
     16,
     32,
 )  # pixels per side of the windows of pixel statistics: the strides of the network's own pyramid on hr
-QUANTILES = (0.1, 0.9)
 
 
 @dataclass
@@ -147,7 +147,8 @@ class Network:
 
 
 class PixelStatistics:
-    """Mean, standard deviation, 10th and 90th percentile per band of the valid normalised pixels, all dates together."""
+    """`pipeline.probes.pixels` of the very pixels that the network sees: mean, standard deviation, 10th and 90th percentile per band of
+    the valid ones, all dates together (for hr with its texture); maps: the same of square windows, at the strides of a pyramid."""
 
     name = "pixels"
 
@@ -158,44 +159,25 @@ class PixelStatistics:
         pooled, maps = [], []
         for view in batch.views:
             parts = [view.modalities[name] for name in self.row.sensors]
-            pooled.append(torch.cat([_statistics(part, None)[:, :, 0, 0] for part in parts], 1))
+            pooled.append(torch.cat([site_statistics(name, view.modalities[name]) for name in self.row.sensors], 1))
             if dense:
                 maps.append(
-                    [_statistics(part, cell) for part in parts for cell in CELLS if cell <= part.valid_BTHW.shape[2]]
+                    [_cells(part, cell) for part in parts for cell in CELLS if cell <= part.valid_BTHW.shape[2]]
                 )
         return Encoded(pooled, maps)
 
 
-def _statistics(part: ModalityView, cell: int | None) -> Tensor:
-    """[B, 4 C, h, w]; cell None: one cell, the whole image. A cell without a valid pixel is zero."""
-    x_BTCHW = torch.where(part.valid_BTHW[:, :, None], part.x_BTCHW, torch.nan)
-    if cell is None:
-        x_BCP = x_BTCHW.permute(0, 2, 1, 3, 4).flatten(2)
-        return _moments(x_BCP)[..., None, None]
-    height, width = x_BTCHW.shape[3:]
-    x_BTCHW = F.pad(x_BTCHW, (0, -width % cell, 0, -height % cell), value=torch.nan)
-    x = x_BTCHW.unflatten(4, (-1, cell)).unflatten(3, (-1, cell))  # B T C h c w c
-    x_BChwP = x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4)
-    return _moments(x_BChwP).contiguous()
-
-
-def _moments(x: Tensor) -> Tensor:
-    """[B, C, …, P] with NaN for invalid → [B, 4 C, …]."""
-    known = torch.isfinite(x)
-    count = known.sum(-1).clamp_min(1)
-    mean = torch.where(known, x, 0.0).sum(-1) / count
-    spread = (torch.where(known, x - mean[..., None], 0.0).square().sum(-1) / count).sqrt()
-    low, high = (_quantile(x, known, q) for q in QUANTILES)
-    return torch.cat([mean, spread, low, high], 1)
-
-
-def _quantile(x: Tensor, known: Tensor, q: float) -> Tensor:
-    """The nearest of the valid numbers (no interpolation); 0 where there is none."""
-    ordered = torch.where(known, x, torch.inf).sort(-1).values
-    count = known.sum(-1)
-    at = ((count - 1).clamp_min(0) * q).round().long()
-    picked = ordered.gather(-1, at[..., None])[..., 0]
-    return torch.where(count > 0, picked, 0.0)
+def _cells(part: ModalityView, cell: int) -> Tensor:
+    """[B, 4 C, h, w]: statistics of every window of `cell` pixels a side, all dates together; zero where nothing is valid."""
+    height, width = part.valid_BTHW.shape[2:]
+    pad = (0, -width % cell, 0, -height % cell)
+    x = F.pad(part.x_BTCHW.float(), pad).unflatten(4, (-1, cell)).unflatten(3, (-1, cell))  # B T C h c w c
+    ok = F.pad(part.valid_BTHW, pad, value=False).unflatten(3, (-1, cell)).unflatten(2, (-1, cell))  # B T h c w c
+    x_BChwN = x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4)
+    ok_BChwN = ok.permute(0, 2, 4, 1, 3, 5).flatten(3)[:, None].expand(x_BChwN.shape)
+    shape = x_BChwN.shape[:4]
+    found = masked_statistics(x_BChwN.flatten(0, 3), ok_BChwN.flatten(0, 3)).view(4, *shape)
+    return found.transpose(0, 1).flatten(1, 2)
 
 
 def _pooled(x_BDhw: Tensor, ok_Bhw: Tensor, pool: str) -> Tensor:

@@ -159,8 +159,9 @@ def unseen(labelled: LabelledSet, targets: Targets, parts: Sides) -> list[str]:
     else:
         flat = [np.asarray(t).ravel() for t in targets.values]
         counts = [np.bincount(t[t >= 0], minlength=len(labelled.classes)) for t in flat]
-    there = [sum(counts[i] for i in side) for side in ([*parts.train, *parts.val], parts.test)]
-    missing = [name for name, a, b in zip(labelled.classes, *there) if b and not a]
+    trained = np.sum([counts[i] for i in (*parts.train, *parts.val)], axis=0)
+    tested = np.sum([counts[i] for i in parts.test], axis=0)
+    missing = [name for name, a, b in zip(labelled.classes, trained, tested) if b and not a]
     return (
         [f"no training item has {', '.join(missing)}, which the test has: nothing can score there"] if missing else []
     )

@@ -16,7 +16,7 @@ from torch import nn
 
 from cluster import storage
 
-FORMAT = 1
+FORMAT = 2  # counted up whenever features of the same inputs change
 
 
 class FeatureStore:

@@ -241,10 +241,11 @@ def test_pixel_statistics_are_numpys_and_see_only_valid_pixels() -> None:
     batch = make_batch(model, row, [Sample({"hr": pixels}, 0, inside=(12, 16))])
     found = PixelStatistics(row)(batch, dense=True)
     seen = (pixels[0, :, :12].reshape(3, -1).astype(float) - 120) / 50
-    expected = np.concatenate(
-        [seen.mean(1), seen.std(1), np.sort(seen, 1)[:, round(191 * 0.1)], np.sort(seen, 1)[:, round(191 * 0.9)]]
-    )
-    np.testing.assert_allclose(found.pooled[0][0].numpy(), expected, atol=1e-5)
+    expected = np.concatenate([seen.mean(1), seen.std(1), *np.quantile(seen, [0.1, 0.9], axis=1)])
+    np.testing.assert_allclose(found.pooled[0][0, :12].numpy(), expected, atol=1e-5)
+    cell = (pixels[0, :, 4:8, 8:12].reshape(3, -1).astype(float) - 120) / 50
+    expected = np.concatenate([cell.mean(1), cell.std(1), *np.quantile(cell, [0.1, 0.9], axis=1)])
+    np.testing.assert_allclose(found.maps[0][0][0, :, 1, 2].numpy(), expected, atol=1e-5)
     assert [m.shape[-1] for m in found.maps[0]] == [4, 2, 1]
     assert not found.maps[0][0][0, :, 3].any()  # the row of cells beyond the tile
     whole_tile = Network("trained", model, row, "concat", "mean", None)(batch, dense=True)
@@ -282,3 +283,17 @@ def test_suite_entries_are_checked(tmp_path: Path) -> None:
             read_suite(str(path), defaults)
     with pytest.raises(UsageError, match="does not exist"):
         read_suite(str(tmp_path / "none.yaml"), defaults)
+
+
+def test_classes_that_only_the_test_has_are_named() -> None:
+    from pipeline.evaluate.frozen import Sides, Targets, unseen
+    from pipeline.evaluate.items import LabelledSet
+
+    labelled = LabelledSet((), ("oak", "beech", "pine"), "")
+    dense = Targets([np.array([[0, -1]]), np.array([[1, 0]]), np.array([[2, 1]])], [(1, 2)] * 3)
+    assert unseen(labelled, dense, Sides([0], [1], [2])) == [
+        "no training item has pine, which the test has: nothing can score there"
+    ]
+    assert unseen(labelled, Targets([0, 1, 0], [(1, 1)] * 3), Sides([0], [1], [2])) == []
+    several = Targets([np.array([True, False, False]), np.array([True, False, True])], [(1, 1)] * 2)
+    assert "pine" in unseen(labelled, several, Sides([0], [], [1]))[0]
