@@ -32,7 +32,7 @@ def command(backbone: Path, root: Path, out: Path) -> list[str]:
 def test_killed_and_started_again_equals_uninterrupted(tmp_path: Path) -> None:
     root, backbone = tmp_path / "set", tmp_path / "tiny.safetensors"
     published.MAKERS["flair2"](root, np.random.default_rng(0))
-    model = tiny_model()
+    model = tiny_model(1)
     save_backbone(str(backbone), model.skysense.state_dict(), model.cfg, model.statistics, {})
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole = subprocess.run(
