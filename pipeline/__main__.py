@@ -9,6 +9,10 @@ from cluster.cli import dispatch
 COMMANDS = {
     "train": ("pipeline.commands.train", "pretrain: any number of processes, ZeRO and expert parallelism, resumable"),
     "probe": ("pipeline.commands.probe", "k-NN, linear or segmentation score of a checkpoint"),
+    "evaluate": (
+        "pipeline.commands.evaluate",
+        "published labelled data sets: seven tasks, frozen or fine-tuned, beside baselines",
+    ),
     "export": ("pipeline.commands.export", "one safetensors file with all experts, loadable without DeepSpeed"),
     "embed": ("pipeline.commands.embed", "features of one multi-modal site"),
     "compare": ("pipeline.commands.compare", "runs side by side, and what makes them incomparable"),

@@ -2,7 +2,8 @@
 
 A RUN is a run directory (any fsspec URL), an MLflow run id, or a run name. Beside every probe score stands its own 95 % interval;
 differences to the first run, to the untrained network and to pixel statistics are paired over the test sites, which probes leave in
-the run directory (`probes/`).
+the run directory (`probes/`). What `pipeline evaluate` left in `evaluate/` is compared row by row; folders that `evaluate --out`
+wrote can be compared as they are.
 """
 
 from __future__ import annotations
@@ -26,20 +27,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from cluster import storage
     from cluster.cli import print_json
+    from pipeline.compare.evaluated import compare_evaluations, folder_of, rows_of, show_evaluations
     from pipeline.compare.figures import ROWS, summarise
     from pipeline.compare.load import load_runs
     from pipeline.compare.paired import pair
     from pipeline.compare.terminal import show
     from pipeline.compare.verdict import judge
 
+    if all(folder_of(run) and not storage.exists(storage.join(run, "resolved.json")) for run in args.runs):
+        return compare_folders(args)
     runs = load_runs(args.runs, args.uri)
+    evaluated = compare_evaluations(
+        [run.name for run in runs], [folder_of(run.folder) if run.folder else None for run in runs]
+    )
     verdict, summaries = judge(runs), summarise(runs)
+    reasons = [*verdict.reasons, *evaluated.reasons]
+    verdict = replace(verdict, comparable=not reasons, reasons=reasons)
     pairs = pair(runs, summaries[0].samples)
     show(runs, verdict, summaries, pairs)
+    show_evaluations(evaluated)
     if args.ablation:
         from pipeline.compare.ablation import show_ablation
 
@@ -47,7 +57,9 @@ def main(args: argparse.Namespace) -> int:
     if args.out:
         from pipeline.compare.report import html_report
 
-        storage.write_atomic(args.out, html_report(runs, verdict, summaries, pairs, args.ablation).encode())
+        storage.write_atomic(
+            args.out, html_report(runs, verdict, summaries, pairs, args.ablation, rows_of(evaluated)).encode()
+        )
         print(f"report: {args.out}")
     if args.json:
         print_json({
@@ -55,5 +67,30 @@ def main(args: argparse.Namespace) -> int:
             "notes": [*verdict.notes, *pairs.notes],
             "differences": {run.name: {key: asdict(d) for key, d in found.items()} for run, found in zip(runs, pairs.differences)},
             **{f"over_{row}": {run.name: {key: asdict(d) for key, d in s.over[row].items()} for run, s in zip(runs, summaries)} for row in ROWS},
+            "evaluations": evaluated.to_json(),
         })  # fmt: skip
+    return 0
+
+
+def compare_folders(args: argparse.Namespace) -> int:
+    """Folders of evaluations without runs (of exported files, say)."""
+    from cluster import storage
+    from cluster.cli import print_json
+    from pipeline.compare.evaluated import compare_evaluations, folder_of, show_evaluations
+
+    names = [storage.name(run) for run in args.runs]
+    found = compare_evaluations(names, [folder_of(run) for run in args.runs])
+    show_evaluations(found)
+    for reason in found.reasons:
+        print(f"NOT COMPARABLE: {reason}")
+    if args.json:
+        print_json(
+            {
+                "comparable": not found.reasons,
+                "reasons": found.reasons,
+                "differs": {},
+                "notes": found.notes,
+                "evaluations": found.to_json(),
+            }
+        )
     return 0

@@ -30,8 +30,9 @@ figure{margin:0} figcaption{font-weight:600;font-size:.9rem} .key{display:inline
 
 
 def html_report(
-    runs: Sequence[RunData], verdict: Verdict, summaries: Sequence[Summary], pairs: Pairs, ablation: bool = False
-) -> str:
+    runs: Sequence[RunData], verdict: Verdict, summaries: Sequence[Summary], pairs: Pairs, ablation: bool = False,
+    evaluations: Sequence[tuple[str, list[str]]] = (),
+) -> str:  # fmt: skip
     """The whole page."""
     names = " · ".join(
         f'<span><span class="key" style="background:{COLOURS[i % len(COLOURS)]}"></span>{html.escape(run.name)}</span>'
@@ -50,6 +51,10 @@ def html_report(
     if rows:
         parts += ["<h2>Differences of probe scores</h2><p>Paired over test sites, 95 % intervals; * = excludes 0.</p>",
                   _table(["probe", *(run.name for run in runs)], [[key, *cells] for key, cells in rows])]  # fmt: skip
+    if evaluations:
+        parts += ["<h2>Evaluations on published sets</h2><p>95 % intervals over test items; below, the difference from the first run, paired over "
+                  "the items; * = excludes 0.</p>",
+                  _table(["row", *(run.name for run in runs)], [[key, *cells] for key, cells in evaluations])]  # fmt: skip
     if ablation:
         found = effects(runs, summaries, pairs)
         keys = headline_probes(found)
