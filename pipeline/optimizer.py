@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cluster.errors import UsageError
 from pipeline.config import OptimizerConfig
+from pipeline.parallel.pieces import Group
 
 # Last name components that are never decayed whatever their shape: learned tokens and scales (method.md section 4).
 NO_DECAY_NAMES = ("prompt", "queries", "query", "logit_scale", "position", "doy", "extra_token", "temperature")
@@ -53,6 +54,16 @@ def parameter_groups(named: Iterable[tuple[str, Tensor]], config: OptimizerConfi
     if unused:
         raise UsageError(f"optimizer.lr_scale.{min(unused)} matches no parameter; prefixes look like skysense.backbone")
     return [groups[key] for key in sorted(groups)]
+
+
+def groups_of(module: nn.Module, config: OptimizerConfig, ep: int) -> list[Group]:
+    """The optimizer's groups of a one-process model (also on `meta`), as `pipeline.parallel.pieces` takes them."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    found = []
+    for group in parameter_groups(module.named_parameters(), config):
+        members = tuple((names[id(p)], tuple(p.shape)) for p in group["params"])
+        found.append(Group(members, ep > 1 and group["kind"].endswith("experts")))
+    return found
 
 
 def _matches(name: str, prefix: str) -> bool:

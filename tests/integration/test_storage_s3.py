@@ -73,7 +73,7 @@ def test_metrics_of_a_long_run_are_linear_and_outlive_the_server(
     run.start_metrics(0)
     for step in range(1, 100_001):
         run.append_metrics({"step": step, "loss": 1.0 / step, "samples": step * 1024})
-        if step % 500 == 0 and not 50_000 <= step < 60_000:
+        if step % 500 == 0 and not 50_000 <= step <= 60_000:
             run.sync()
         if step == 50_000:
             run.sync()
