@@ -20,7 +20,6 @@ import logging
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Protocol
@@ -288,4 +287,3 @@ class SegmentWriter:
         self._ungathered = []
         for number in range(first, last + 1):
             storage.remove(segment_url(self._url, self._start, self._step, number, number))
-

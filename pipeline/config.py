@@ -138,10 +138,12 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """zero_stage 0-3; ep: expert-parallel degree, divides the ranks; offload: optimizer state in CPU memory."""
+    """zero_stage 0-3; ep: expert-parallel degree, divides the ranks of a node (or, with `ep_across_nodes`, of the job: rows
+    then travel to their experts over the slow link); offload: optimizer state in CPU memory."""
 
     zero_stage: int = 2
     ep: int = 1
+    ep_across_nodes: bool = False
     offload: bool = False
 
 

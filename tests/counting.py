@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
@@ -16,7 +16,7 @@ class CountingFileSystem(MemoryFileSystem):
     store: dict[str, Any] = {}  # noqa: RUF012  (shared by all instances, as the class it comes from has it)
     pseudo_dirs = [""]  # noqa: RUF012
     rank = 0
-    requests: collections.Counter[tuple[int, str]] = collections.Counter()
+    requests: ClassVar[collections.Counter[tuple[int, str]]] = collections.Counter()
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:

@@ -180,7 +180,7 @@ def _open_parts(url: str, entry: Mapping[str, Any], parts: list[Part], target: s
     found = TensorFile(target)
     raw = found.data.view()
     raw.flags.writeable = False
-    for (name, a, b), (low, high) in zip(elements, spans):
+    for (name, a, b), (_low, high) in zip(elements, spans):
         if high > len(raw) or not header.proves(raw, name, a, b):
             raise RunFailure(f"{url} is damaged: {name} does not match its checksum")
     return found

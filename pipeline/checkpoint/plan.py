@@ -47,4 +47,3 @@ def runs(wanted: Iterable[tuple[int, int]], gap: int = GAP_BYTES) -> list[tuple[
         elif b > a:
             joined.append((a, b))
     return joined
-

@@ -82,6 +82,7 @@ class Saver:
     ) -> None:  # fmt: skip
         self.url, self.config, self.rank, self.world = url, config, rank, world
         self.before_commit, self.after_commit = before_commit, after_commit
+        self._memory: dict[str, Tensor] = {}  # of the snapshots, kept from save to save: 16 bytes per element owned
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         if rank == 0:
@@ -95,7 +96,7 @@ class Saver:
         extra: JSON-able state that is the same on all ranks (reader, run id, statistics, configuration, …).
         """
         self.wait()
-        tensors, pieces = snapshot(engine, self.rank)
+        tensors, pieces = snapshot(engine, self.rank, self._memory)
         facts = {
             "format": store.FORMAT, "step": step, "samples": samples, "adam_step": engine.state.adam_step,
             "layout": {"world": self.world, "ep": engine.layout.ep, "zero_stage": engine.layout.zero_stage}, **extra,
@@ -153,8 +154,13 @@ class Saver:
         store.clear_leftovers(self.url, before=step)  # what a start that was cut off has uploaded since
 
 
-def snapshot(engine: Engine, rank: int) -> tuple[dict[str, Tensor], list[list[Any]]]:
+def snapshot(
+    engine: Engine, rank: int, memory: dict[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], list[list[Any]]]:
     """Host copies of what this rank answers for, and the pieces: [name, shape, start, size].
+
+    memory: where copies of the same names are made, filled by the first call: touching fresh memory costs more than the copy.
+    Pinned for a CUDA engine, so that all copies are under way at once.
 
     Kind by kind, and each in the order of the optimizer's flat memory: a rank of another layout, whose share of that memory is a
     range of it, then needs a range of the file.
@@ -172,13 +178,25 @@ def snapshot(engine: Engine, rank: int) -> tuple[dict[str, Tensor], list[list[An
     for kind, source in sources.items():
         for piece in owned:
             a, b = piece.owned
-            part = source(piece)[a:b].detach()
-            tensors[f"{kind}/{piece.name}@{piece.start + a}"] = part.to("cpu", torch.float32, copy=True)
+            name = f"{kind}/{piece.name}@{piece.start + a}"
+            tensors[name] = _copied(source(piece)[a:b].detach(), memory, name)
     if rank == 0:
         for owner, module in (("student", engine.student), ("teacher", engine.teacher.module)):
             for name, buffer in _persistent_buffers(module).items():
                 tensors[f"{owner}_buffer/{name}"] = buffer.detach().to("cpu", copy=True)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return tensors, pieces
+
+
+def _copied(part: Tensor, memory: dict[str, Tensor] | None, name: str) -> Tensor:
+    """fp32 on the host; still on its way from a CUDA device into pinned memory."""
+    if memory is None:
+        return part.to("cpu", torch.float32, copy=True)
+    held = memory.get(name)
+    if held is None:
+        held = memory[name] = torch.empty(part.shape, dtype=torch.float32, pin_memory=part.is_cuda)
+    return held.copy_(part, non_blocking=True)
 
 
 def _persistent_buffers(module: torch.nn.Module) -> dict[str, Tensor]:

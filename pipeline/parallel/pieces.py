@@ -13,7 +13,10 @@ A group of experts is cut over the world / ep ranks that hold the same experts (
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -41,23 +44,30 @@ def owned(groups: Sequence[Group], stage: int, world: int, ep: int, rank: int) -
 
 def _of_group(group: Group, stage: int, world: int, ep: int, rank: int) -> Iterator[Owned]:
     parts, part, slice_ = (world // ep, rank // ep, rank % ep) if group.experts else (world, rank, 0)
-    numels = group.local_numels(ep)
+    numels, ends = _numels(group, ep)
     names = [name for name, _ in group.parameters]
     if stage in (1, 2):
-        total = sum(numels)
-        size = -(-total // (ALIGNMENT * parts)) * ALIGNMENT
-        low, offset = part * size, 0
-        for name, n in zip(names, numels):
-            a, b = max(offset, low), min(offset + n, low + size)
-            if a < b:
-                yield name, slice_ * n + a - offset, b - a
-            offset += n
+        size = -(-ends[-1] // (ALIGNMENT * parts)) * ALIGNMENT
+        low = part * size
+        for index in range(bisect_right(ends, low), len(names)):
+            offset = ends[index] - numels[index]
+            a, b = max(offset, low), min(ends[index], low + size)
+            if a >= b:
+                break
+            yield names[index], slice_ * numels[index] + a - offset, b - a
         return
     for name, n in zip(names, numels):
         size = -(-n // parts)
         a, b = (n * part // parts, n * (part + 1) // parts) if stage == 0 else (part * size, min((part + 1) * size, n))
         if a < b:
             yield name, slice_ * n + a, b - a
+
+
+@functools.lru_cache(maxsize=256)
+def _numels(group: Group, ep: int) -> tuple[list[int], list[int]]:
+    """Elements of each parameter on one rank, and where each ends in the flattened group."""
+    numels = group.local_numels(ep)
+    return numels, list(itertools.accumulate(numels))
 
 
 def spans(groups: Sequence[Group], stage: int, world: int, ep: int) -> dict[str, list[tuple[int, int, int]]]:

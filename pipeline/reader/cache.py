@@ -89,6 +89,7 @@ class DiskCache:
             self._faults.count("cache")
             with contextlib.suppress(OSError):
                 temporary.unlink()
+            with contextlib.suppress(OSError):
                 self._account(-len(view))
 
     def drop(self, path: Path) -> None:
@@ -151,11 +152,16 @@ class DiskCache:
                 fcntl.flock(self._usage, fcntl.LOCK_UN)
 
     def _recount(self) -> None:
-        """Looks at every file, once. What others put meanwhile may count twice or not: until the next count."""
-        total = 0
+        """Looks at every file, once, and removes temporary ones that a dead process left. What others put meanwhile may count
+        twice or not: until the next count."""
+        total, now = 0, time.time()
         for entry in _files(self._shards()):
             with contextlib.suppress(OSError):
-                total += entry.stat().st_size
+                facts = entry.stat()
+                if not entry.name.endswith(".tmp"):
+                    total += facts.st_size
+                elif now - facts.st_mtime > STALE_TEMPORARY_S:
+                    os.unlink(entry.path)
         with self._lock:  # another process adds under the file's lock only: this overwrites, as said
             os.pwrite(self._usage, _ACCOUNT.pack(total, time.time()), 0)
 

@@ -117,9 +117,7 @@ class S3Ranges:
         if held is not None and time.monotonic() < held[0]:
             return held[1]
         bucket, _, key = url.partition("://")[2].partition("/")
-        signed = self._client.generate_presigned_url(
-            "get_object", {"Bucket": bucket, "Key": key}, ExpiresIn=SIGNED_S
-        )
+        signed = self._client.generate_presigned_url("get_object", {"Bucket": bucket, "Key": key}, ExpiresIn=SIGNED_S)
         target = urllib.parse.urlsplit(signed)
         self._urls.pop(url, None)  # so that the oldest come first
         self._urls[url] = (time.monotonic() + SIGNED_S / 2, target)

@@ -182,7 +182,9 @@ def load(data: DataConfig, modalities: Sequence[str], label: str | None = None) 
     rows = Rows(taken[0] if len(taken) == 1 else np.concatenate(taken))
     label = label or _first_raster(columns, rows)
     stems = [stem for m in modalities for stem in (m, f"{m}.mask")] + ([f"label.{label}"] if label else [])
-    members = {stem: Members(*(_view(columns, f"{stem}.{w}") for w in ("offset", "length", "crc", "kind"))) for stem in stems}
+    members = {
+        stem: Members(*(_view(columns, f"{stem}.{w}") for w in ("offset", "length", "crc", "kind"))) for stem in stems
+    }
     listed = [(shardset, shard) for shardset in sets for shard in shardset.manifest["shards"]]
     kept = list(members.values())
     return Table(

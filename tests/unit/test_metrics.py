@@ -181,7 +181,7 @@ def test_a_full_disk_keeps_the_lines_and_tears_none(tmp_path: Path, monkeypatch:
     for step in (2, 3):
         out.append(line(step))
     assert (tmp_path / "metrics.jsonl").read_bytes() == line(1) + b"\n"
-    with pytest.raises(RunFailure, match="2 lines cannot be written.*No space left"):
+    with pytest.raises(RunFailure, match=r"2 lines cannot be written.*No space left"):
         out.sync()
     out._file = real
     out.append(line(4))

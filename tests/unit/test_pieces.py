@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import pytest
@@ -66,7 +67,7 @@ def test_an_expert_has_one_home() -> None:
                 assert {start // per_expert, (start + size - 1) // per_expert} == {rank % 8 * shape[0] // 8}
 
 
-@pytest.mark.parametrize("chain", list(zip(STEPS, STEPS[1:])), ids=str)
+@pytest.mark.parametrize("chain", list(itertools.pairwise(STEPS)), ids=str)
 def test_a_resume_reads_exactly_what_a_rank_needs(chain: tuple[tuple[int, int, int], tuple[int, int, int]]) -> None:
     before, (world, ep, stage) = chain
     held, groups = saved(before), skysense(ep)
@@ -113,5 +114,5 @@ def test_runs_cover_what_is_wanted_and_little_more(wanted: list[tuple[int, int]]
     covered = {x for a, b in found for x in range(a, b)}
     needed = {x for a, b in ranges for x in range(a, b)}
     assert needed <= covered
-    assert all(b + gap < c for (_, b), (c, _) in zip(found, found[1:]))
+    assert all(b + gap < c for (_, b), (c, _) in itertools.pairwise(found))
     assert all({a, b - 1} <= needed for a, b in found)

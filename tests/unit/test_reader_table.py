@@ -501,7 +501,10 @@ def test_an_index_that_is_not_the_manifests_is_not_read(shards, old):
     path = old / "index.parquet"
     table = index.read_parquet(path.read_bytes())
     pq.write_table(table.slice(1), path)
-    for load in (lambda: tables.load(DataConfig(url=str(old)), ALL), lambda: ShardSet.open(str(old)).read_index(["key"])):
+    for load in (
+        lambda: tables.load(DataConfig(url=str(old)), ALL),
+        lambda: ShardSet.open(str(old)).read_index(["key"]),
+    ):
         with pytest.raises(UsageError, match=r"index\.parquet cannot be read.*sha256 is not that of manifest\.json"):
             load()
 
