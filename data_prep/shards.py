@@ -1,8 +1,8 @@
 """A shard set: tars + `index.parquet` + `manifest.json` in one folder. Writing one shard, opening a finished set.
 
 manifest.json   schema, software, config, config_fingerprint, counts, shards [{name, split, samples, bytes, sha256}], index
-                {sha256, bytes}, columns {bytes, header_sha256, sha256}, statistics (all splits), statistics_sha256, content_sha256, classes, codecs, radiometry, splits
-                (overlap report), faults. Deterministic: no clocks, no host names, no paths.
+                {sha256, bytes}, columns {bytes, header_sha256, sha256}, statistics (all splits), statistics_sha256,
+                content_sha256, classes, codecs, radiometry, splits (overlap report), faults. Deterministic: no clocks, no host names, no paths.
 index.parquet   see `data_prep.index`. It is read only after its sha256 has proven to be the manifest's.
 columns.safetensors   the same in the form that the reader maps, see `data_prep.columns`; older sets have none.
 """

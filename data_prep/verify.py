@@ -1,8 +1,8 @@
 """Is a shard set what its manifest says? Every checksum, count and offset; and how to mend it.
 
-Checked: the manifest's own hashes; the index's sha256, schema, row order and counts, and its columns'; each tar's size and sha256, its members'
-names, offsets, lengths and sha256 against the index; keys unique; each sample's JSON against its index row. With `--decode`
-also every array's shape, and the statistics.
+Checked: the manifest's own hashes; the index's sha256, schema, row order and counts, and the sha256 of its columns; each tar's
+size and sha256, its members' names, offsets, lengths and sha256 against the index; keys unique; each sample's JSON against its
+index row. With `--decode` also every array's shape, and the statistics.
 
 Mending (`--repair`) never invents pixels. A tar that is intact (its sha256 is the committed one, or, where every record of it
 is lost, it can be read to its end and every member decodes) keeps its samples: lost parts, index and manifest are made again

@@ -176,7 +176,7 @@ def _open_parts(url: str, entry: Mapping[str, Any], parts: list[Part], target: s
     elements = [(f"{kind}/{name}@{first}", a, b) for name, first, a, b in parts for kind in KINDS]
     spans = [header.span(*part) for part in elements]
     if not local:
-        _fetch(url, head, plan.runs(spans), entry["bytes"], target)
+        _fetch(url, head, plan.runs(spans, plan.GAP_BYTES), entry["bytes"], target)
     found = TensorFile(target)
     raw = found.data.view()
     raw.flags.writeable = False

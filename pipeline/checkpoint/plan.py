@@ -38,7 +38,7 @@ def reads(spans: Mapping[str, Sequence[Span]], needs: Iterable[Need]) -> dict[st
     return found
 
 
-def runs(wanted: Iterable[tuple[int, int]], gap: int = GAP_BYTES) -> list[tuple[int, int]]:
+def runs(wanted: Iterable[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
     """Byte ranges joined where no more than `gap` lies between them: ascending, disjoint."""
     joined: list[tuple[int, int]] = []
     for a, b in sorted(wanted):

@@ -64,7 +64,7 @@ def _ranks(text: str | None, world: int) -> list[int]:
     from cluster.errors import UsageError
 
     if text is None:
-        return sorted({0, world // 2 + (world > 2), world - 1} & set(range(world)))
+        return sorted({0, min(world // 2 + 1, world - 1), world - 1})
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError:
