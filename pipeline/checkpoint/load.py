@@ -39,7 +39,7 @@ class Files:
 
     def __init__(self, checkpoint: Checkpoint, wanted: Mapping[str, list[Part] | None], folder: str) -> None:
         self._checkpoint = checkpoint
-        with ThreadPoolExecutor(READERS) as pool:
+        with ThreadPoolExecutor(min(READERS, max(len(wanted), 1))) as pool:
             opened = pool.map(lambda item: _open(checkpoint, *item, folder), sorted(wanted.items()))
             self._open = dict(zip(sorted(wanted), opened))
 

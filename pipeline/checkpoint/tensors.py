@@ -120,7 +120,7 @@ class TensorFile:
     """A local safetensors file, memory-mapped. Tensors returned share the map: copy before writing."""
 
     def __init__(self, path: str) -> None:
-        self.data = np.memmap(path, dtype=np.uint8, mode="r")
+        self.data = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)  # slices of a memmap cost ten times more
         length = int.from_bytes(self.data[:8].tobytes(), "little")
         self.header = Header.parse(self.data[: 8 + length].tobytes())
 
