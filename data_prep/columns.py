@@ -299,7 +299,8 @@ def segments(parts: Sequence[tuple[Columns, int]]) -> Iterator[tuple[str, list[n
     shards = np.cumsum([0, *(number for _, number in parts)])
     for name in sorted({name for columns, _ in parts for name in columns}):
         dtype = np.result_type(*(columns[name].dtype for columns, _ in parts if name in columns))
-        pieces, end = [np.zeros(1, np.int64)] if name.endswith(".first") else [], 0
+        pieces: list[np.ndarray] = [np.zeros(1, np.int64)] if name.endswith(".first") else []
+        end = 0
         for (columns, _), count, shard in zip(parts, counts, shards):
             column = columns.get(name)
             if column is None:

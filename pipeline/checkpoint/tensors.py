@@ -54,8 +54,9 @@ def write_tensors(url: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
         stream.write(head)
         for raw in raws.values():
             for start in range(0, len(raw), BLOCK_BYTES):
-                digest.update(raw[start : start + BLOCK_BYTES])
-                stream.write(raw[start : start + BLOCK_BYTES])
+                block = raw[start : start + BLOCK_BYTES].data
+                digest.update(block)
+                stream.write(block)
     return {
         "bytes": len(head) + position, "sha256": digest.hexdigest(), "header_bytes": len(head),
         "header_sha256": hashlib.sha256(head).hexdigest(),
