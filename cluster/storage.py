@@ -12,7 +12,7 @@ import io
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 import fsspec
@@ -98,6 +98,17 @@ def list_names(url: str) -> list[str]:
     return sorted(name for name in names if not TEMPORARY.search(name))
 
 
+def list_sizes(url: str) -> dict[str, int]:
+    """Bytes of each object directly under a folder, in one listing; empty if there is no such folder."""
+    fs, path = filesystem(url)
+    with explained(url):
+        try:
+            entries = fs.ls(path, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+    return {name(entry["name"]): int(entry["size"]) for entry in entries if entry["type"] == "file"}
+
+
 def read_bytes(url: str, start: int | None = None, end: int | None = None) -> bytes:
     """Whole object, or the byte range [start, end)."""
     fs, path = filesystem(url)
@@ -122,6 +133,29 @@ def remove(url: str, recursive: bool = False) -> None:
     fs, path = filesystem(url)
     with explained(url), contextlib.suppress(FileNotFoundError):
         fs.rm(path, recursive=recursive)
+
+
+def remove_all(urls: Sequence[str]) -> None:
+    """Removes objects of one storage, in as few requests as it allows (S3: 1,000 in each); absent ones are fine."""
+    if not urls:
+        return
+    fs, _ = filesystem(urls[0])
+    paths = [filesystem(url)[1] for url in urls]
+    with explained(urls[0]):
+        try:
+            fs.rm(paths)
+        except FileNotFoundError:  # one of them went meanwhile: those left one by one
+            for url in urls:
+                remove(url)
+
+
+def list_tree(url: str) -> list[str]:
+    """Paths of all objects below a folder, relative to it, sorted, in one listing; empty if there is no such folder."""
+    fs, path = filesystem(url)
+    folder = path.rstrip("/")
+    with explained(url):
+        found = fs.find(folder)
+    return sorted(entry[len(folder) + 1 :] for entry in found)
 
 
 def write_atomic(url: str, data: bytes) -> None:
@@ -226,6 +260,8 @@ __all__ = [
     "is_local",
     "join",
     "list_names",
+    "list_sizes",
+    "list_tree",
     "local_path",
     "make_folder",
     "name",
@@ -233,6 +269,7 @@ __all__ = [
     "open_read",
     "read_bytes",
     "remove",
+    "remove_all",
     "size",
     "upload",
     "write_atomic",

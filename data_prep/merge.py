@@ -1,4 +1,4 @@
-"""From finished shards to a set: parts under `_build/` → `index.parquet`, `faults.jsonl`, `manifest.json`.
+"""From finished shards to a set: parts under `_build/` → `index.parquet`, `columns.safetensors`, `faults.jsonl`, `manifest.json`.
 
 A shard is finished when its part JSON exists; that file is written last, after the tar and the two part tables. The merge
 reads parts only (no tar), in plan order, holds one part at a time, and gives the same bytes however often, by whomever and
@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 from cluster import storage
 from cluster.config import fingerprint, to_dict
 from cluster.errors import RunFailure
-from data_prep import index
+from data_prep import column_file, index
 from data_prep.config import SPLITS, BuildConfig
 from data_prep.schema import SCHEMA_VERSION
-from data_prep.shards import FAULTS, INDEX, MANIFEST, ShardWriter
+from data_prep.shards import FAULTS, INDEX, MANIFEST, ShardSet, ShardWriter
 from data_prep.statistics import Histograms, statistics_json, statistics_sha256
 
 PARTS = "_build"
@@ -111,6 +111,7 @@ def merge_parts(
     index_sha256, index_bytes = _write_index(url, kept)
     manifest = _manifest(url, kept, config, classes) | dict(extra or {})
     manifest["index"] = {"sha256": index_sha256, "bytes": index_bytes}
+    manifest["columns"] = column_file.write(ShardSet(url, manifest, ""))
     manifest["faults"] = len(faults)
     manifest["plan"] = plan
     storage.write_atomic(storage.join(url, MANIFEST), dump(manifest, indent=1))

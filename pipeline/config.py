@@ -138,12 +138,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """zero_stage 0-3; ep: expert-parallel degree, divides the ranks; offload: optimizer state in CPU memory. reduce: precision in
-    which gradients are summed over ranks with bf16 weights (fp32 doubles that traffic, and loses nothing over many ranks).
+    """zero_stage 0-3; ep: expert-parallel degree, divides the ranks of a node (or, with `ep_across_nodes`, of the job: rows
+    then travel to their experts over the slow link); offload: optimizer state in CPU memory. reduce: precision in which gradients
+    are summed over ranks with bf16 weights (fp32 doubles that traffic, and loses nothing over many ranks).
     """
 
     zero_stage: int = 2
     ep: int = 1
+    ep_across_nodes: bool = False
     offload: bool = False
     reduce: Literal["fp32", "bf16"] = "fp32"
 

@@ -12,7 +12,7 @@ from cluster.config import flatten, to_dict
 from cluster.errors import RunFailure, UsageError
 from cluster.rundir import RunDir
 from pipeline.checkpoint import store
-from pipeline.checkpoint.load import check_fits, needed_files, open_files, restore
+from pipeline.checkpoint.load import check_fits, open_files, restore, restore_buffers, wanted_parts
 from pipeline.checkpoint.store import Checkpoint
 from pipeline.config import PretrainConfig
 from pipeline.health import AgreedFailure
@@ -68,28 +68,58 @@ def continue_run(engine: Any, urls: list[str], strict: bool, rank: int) -> Check
         AgreedFailure: checkpoints stand here but none is whole; starting over silently would hide that.
     """
     for url in urls:
-        checkpoint, fault = None, ""
-        try:
-            checkpoint = store.open_checkpoint(url)
-            store.check_sizes(checkpoint)
+        checkpoint, fault = _look(url, rank)
+        if checkpoint is not None:
             check_fits(checkpoint, engine)
-            with open_files(checkpoint, needed_files(checkpoint, engine)) as files:
-                if agree_max(0.0, engine.device) == 0:
-                    restore(engine, checkpoint, files)
-                    return checkpoint
-        except RunFailure as error:
-            fault = str(error)
-            agree_max(1.0, engine.device)
-        faults = _everyones(fault)
+            found = _load(engine, checkpoint, rank)
+            fault = found or ""
+            if found is None:
+                return checkpoint
         if strict:
-            raise AgreedFailure(f"{faults[0]}; name another checkpoint")
+            raise AgreedFailure(f"{fault}; name another checkpoint")
         if rank == 0:
-            log.warning("%s; the checkpoint before it is used", faults[0])
+            log.warning("%s; the checkpoint before it is used", fault)
     if urls:
         raise AgreedFailure(
             f"none of the {len(urls)} checkpoints is whole, the newest being {urls[0]}; remove them to start over"
         )
     return None
+
+
+def _look(url: str, rank: int) -> tuple[Checkpoint | None, str]:
+    """The checkpoint at `url` as the first rank sees it (manifest, and one listing for the sizes), or what is wrong with it:
+    the others are told. Collective."""
+    box: list[Any] = [None, ""]
+    if rank == 0:
+        try:
+            checkpoint = store.open_checkpoint(url)
+            store.check_sizes(checkpoint)
+            box[0] = dict(checkpoint.manifest)
+        except RunFailure as error:
+            box[1] = str(error)
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return (None if box[0] is None else Checkpoint(url, box[0])), str(box[1])
+
+
+def _load(engine: Any, checkpoint: Checkpoint, rank: int) -> str | None:
+    """Loads a checkpoint, every rank its own pieces and the first one the buffers; collective. None, or what was damaged: then
+    nothing has been touched."""
+    fault, world = "", dist.get_world_size()
+    try:
+        with open_files(checkpoint, wanted_parts(checkpoint, engine.state.pieces, rank == 0)) as files:
+            buffers = {owner: files.buffers(owner) for owner in ("student", "teacher")} if rank == 0 else None
+            if agree_max(0.0, engine.device) == 0:
+                restore(engine, checkpoint, files)
+                box = [buffers]
+                if world > 1:
+                    dist.broadcast_object_list(box, src=0)
+                restore_buffers(engine, box[0] or {})
+                return None
+    except RunFailure as error:
+        fault = str(error)
+        agree_max(1.0, engine.device)
+    return _everyones(fault)[0]
 
 
 def _everyones(fault: str) -> list[str]:

@@ -1,5 +1,6 @@
 """`python -m pipeline sync RUN_DIR`: brings MLflow level with a run directory, each step once.
 
+Of a run on an object store it also makes `metrics.jsonl` from the segments that the run wrote.
 For compute nodes without network, and after an outage that outlasted the run. Running it again changes nothing.
 A run whose process is gone without a word ends as FAILED (it left a failure record) or KILLED, and other runs of the same
 directory that MLflow shows as RUNNING are closed. What MLflow cannot take back: steps redone after a resume with another
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    from cluster import metrics
     from cluster.cli import print_json
     from cluster.errors import RunFailure
     from cluster.rundir import RunDir
@@ -37,6 +39,7 @@ def main(args: argparse.Namespace) -> int:
             sent = 0
         else:
             sent = mirror.send(rundir.read_metrics())
+            metrics.write_merged(rundir.url)
             mirror.send_files()
             mirror.note_redone()
             stale = mirror.close_stale()

@@ -219,10 +219,10 @@ class Reader:
         return first, last, start + count
 
     def _rows_ahead(self, stream: Stream) -> Iterator[int]:
-        """The samples of this rank from the start on, for reading ahead (in another thread, so on a stream of its own)."""
+        """The rows of this rank from the start on, for reading ahead (in another thread, so on a stream of its own)."""
         k = 0
         while (bounds := self._bounds(k)) is not None:
-            yield from stream.at(bounds[0], bounds[1]).sample.tolist()
+            yield from self.table.rows.of(stream.at(bounds[0], bounds[1]).sample).tolist()
             k += 1
 
     def _submit(self) -> bool:
@@ -263,10 +263,9 @@ class Reader:
         return self._free.popleft() if self._free else None
 
     def _fill(self, buffers: BatchBuffers, drawn: Drawn, first: int, last: int, ticket: int) -> None:
-        for i in range(first, last):
-            self._samples.fill(
-                buffers, i, int(drawn.sample[i]), int(drawn.epoch[i]), int(drawn.position[i]), ticket + i - first
-            )
+        rows = self.table.rows.of(drawn.sample[first:last]).tolist()
+        for i, row in enumerate(rows, first):
+            self._samples.fill(buffers, i, row, int(drawn.epoch[i]), int(drawn.position[i]), ticket + i - first)
 
     def _take(self) -> tuple[Batch, int, BatchBuffers]:
         """The next batch in CPU memory, the stream number after it, and its buffers. Raises StopIteration."""
