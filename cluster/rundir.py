@@ -7,7 +7,8 @@ checkpoints/      owned by pipeline.checkpoint
 probes/           what each test site of a probe got (pipeline.probes.outcomes)
 logs/             one log per rank and start, failures as JSON (cluster.logs)
 tracking.json     {"run_id"}: the MLflow run that every restart continues
-writer.json       who may write: a node cut from the network goes on writing, so each start takes a new token (fencing)
+lease/            one record per start: who may write (cluster.lease); every shared write checks it
+writer.json       the newest of them, for people and tools
 ```
 """
 
@@ -16,15 +17,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 import time
-import uuid
 from collections.abc import Mapping
 from typing import IO, Any
 
 from cluster import storage
 from cluster.config import fingerprint, to_dict
-from cluster.errors import RunFailure, UsageError
+from cluster.errors import UsageError
+from cluster.lease import Lease
 
 SYNC_EVERY_S = 60.0
 """Object stores cannot append: there the lines are kept in memory and the object is rewritten at most this often."""
@@ -45,7 +45,7 @@ class RunDir:
         self._last_step: int | None = None
         self._abandoned: dict[int, bytes] = {}
         self._synced = time.monotonic()
-        self._token: str | None = None
+        self.lease: Lease | None = None
 
     # --- configuration
 
@@ -91,6 +91,8 @@ class RunDir:
             raise ValueError(f"metrics of step {step!r} come after step {self._last_step}; each step is logged once")
         line = json.dumps({key: _finite(value) for key, value in metrics.items()}, allow_nan=False).encode()
         line = _first_telling(self._abandoned.pop(step, None), line)
+        if self._stream is not None:
+            self.check_claim()
         self._last_step = step
         if self._stream is not None:
             self._stream.write(line + b"\n")
@@ -142,7 +144,7 @@ class RunDir:
     def _rewrite(self) -> None:
         """Writes all lines whole; on a local file system it then stays open for appending and memory lets go of them."""
         assert self._lines is not None
-        storage.write_atomic(self.metrics_url, b"".join(line + b"\n" for line in self._lines))
+        self.write("metrics.jsonl", b"".join(line + b"\n" for line in self._lines))
         self._synced = time.monotonic()
         if storage.is_local(self.url):
             self._stream = open(storage.local_path(self.metrics_url), "ab")  # noqa: SIM115  (kept open over the run)
@@ -160,31 +162,32 @@ class RunDir:
         self._write_json("tracking.json", {**(self._read_json("tracking.json") or {}), "run_id": value})
 
     def claim(self) -> None:
-        """Takes the directory for this process: from now on an earlier start of the run fails its `check_claim`."""
-        self._token = uuid.uuid4().hex
-        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        self._write_json(
-            "writer.json",
-            {"token": self._token, "host": socket.gethostname(), "pid": os.getpid(),
-             "job": os.environ.get("SLURM_JOB_ID"), "restart": restarts, "time": time.time()},
-        )  # fmt: skip
+        """Takes the directory for this process: from now on an earlier start of the run can write nothing more."""
+        self.lease = Lease.acquire(self.url)
+        self._write_json("writer.json", self.lease.record)
 
     def read_writer(self) -> dict[str, Any] | None:
-        """What the last `claim` wrote: {"token", "host", "pid", "job", "restart", "time"}; None without one."""
+        """What the last `claim` wrote: {"epoch", "token", "host", "pid", "job", "restart", "time"}; None without one."""
         return self._read_json("writer.json")
 
     def check_claim(self) -> None:
-        """Raises RunFailure if another start has claimed the directory since. Call it before committing a checkpoint."""
-        writer = self.read_writer() or {}
-        if self._token is not None and writer.get("token") not in (None, self._token):
-            where = f"{writer.get('host')} (process {writer.get('pid')}, restart {writer.get('restart')})"
-            raise RunFailure(f"{self.url}: a later start of this run on {where} writes here now; this one stops")
+        """Raises Fenced if another start has claimed the directory since. Call it before anything that others can see."""
+        if self.lease is not None:
+            self.lease.check()
+
+    def write(self, name: str, data: bytes) -> None:
+        """Replaces the file `name` (such as `artifacts/loss.png`) whole. Raises Fenced if a later start has claimed the directory."""
+        url = storage.join(self.url, name)
+        if self.lease is not None:
+            self.lease.write(url, data)
+        else:  # a tool beside the run, or before its first start
+            storage.write_atomic(url, data)
 
     # --- small files
 
     def _write_json(self, name: str, tree: Mapping[str, Any]) -> None:
         text = json.dumps(tree, indent=2, sort_keys=True, allow_nan=False)
-        storage.write_atomic(storage.join(self.url, name), f"{text}\n".encode())
+        self.write(name, f"{text}\n".encode())
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
         url = storage.join(self.url, name)

@@ -196,6 +196,34 @@ def create(url: str, data: bytes) -> bool:
     return True
 
 
+def version(url: str) -> str | None:
+    """What changes whenever an object of an object store is replaced (its ETag); None if there is none."""
+    fs, path = filesystem(url)
+    with explained(url):
+        try:
+            return str(fs.info(path)["ETag"])
+        except FileNotFoundError:
+            return None
+
+
+def replace(url: str, data: bytes, expected: str | None) -> bool:
+    """Writes an object of an object store only if it still is the `version` given (None: only if there is none).
+
+    Returns False, with nothing written, if somebody else has replaced or made it meanwhile. At most PART_BYTES.
+    """
+    if expected is None:
+        return create(url, data)
+    fs, path = filesystem(url)
+    try:
+        with explained(url):
+            fs.pipe_file(path, data, IfMatch=expected)
+    except OSError:
+        if version(url) == expected:
+            raise
+        return False
+    return True
+
+
 def upload(local: str, url: str) -> None:
     """Copies a finished local file to `url`, atomically."""
     if is_local(url):
@@ -233,7 +261,9 @@ __all__ = [
     "open_read",
     "read_bytes",
     "remove",
+    "replace",
     "size",
     "upload",
+    "version",
     "write_atomic",
 ]  # fmt: skip

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from cluster.errors import RunFailure
+from cluster.errors import Fenced, RunFailure
 from cluster.logs import record_failure
 from cluster.ranks import Ranks
+from cluster.rundir import RunDir
 
 PHASES = ("start", "data", "teacher", "student", "update", "log", "probe", "save", "end")
 PATIENCE, SLOW_PHASES = 10, ("start", "probe", "save", "end")  # these may take so many times longer than the rest
@@ -54,6 +55,10 @@ def check_step(step: int, result: Any, keys: Sequence[str], ranks: Ranks) -> Non
     )
 
 
+class FencedTogether(AgreedFailure, Fenced):
+    """Another start has taken the run directory over, and every rank of this one knows."""
+
+
 class SpikeWatch:
     """Tells when the loss leaves what it has lately been: above mean + `sigmas` standard deviations of the last `window` steps."""
 
@@ -82,8 +87,8 @@ class Heartbeat:
     waits compares, says who is behind or silent, and ends with code 1, which ends the job.
     """
 
-    def __init__(self, ranks: Ranks, timeout_s: float, logs_url: str | None) -> None:
-        self.ranks, self.timeout_s, self.logs_url = ranks, timeout_s, logs_url
+    def __init__(self, ranks: Ranks, timeout_s: float, rundir: RunDir | None) -> None:
+        self.ranks, self.timeout_s, self.rundir = ranks, timeout_s, rundir
         self.step, self.phase, self._moved = 0, "start", time.monotonic()
         self._interval = min(5.0, timeout_s / 8)
         self._count = 0
@@ -122,8 +127,8 @@ class Heartbeat:
         if self._over.is_set():
             return
         print(f"pipeline train: rank {self.ranks.rank}: {message}", file=sys.stderr, flush=True)
-        if self.logs_url:
-            record_failure(self.logs_url, self.ranks.rank, self.step, RunFailure(message))
+        if self.rundir is not None:
+            record_failure(self.rundir.logs_url, self.ranks.rank, self.step, RunFailure(message), self.rundir.lease)
         os._exit(1)
 
     def _who_lags(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cluster.errors import Fenced
 from cluster.progress import Progress
 from cluster.rundir import RunDir
 from pipeline.engine import StepResult
@@ -86,7 +88,8 @@ class StepLog:
             useful = self.flops_per_sample * result.metrics.get("work/share", 1.0)
             figures["mfu"] = rate * useful / (self.peak * self.layout.world)
         self._watch_experts(step, figures)
-        self.tracker.log(step, samples, self.rundir.append_metrics(figures))
+        with contextlib.suppress(Fenced):  # the lease remembers; all ranks end together, after the step
+            self.tracker.log(step, samples, self.rundir.append_metrics(figures))
 
     def _watch_experts(self, step: int, figures: dict[str, Any]) -> None:
         """First rank: one warning when experts die, a metric of how many are dead, and a tag that names them."""
@@ -107,7 +110,8 @@ class StepLog:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-            self.rundir.close()
+            with contextlib.suppress(Fenced):
+                self.rundir.close()
 
 
 def peak_flops(device: torch.device, precision: str) -> float:

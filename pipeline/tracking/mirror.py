@@ -36,13 +36,19 @@ class Mirror:
     """One run directory and one store. Every method may raise StoreUnavailable; calling it again later is always right."""
 
     def __init__(self, rundir: RunDir, store: Store) -> None:
-        self.rundir, self.store = rundir, store
+        self.rundir, self._store = rundir, store
         self.run_id: str | None = None
         self.newest_step = -1  # of those the store is known to have
         self._present: set[int] | None = None  # steps the store has; None = unsure, ask
         self._sent_tags: dict[str, str] = {}
         self._sent_artifacts: dict[str, str] = {}
         self._sent_checkpoints: set[tuple[str, int]] = set()
+
+    @property
+    def store(self) -> Store:
+        """The store, after a look at the lease: a start that was taken over sends nothing more. Raises Fenced."""
+        self.rundir.check_claim()
+        return self._store
 
     def open(self) -> str:
         """Creates or continues the run and brings its settings, tags and datasets up to date. Returns the run id."""
@@ -200,7 +206,7 @@ def write_record(rundir: RunDir, experiment: str, name: str, facts: RunFacts) ->
     _write_json(rundir, "tracked.json", record)
     difference = git_diff()
     if difference:
-        storage.write_atomic(storage.join(rundir.url, "artifacts", "dirty.diff"), difference.encode())
+        rundir.write("artifacts/dirty.diff", difference.encode())
 
 
 def set_status(rundir: RunDir, status: str) -> None:
@@ -260,7 +266,7 @@ def add_event(rundir: RunDir, url: str, step: int, metrics: Mapping[str, float])
     events = [event for event in read_events(rundir) if (event["url"], event["step"]) != (url, step)]
     events.append({"url": url, "step": step, "metrics": dict(metrics)})
     text = "".join(json.dumps(event) + "\n" for event in events)
-    storage.write_atomic(storage.join(rundir.url, "tracked.jsonl"), text.encode())
+    rundir.write("tracked.jsonl", text.encode())
 
 
 def read_events(rundir: RunDir) -> list[dict[str, Any]]:
@@ -272,7 +278,7 @@ def read_events(rundir: RunDir) -> list[dict[str, Any]]:
 
 
 def _write_json(rundir: RunDir, name: str, tree: Mapping[str, Any]) -> None:
-    storage.write_atomic(storage.join(rundir.url, name), json.dumps(tree, indent=2, sort_keys=True).encode())
+    rundir.write(name, json.dumps(tree, indent=2, sort_keys=True).encode())
 
 
 def _text(value: Any) -> str:

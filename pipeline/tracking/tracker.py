@@ -7,9 +7,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from cluster import storage
+from cluster.errors import Fenced
 from cluster.rundir import RunDir
 from pipeline.config import PretrainConfig
 from pipeline.tracking.facts import RunFacts
@@ -58,7 +60,7 @@ class Tracker:
         self._probes: dict[int, dict[str, float]] = {}  # scores by step, of steps without a checkpoint so far
         self._newest_checkpoint, self._looked = "", 0.0
         self._status: str | None = None
-        self._level = self._caught_up = self._swept = False
+        self._level = self._caught_up = self._swept = self._fenced = False
         self._thread: threading.Thread | None = None
         if self._mirror is not None:
             self._thread = threading.Thread(target=self._run, name="tracker", daemon=True)
@@ -95,7 +97,7 @@ class Tracker:
 
     def artifact(self, path: str) -> None:
         """Copies a local file into the run directory's `artifacts/`, from where it goes to the store."""
-        self._guard(lambda: storage.upload(path, storage.join(self.rundir.url, "artifacts", storage.name(path))))
+        self._guard(lambda: self.rundir.write(f"artifacts/{storage.name(path)}", Path(path).read_bytes()))
 
     def checkpoint(self, url: str, step: int, metrics: Mapping[str, float] | None = None) -> None:
         """Registers a committed checkpoint by reference, with its probe scores. Those of the run directory are found
@@ -107,7 +109,8 @@ class Tracker:
         self._guard(lambda: add_tag(self.rundir, key, value))
 
     def close(self, status: str = "FINISHED") -> None:
-        """Sends what is left and ends the run as FINISHED, FAILED, KILLED or SCHEDULED (it will be requeued)."""
+        """Sends what is left and ends the run as FINISHED, FAILED, KILLED or SCHEDULED (it will be requeued). A start that was
+        taken over does neither: the run is the later start's."""
         self._guard(lambda: set_status(self.rundir, status))
         self._guard(lambda: draw(self.rundir))
         if self._thread is None:
@@ -116,7 +119,7 @@ class Tracker:
             self._status = status
             self._wake.notify()
         self._thread.join(CLOSE_S)
-        if not self._level:
+        if not self._level and not self._fenced:
             print(
                 f"tracking: the store did not answer, it is behind this run; later: python -m pipeline sync {self.rundir.url}",
                 file=sys.stderr,
@@ -126,6 +129,8 @@ class Tracker:
         try:
             action()
             self._new_files = True
+        except Fenced:  # said where the run ends
+            self._fenced = True
         except Exception as error:  # training goes on without this file
             print(f"tracking: {' '.join(str(error).split())}", file=sys.stderr)
 
@@ -142,6 +147,9 @@ class Tracker:
                 if closing is not None:
                     self._level = True
                     return
+            except Fenced:
+                self._fenced = True
+                return
             except Exception as error:
                 self.failures += 1
                 if not isinstance(error, StoreUnavailable) or self.failures == 1:
@@ -208,19 +216,18 @@ def draw(rundir: RunDir) -> None:
     """Pictures of the run so far under `artifacts/`: loss curves, expert loads, and a contact sheet of the data, once."""
     from pipeline.tracking.plots import expert_plot, loss_plot
 
-    folder, lines = storage.join(rundir.url, "artifacts"), rundir.read_metrics()
+    lines = rundir.read_metrics()
     for name, picture in (("loss.png", loss_plot(lines)), ("experts.png", expert_plot(lines))):
         if picture is not None:
-            storage.write_atomic(storage.join(folder, name), picture)
-    sheet_url = storage.join(folder, "data.png")
+            rundir.write(f"artifacts/{name}", picture)
     sets = [
         dataset
         for dataset in read_record(rundir)["facts"].get("datasets", ())
         if 0 < dataset["samples"] <= MAX_SHEET_SAMPLES
     ]
-    if sets and lines and not storage.exists(sheet_url):
+    if sets and lines and not storage.exists(storage.join(rundir.url, "artifacts/data.png")):
         from data_prep.shards import ShardSet
         from data_prep.show import sheet
 
         shards = ShardSet.open(sets[0]["url"])
-        storage.write_atomic(sheet_url, sheet(shards, samples=6))
+        rundir.write("artifacts/data.png", sheet(shards, samples=6))

@@ -40,7 +40,8 @@ def lives(pid: Any, since: Any = None) -> bool:
     try:
         process = psutil.Process(int(pid))
         reused = since is not None and process.create_time() > float(since) + 1
-        return not reused and process.status() != psutil.STATUS_ZOMBIE
+        # a stopped one may be anything's past: whoever starts the run anew takes it over, and it learns so when it goes on
+        return not reused and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED)
     except (psutil.NoSuchProcess, TypeError, ValueError):
         return False
     except psutil.AccessDenied:
