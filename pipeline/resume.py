@@ -20,7 +20,7 @@ from pipeline.checkpoint.store import Checkpoint
 from pipeline.config import PretrainConfig
 from pipeline.health import AgreedFailure
 from pipeline.parallel.processes import agree_max
-from pipeline.tracking.writer import fate
+from pipeline.tracking.writer import fate, runs
 
 log = logging.getLogger(__name__)
 
@@ -80,13 +80,18 @@ def _candidates(resume: str, rundir: RunDir) -> list[str]:
 
 
 def _refuse_while_written(rundir: RunDir) -> None:
-    """Two starts of a run on one machine are a mistake: the second would throw the first out. (A requeued job on another node
-    may meet a predecessor that nobody can reach: that one is fenced.)"""
+    """Two starts of a run on one machine, or of two jobs, are a mistake: the second would throw the first out. (A requeued job on
+    another node may meet a predecessor that nobody can reach: that one is fenced.)"""
     writer = rundir.read_writer() or {}
     same_job = writer.get("job") is not None and writer.get("job") == os.environ.get("SLURM_JOB_ID")
     if writer.get("pid") != os.getpid() and not same_job and fate(writer) == "alive":
         raise UsageError(
             f"{rundir.url} is being written by process {writer['pid']} of this machine; wait for it, stop it (kill {writer['pid']}), "
+            "or choose another run.dir"
+        )
+    if writer.get("job") and not same_job and runs(str(writer["job"])):
+        raise UsageError(
+            f"{rundir.url} is being written by job {writer['job']}, which is running; wait for it, scancel {writer['job']}, "
             "or choose another run.dir"
         )
 

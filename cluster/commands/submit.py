@@ -52,7 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chain", type=int, default=1, help="jobs that follow one another, where requeueing is not allowed"
     )
     parser.add_argument("--max-requeues", type=int, help="stop after so many (default: as long as there is progress)")
+    parser.add_argument(
+        "--follow",
+        action="store_true",
+        help="a job works on this run already: start when it has ended (default: refuse)",
+    )
     parser.add_argument("--python", default=sys.executable, help="interpreter on the nodes (default: this one)")
+    parser.add_argument(
+        "--container-python", metavar="PYTHON",
+        help="interpreter of the ranks inside the container (default with --container: python3)",
+    )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the script, write and send nothing")
     parser.add_argument("--json", action="store_true")
     parser.epilog = "also taken, as sbatch takes them: " + " ".join(f"--{name}" for name in PASS_THROUGH)
@@ -89,7 +98,8 @@ def plan_submission(args: argparse.Namespace) -> submit.Submission:
     }
     job = script.Job(
         name=script.job_name(args.job_name or f"geoloom-{args.kind}-{named}"), command=_as_typed(sys.argv),
-        job_dir="", logs_dir="", work_dir=os.getcwd(), python=args.python, nodes=args.nodes,
+        job_dir="", logs_dir="", work_dir=os.getcwd(), python=args.python,
+        rank_python=args.container_python or ("python3" if args.container else None), nodes=args.nodes,
         tasks_per_node=tasks_per_node, gpus_per_node=args.gpus_per_node, cpus_per_task=args.cpus_per_task,
         signal_s=args.signal_s, options=options | key_values("--sbatch", args.sbatch),
         srun_options=({"container": args.container} if args.container else {}) | key_values("--srun", args.srun),
@@ -97,7 +107,8 @@ def plan_submission(args: argparse.Namespace) -> submit.Submission:
     tasks = args.tasks if args.tasks is not None else args.nodes
     _at_least_one("tasks", tasks)
     return submit.Submission(
-        args.kind, job, target, resolved, answer["fingerprint"], args.chain, tasks, args.max_requeues, args.dependency
+        args.kind, job, target, resolved, answer["fingerprint"], args.chain, tasks, args.max_requeues, args.dependency,
+        args.follow,
     )  # fmt: skip
 
 

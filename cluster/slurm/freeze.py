@@ -17,6 +17,9 @@ from cluster.errors import RunFailure
 CODE = Path(__file__).resolve().parents[2]
 """Root of the code that is running: the folder that holds cluster/, data_prep/, model/, pipeline/."""
 
+REVISION_FILE = "revision.json"
+"""In a frozen copy: what `git` would say of it."""
+
 BOXES = ("cluster", "data_prep", "model", "pipeline")
 
 
@@ -45,7 +48,8 @@ def next_folder(jobs_dir: str) -> str:
 def freeze_code(folder: Path) -> dict[str, Any]:
     """Copies the boxes' files into `folder/code`; `folder/code.diff` holds what differs from the revision in the result.
 
-    Files that git ignores stay behind. Returns {"revision", "dirty"}; revision None without git.
+    Files that git ignores stay behind. Returns {"revision", "dirty", "untracked"}, which also stands in `folder/code/REVISION_FILE`
+    for the job to tell; revision None without git.
     """
     inside = _git("rev-parse", "--show-prefix")
     is_checkout = inside is not None and inside.strip() == ""
@@ -60,7 +64,9 @@ def freeze_code(folder: Path) -> dict[str, Any]:
     diff = (_git("diff", "--no-color", "HEAD") or "") if revision else ""
     (folder / "code.diff").write_text(diff)
     untracked = (_git("ls-files", "-oz", "--exclude-standard", "--", *BOXES) or "") if is_checkout else ""
-    return {"revision": revision or None, "dirty": bool(diff), "untracked": [n for n in untracked.split("\0") if n]}
+    told = {"revision": revision or None, "dirty": bool(diff), "untracked": [n for n in untracked.split("\0") if n]}
+    (folder / "code" / REVISION_FILE).write_text(json.dumps(told, indent=1) + "\n")
+    return told
 
 
 def write_config(folder: Path, resolved: dict[str, Any], digest: str) -> None:

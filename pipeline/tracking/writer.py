@@ -35,6 +35,14 @@ def fate(writer: Mapping[str, Any]) -> Fate:
     return "gone"
 
 
+def runs(job: str) -> bool:
+    """Whether SLURM says that a job is running now; not where nobody can be asked."""
+    try:
+        return job_fields(job).get("JobState") == "RUNNING"
+    except RunFailure:
+        return False
+
+
 def lives(pid: Any, since: Any = None) -> bool:
     """Whether process `pid` of this host runs, and is not another one that got the number after `since` (epoch seconds)."""
     try:
