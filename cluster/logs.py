@@ -18,8 +18,16 @@ from typing import Any
 from cluster import storage
 from cluster.errors import Fenced
 from cluster.lease import Lease
+from cluster.secrets import redacted
 
 FORMAT = "%(asctime)s %(levelname).1s rank %(rank)05d %(name)s: %(message)s"
+
+
+class Redacting(logging.Formatter):
+    """Takes secrets out of a finished line, wherever they came from (tracebacks too)."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
 
 
 def rank_log_name(rank: int) -> str:
@@ -47,7 +55,7 @@ def start_logging(logs_url: str | None, rank: int, level: int = logging.INFO, le
         file.addFilter(lambda record: lease is None or _holds(lease))
         handlers.append(file)
     for handler in handlers:
-        handler.setFormatter(logging.Formatter(FORMAT, defaults={"rank": rank}))
+        handler.setFormatter(Redacting(FORMAT, defaults={"rank": rank}))
         root.addHandler(handler)
 
 
@@ -63,9 +71,9 @@ def record_failure(logs_url: str, rank: int, step: int, error: BaseException, le
     """Writes why this rank ends, unless the directory is a later start's (then this end is of no concern to it). Never raises:
     it is called while something worse is under way."""
     record = {
-        "rank": rank, "step": step, "error": f"{type(error).__name__}: {error}", "time": time.time(),
+        "rank": rank, "step": step, "error": redacted(f"{type(error).__name__}: {error}"), "time": time.time(),
         "job": os.environ.get("SLURM_JOB_ID"), "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-        "traceback": "".join(traceback.format_exception(error))[-20_000:],
+        "traceback": redacted("".join(traceback.format_exception(error))[-20_000:]),
     }  # fmt: skip
     write = storage.write_atomic if lease is None else lease.write
     try:

@@ -135,14 +135,15 @@ def _everyones(fault: str) -> list[str]:
     return sorted({text for text in gathered if text})
 
 
-def check_data(checkpoint: Checkpoint, manifest_sha256: str, allowed: bool) -> None:
-    """Refuses other data than the checkpoint's: the position in it would mean nothing."""
+def check_data(checkpoint: Checkpoint, manifest_sha256: str, allowed: bool) -> bool:
+    """Refuses other data than the checkpoint's: the position in it would mean nothing. Returns whether it is other data."""
     before = checkpoint.manifest.get("data", {}).get("manifest_sha256")
     if before != manifest_sha256 and not allowed:
         raise UsageError(
             f"{checkpoint.url} was trained on a shard set with manifest {str(before)[:12]}…, data.url now holds "
             f"{manifest_sha256[:12]}…; use the same data, or set checkpoint.allow_changed_data=true"
         )
+    return before != manifest_sha256
 
 
 def changed_settings(checkpoint: Checkpoint, config: PretrainConfig) -> list[str]:

@@ -109,7 +109,8 @@ def loop(run: Run, stop: StopFlag) -> int:
         scores = probe(run) if probing else {}
         run.beat.at("log")
         if logging_step:
-            run.log.write(run.step, run.samples, result, {**run.reader.metrics(), **scores})
+            bad = run.reader.faults.quarantined
+            run.log.write(run.step, run.samples, result, {**run.reader.metrics(), **scores}, bad)
         stopping = stop.agreed(run.device, run.rundir.lease)
         run.beat.at("save")
         with suppress(Fenced):  # one rank's writer may notice first: all end together, after the next step
@@ -151,8 +152,8 @@ def build(config: PretrainConfig, ranks: Ranks, resume_from: str) -> Run:
     found = resume.continue_run(engine, urls, strict=resume_from != "auto", rank=ranks.rank)
     step, samples, device_hours = 0, 0, 0.0
     if found is not None:
-        resume.check_data(found, reader.manifest_sha256, config.checkpoint.allow_changed_data)
-        reader.load_state_dict(found.manifest["reader"])
+        changed = resume.check_data(found, reader.manifest_sha256, config.checkpoint.allow_changed_data)
+        reader.load_state_dict(found.manifest["reader"], changed_data=changed)
         step, samples, device_hours = found.step, found.samples, float(found.manifest["device_hours"])
 
     resume.take_over(

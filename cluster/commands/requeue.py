@@ -14,6 +14,7 @@ import re
 import shlex
 
 from cluster import logs, storage
+from cluster.cli import private_files
 from cluster.errors import RunFailure
 from cluster.exit_codes import FAILED, FENCED, REQUEUE
 from cluster.lease import overtaken
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    private_files()
     record = json.loads(storage.read_bytes(storage.join(args.job_dir, "job.json")))
     run = RunDir(record["run_dir"])
     job = os.environ.get("SLURM_JOB_ID", "")

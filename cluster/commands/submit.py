@@ -15,10 +15,13 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from cluster.cli import print_json
+from cluster.cli import print_json, private_files
+from cluster.config import flatten
 from cluster.errors import UsageError
+from cluster.secrets import MASK, redact
 from cluster.slurm import script, submit
 from cluster.slurm.resolve import resolve
 
@@ -73,6 +76,8 @@ def main(args: argparse.Namespace) -> int:
         for name, text in submit.preview(submission).items():
             print(f"# ---- {name}\n{text}", end="")
         return 0
+    if args.kind == "train":
+        private_files()
     sent = submit.submit(submission)
     if args.json:
         print_json(sent)
@@ -90,6 +95,7 @@ def plan_submission(args: argparse.Namespace) -> submit.Submission:
     world = ["--processes", str(args.nodes * tasks_per_node)] if args.kind == "train" else []
     answer = resolve(args.kind, args.config, args.overrides, world)
     resolved = answer["resolved"]
+    refuse_secrets(resolved)
     target = resolved["run"]["dir"] if args.kind == "train" else resolved["output"]["url"]
     target = submit.absolute_url(target)
     named = (resolved["run"].get("name") if args.kind == "train" else None) or target.rstrip("/").rsplit("/", 1)[-1]
@@ -110,6 +116,18 @@ def plan_submission(args: argparse.Namespace) -> submit.Submission:
         args.kind, job, target, resolved, answer["fingerprint"], args.chain, tasks, args.max_requeues, args.dependency,
         args.follow,
     )  # fmt: skip
+
+
+def refuse_secrets(resolved: Mapping[str, Any]) -> None:
+    """A job reads its settings from files, which hold no secrets: those reach it by the environment, which sbatch hands on."""
+    for key, value in flatten(resolved).items():
+        if isinstance(value, str) and MASK in value:
+            fix = (
+                "export GEOLOOM_TRACKING_URI=… and set tracking.uri=env"
+                if key == "tracking.uri"
+                else "use the environment"
+            )
+            raise UsageError(f"{key} holds a password, which would stand in the job's files; {fix}")
 
 
 def key_values(flag: str, texts: Sequence[str]) -> dict[str, str | None]:
@@ -145,4 +163,4 @@ def _at_least_one(name: str, value: int) -> None:
 
 def _as_typed(argv: Sequence[str]) -> str:
     """The command for the script's first comment line."""
-    return "python -m cluster submit " + " ".join(shlex.quote(word) for word in argv[2:])
+    return "python -m cluster submit " + " ".join(shlex.quote(str(redact(word))) for word in argv[2:])

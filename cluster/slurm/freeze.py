@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import RunFailure
+from cluster.secrets import redacted
 
 CODE = Path(__file__).resolve().parents[2]
 """Root of the code that is running: the folder that holds cluster/, data_prep/, model/, pipeline/."""
@@ -62,7 +63,7 @@ def freeze_code(folder: Path) -> dict[str, Any]:
             shutil.copyfile(source, target)
     revision = (_git("rev-parse", "HEAD") or "").strip() if is_checkout else ""
     diff = (_git("diff", "--no-color", "HEAD") or "") if revision else ""
-    (folder / "code.diff").write_text(diff)
+    (folder / "code.diff").write_text(redacted(diff))
     untracked = (_git("ls-files", "-oz", "--exclude-standard", "--", *BOXES) or "") if is_checkout else ""
     told = {"revision": revision or None, "dirty": bool(diff), "untracked": [n for n in untracked.split("\0") if n]}
     (folder / "code" / REVISION_FILE).write_text(json.dumps(told, indent=1) + "\n")

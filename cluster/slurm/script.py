@@ -163,6 +163,7 @@ echo "--- $(date -Is) job ${SLURM_JOB_ID}, start ${SLURM_RESTART_COUNT:-0}, on $
 
 TRAIN_BODY = (
     r"""LOG_NAME=batch.log
+umask "${GEOLOOM_UMASK:-077}"
 
 # Preemption, time limit (USR1, ahead of the end) and SIGTERM: tell the ranks, then go on waiting for them.
 asked_to_stop= signalled= srun_pid=

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import socket
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from cluster import storage
 from cluster.config import flatten
 from cluster.logs import read_failures
 from cluster.rundir import RunDir
+from cluster.secrets import redact, redacted
 from pipeline.tracking.facts import RunFacts, describe, git_diff
 from pipeline.tracking.store import Point, Store
 from pipeline.tracking.writer import fate, is_our_place, lives
@@ -29,7 +29,6 @@ from pipeline.tracking.writer import fate, is_our_place, lives
 MARKER = "samples"  # every logged line has it
 CHUNK_LINES = 64
 REDONE = "geoloom.redone_steps"
-_PASSWORD = re.compile(r"(://[^/:@\s]+:)[^@/\s]+@")  # of a database or server URL
 
 
 class Mirror:
@@ -42,7 +41,7 @@ class Mirror:
         self._present: set[int] | None = None  # steps the store has; None = unsure, ask
         self._sent_tags: dict[str, str] = {}
         self._sent_artifacts: dict[str, str] = {}
-        self._sent_checkpoints: set[tuple[str, int]] = set()
+        self._sent_checkpoints: set[str] = set()
 
     @property
     def store(self) -> Store:
@@ -115,7 +114,7 @@ class Mirror:
                 self.store.log_artifact(run_id, path)
             self._sent_artifacts[name] = digest
         for event in read_events(self.rundir):
-            identity = (event["url"], event["step"])
+            identity = json.dumps(event, sort_keys=True)  # with its scores: they may come later
             if identity not in self._sent_checkpoints:
                 self.store.register_checkpoint(run_id, event["url"], event["step"], event["metrics"])
                 self._sent_checkpoints.add(identity)
@@ -200,13 +199,14 @@ def write_record(rundir: RunDir, experiment: str, name: str, facts: RunFacts) ->
     """Puts into the run directory all that a later sync, perhaps on another machine, must know."""
     fingerprint = (rundir.read_resolved() or {}).get("fingerprint", "")
     record = {
-        "experiment": experiment, "name": name, "facts": facts.to_dict(), "tags": describe(facts, rundir.url, fingerprint),
+        "experiment": experiment, "name": name, "facts": redact(facts.to_dict()),
+        "tags": redact(describe(facts, rundir.url, fingerprint)),
         "status": "RUNNING",
     }  # fmt: skip
     _write_json(rundir, "tracked.json", record)
     difference = git_diff()
     if difference:
-        rundir.write("artifacts/dirty.diff", difference.encode())
+        rundir.write("artifacts/dirty.diff", redacted(difference).encode())
 
 
 def set_status(rundir: RunDir, status: str) -> None:
@@ -283,4 +283,4 @@ def _write_json(rundir: RunDir, name: str, tree: Mapping[str, Any]) -> None:
 
 def _text(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
-    return _PASSWORD.sub(r"\1***@", text)
+    return redacted(text)

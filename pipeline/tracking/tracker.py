@@ -13,10 +13,12 @@ from typing import Any
 from cluster import storage
 from cluster.errors import Fenced
 from cluster.rundir import RunDir
+from cluster.secrets import redacted
 from pipeline.config import PretrainConfig
 from pipeline.tracking.facts import RunFacts
-from pipeline.tracking.mirror import Mirror, add_event, add_tag, read_record, set_status, write_record
+from pipeline.tracking.mirror import Mirror, add_event, add_tag, read_events, read_record, set_status, write_record
 from pipeline.tracking.store import Store, StoreUnavailable
+from pipeline.tracking.uri import tracking_uri
 
 FLUSH_S = 2.0  # how far the store lags behind while all is well
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0  # between attempts while it is away
@@ -34,11 +36,12 @@ def open_tracker(cfg: PretrainConfig, rundir: RunDir, facts: RunFacts = RunFacts
         UsageError: `tracking.uri` is nothing MLflow can open.
     """
     write_record(rundir, cfg.tracking.experiment, cfg.run.name or storage.name(rundir.url), facts)
-    if cfg.tracking.uri == "none":
+    uri = tracking_uri(cfg.tracking.uri)
+    if uri == "none":
         return Tracker(rundir, None)
     from pipeline.tracking.mlflow_store import MlflowStore
 
-    return Tracker(rundir, MlflowStore(cfg.tracking.uri))
+    return Tracker(rundir, MlflowStore(uri))
 
 
 class Tracker:
@@ -57,7 +60,7 @@ class Tracker:
         self._pending: list[Mapping[str, Any]] = []
         self._from_directory = self._mirror is not None  # the store may lack what was logged before a restart
         self._new_files = True
-        self._probes: dict[int, dict[str, float]] = {}  # scores by step, of steps without a checkpoint so far
+        self._probes: dict[int, dict[str, float]] = {}  # scores by step
         self._newest_checkpoint, self._looked = "", 0.0
         self._status: str | None = None
         self._level = self._caught_up = self._swept = self._fenced = False
@@ -100,9 +103,11 @@ class Tracker:
         self._guard(lambda: self.rundir.write(f"artifacts/{storage.name(path)}", Path(path).read_bytes()))
 
     def checkpoint(self, url: str, step: int, metrics: Mapping[str, float] | None = None) -> None:
-        """Registers a committed checkpoint by reference, with its probe scores. Those of the run directory are found
-        without being told."""
-        self._guard(lambda: add_event(self.rundir, url, step, metrics or {}))
+        """Registers a committed checkpoint by reference, with the scores logged at its step (metrics: others). One of the run
+        directory that nobody told of, because its start died right then, is found."""
+        with self._wake:
+            scores = dict(metrics) if metrics is not None else self._probes.get(step, {})
+        self._guard(lambda: add_event(self.rundir, url, step, scores))
 
     def tag(self, key: str, value: str) -> None:
         """Sets a tag of the run, in the run directory and the store."""
@@ -132,7 +137,7 @@ class Tracker:
         except Fenced:  # said where the run ends
             self._fenced = True
         except Exception as error:  # training goes on without this file
-            print(f"tracking: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"tracking: {redacted(' '.join(str(error).split()))}", file=sys.stderr)
 
     def _run(self) -> None:
         wait_s = self._flush_s
@@ -154,7 +159,8 @@ class Tracker:
                 self.failures += 1
                 if not isinstance(error, StoreUnavailable) or self.failures == 1:
                     print(
-                        f"tracking: {error}; the run goes on, metrics are in {self.rundir.metrics_url}", file=sys.stderr
+                        f"tracking: {redacted(str(error))}; the run goes on, metrics are in {self.rundir.metrics_url}",
+                        file=sys.stderr,
                     )
                 wait_s = min(max(FIRST_WAIT_S, wait_s * 2), 2.0 if closing else LONGEST_WAIT_S)
                 if closing:
@@ -163,7 +169,7 @@ class Tracker:
                 self.blocked_s += time.monotonic() - start
 
     def _find_checkpoint(self, now: bool) -> None:
-        """Notes the newest committed checkpoint of the run directory, with the scores logged at its step."""
+        """Notes committed checkpoints of the run directory that are not noted yet, each with the scores logged at its step."""
         if not now and time.monotonic() - self._looked < CHECKPOINT_S:
             return
         self._looked = time.monotonic()
@@ -173,12 +179,28 @@ class Tracker:
             return
         if name == self._newest_checkpoint or not name.startswith("step-"):
             return
-        self._newest_checkpoint, step = name, int(name.removeprefix("step-"))
+        noted = {(storage.name(event["url"]), event["step"]) for event in read_events(self.rundir)}
+        for folder in sorted({name, *storage.list_names(self.rundir.checkpoints_url)}):
+            number = folder.removeprefix("step-")
+            if (
+                folder > name
+                or not folder.startswith("step-")
+                or not number.isdigit()
+                or (folder, int(number)) in noted
+            ):
+                continue
+            if folder == name or storage.exists(storage.join(self.rundir.checkpoints_url, folder, "manifest.json")):
+                scores = self._scores_at(int(number))
+                add_event(self.rundir, storage.join(self.rundir.checkpoints_url, folder), int(number), scores)
+                self._new_files = True
+        self._newest_checkpoint = name
+
+    def _scores_at(self, step: int) -> dict[str, float]:
         with self._wake:
-            scores = self._probes.get(step, {})
-            self._probes = {at: found for at, found in self._probes.items() if at > step}
-        add_event(self.rundir, storage.join(self.rundir.checkpoints_url, name), step, scores)
-        self._new_files = True
+            if step in self._probes:
+                return self._probes[step]
+        lines = [line for line in self.rundir.read_metrics() if line["step"] == step]
+        return {key: value for line in lines for key, value in line.items() if PROBE.match(key) and value is not None}
 
     def _level_once(self, closing: str | None) -> None:
         assert self._mirror is not None
