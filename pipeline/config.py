@@ -58,7 +58,8 @@ class DataConfig:
             (`pipeline.reader.shared`; without cache_dir below the system's temporary directory).
         verify_checksums: CRC-32C of every member read (about 40 µs per MB).
         error_budget: share of the samples that may be unreadable; past it the run stops with their list.
-        retries, timeout_s: attempts after the first for one request, and how long one may stand still.
+        retries, timeout_s: attempts after the first for one request, and how long one may stand still. 12 attempts wait out an
+            outage of about 80 s (each waits twice as long, 20 s at most, half of it on average).
     """
 
     url: str | tuple[str, ...] = ""
@@ -86,7 +87,7 @@ class DataConfig:
     cache_gb: float = 100.0
     verify_checksums: bool = True
     error_budget: float = 0.001
-    retries: int = 5
+    retries: int = 12
     timeout_s: float = 30.0
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cluster import storage
+from cluster.errors import RunFailure
 
 DTYPES: dict[torch.dtype, str] = {
     torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
@@ -59,12 +60,19 @@ def file_digest(path: str) -> str:
 
 
 class TensorFile:
-    """A local safetensors file, memory-mapped. Tensors returned share the map: copy before writing."""
+    """A local safetensors file, memory-mapped. Tensors returned share the map: copy before writing.
+
+    Raises:
+        RunFailure: the file is no safetensors file.
+    """
 
     def __init__(self, path: str) -> None:
-        self._map = np.memmap(path, dtype=np.uint8, mode="r")
-        length = int.from_bytes(self._map[:8].tobytes(), "little")
-        self._header: dict[str, Any] = json.loads(self._map[8 : 8 + length].tobytes())
+        try:
+            self._map = np.memmap(path, dtype=np.uint8, mode="r")
+            length = int.from_bytes(self._map[:8].tobytes(), "little")
+            self._header: dict[str, Any] = dict(json.loads(self._map[8 : 8 + length].tobytes()))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise RunFailure(f"{path} is no safetensors file: {error}") from None
         self._header.pop("__metadata__", None)
         self._data = 8 + length
 

@@ -57,13 +57,14 @@ class Row:
     doubled: int = 0
     wrong: int = 0
     hangs: int = 0
-    broken: list[str] = field(default_factory=list)  # injections that failed in a way nobody expects
+    errors: int = 0  # injections that ended in a way nobody expects
+    broken: list[str] = field(default_factory=list)  # what happened, of those that are not clean
     seen: str = ""
     seconds: float = 0.0
 
     @property
     def is_clean(self) -> bool:
-        return not (self.lost or self.doubled or self.wrong or self.hangs or self.broken)
+        return not (self.lost or self.doubled or self.wrong or self.hangs or self.errors)
 
 
 class Hang(BaseException):
@@ -108,7 +109,9 @@ def run(
                     row.broken.append(f"injection {i}: {result}")
             except Hang:
                 row.hangs += 1
+                row.broken.append(f"injection {i}: not over after {kind.limit_s} s")
             except Exception:
+                row.errors += 1
                 row.broken.append(f"injection {i}: {traceback.format_exc()[-1500:]}")
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -128,10 +131,10 @@ def table(rows: Iterable[Row]) -> str:
     for row in rows:
         seen = " ".join(row.seen.split()).replace("|", "\\|")[:160]
         lines.append(
-            f"| {row.kind.name} | {row.kind.holds} | {row.injections} | {row.lost} | {row.doubled} | {row.wrong + len(row.broken)} | "
+            f"| {row.kind.name} | {row.kind.holds} | {row.injections} | {row.lost} | {row.doubled} | {row.wrong + row.errors} | "
             f"{row.hangs} | {seen} |"
         )
     total = [sum(getattr(row, name) for row in rows) for name in ("injections", "lost", "doubled", "wrong", "hangs")]
-    total[3] += sum(len(row.broken) for row in rows)
+    total[3] += sum(row.errors for row in rows)
     lines.append(f"| **{len(rows)} kinds** |  | " + " | ".join(f"**{number}**" for number in total) + " |  |")
     return "\n".join(lines)
