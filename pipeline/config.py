@@ -156,7 +156,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_ranges(
-            self, lr=">= 0", lr_end=">= 0", warmup_samples=">= 0", betas="0..1", eps="> 0", weight_decay=">= 0", clip=">= 0",
+            self, lr=">= 0", lr_end=">= 0", warmup=">= 0", betas="0..1", eps="> 0", weight_decay=">= 0", clip=">= 0",
             lr_scale=">= 0",
         )  # fmt: skip
 

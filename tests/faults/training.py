@@ -94,7 +94,7 @@ def frozen(case: Case, rank: int) -> Result:
 
 def poisoned(case: Case) -> Result:
     """Weights that grow without bound: every rank stops at the same step, naming the samples."""
-    job = begun(case, "optimizer.lr=1e30", "optimizer.warmup_samples=0")
+    job = begun(case, "optimizer.lr=1e30", "optimizer.warmup=0")
     assert job.wait() == 1
     [line] = [line for line in job.text().splitlines() if "error:" in line]
     return Result(wrong=int("not finite; samples rank 0" not in line), seen=line)

@@ -133,7 +133,7 @@ def test_a_key_that_stands_twice_is_named(tmp_path) -> None:
         "train.steps=-1", "train.steps=0", "train.batch=0", "train.micro_batch=0", "train.log_every=0", "train.stall_timeout_s=0",
         "train.seed=-1", "data.error_budget=7", "data.error_budget=-0.1", "data.max_cloud=2", "data.cache_gb=0", "data.timeout_s=-1",
         "data.views_global.hr_px=0", "data.views_local.s2_dates=-1", "optimizer.lr=-1", "optimizer.betas=[0.9, 1.5]", "optimizer.eps=0",
-        "optimizer.clip=-1", "optimizer.warmup_samples=-1", "parallel.zero_stage=4", "parallel.ep=0", "checkpoint.every=-1",
+        "optimizer.clip=-1", "optimizer.warmup=-1", "parallel.zero_stage=4", "parallel.ep=0", "checkpoint.every=-1",
         "checkpoint.keep_last=0", "probe.every=-1", "probe.samples=0",
     ],
 )  # fmt: skip
