@@ -47,7 +47,7 @@ def from_dict(cls: type[T], tree: Mapping[str, Any], where: str = "config") -> T
 def to_dict(config: Any) -> dict[str, Any]:
     """The tree as plain JSON types (tuples become lists); `from_dict` of it gives an equal tree. This is the form that is kept
     and sent, so secrets are taken out of it (`cluster.secrets`)."""
-    return redact(json.loads(json.dumps(dataclasses.asdict(config), allow_nan=False)))
+    return redact(json.loads(json.dumps(dataclasses.asdict(config), allow_nan=False)), environment=False)
 
 
 def check_ranges(config: Any, **rules: str) -> None:

@@ -22,7 +22,9 @@ _FIELD = re.compile(
     r"[\"']?\s*:\s*)(\"[^\"]+\"|'[^']+'|[^\s,}\]\"']+)"
 )
 _BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}")
-_SECRET_VARIABLE = re.compile(rf"(?i)(?:^|_)(?:password|passwd|secret|token|key)$|{_NAME}$")
+_SECRET_VARIABLE = re.compile(
+    r"(?i)(?:password|passwd|passphrase|secret|token|(?:api|secret|access|private|account|storage|encryption)_?key)$"
+)
 SHORTEST = 6  # of a variable's value that is searched for: a shorter one would also be found where it means nothing
 
 
@@ -31,24 +33,32 @@ def redacted(text: str) -> str:
     JSON, as authorisation headers, and wherever the value of a secret variable of this process's environment stands."""
     for value in _known():
         text = text.replace(value, MASK)
+    return _structural(text)
+
+
+def _structural(text: str) -> str:
+    """What can be told from the text alone."""
     text = _URL.sub(lambda match: match["scheme"] + _without_user(match["scheme"], match["rest"]), text)
     text = _PARAMETER.sub(rf"\1\2{MASK}", text)
     text = _FIELD.sub(lambda match: match[1] + (f'"{MASK}"' if match[2][0] in "\"'" else MASK), text)
     return _BEARER.sub(rf"\1 {MASK}", text)
 
 
-def redact(tree: Any) -> Any:
-    """`redacted` for every text in a tree of dicts and lists (keys too); other values as they are."""
+def redact(tree: Any, environment: bool = True) -> Any:
+    """`redacted` for every value that is a text in a tree of dicts and lists; keys and other values as they are.
+
+    environment: look for the values of secret variables, too; without it the result depends on the tree alone.
+    """
     if isinstance(tree, str):
         scheme, separator, rest = tree.partition(
             "://"
         )  # one URL may hold quotes and spaces, of which `redacted` ends a URL
-        return redacted(
-            f"{scheme}://{_without_user(scheme, rest)}" if separator and scheme.replace("+", "").isalnum() else tree
-        )
+        is_url = separator and scheme.replace("+", "").isalnum()
+        text = f"{scheme}://{_without_user(scheme, rest)}" if is_url else tree
+        return redacted(text) if environment else _structural(text)
     if isinstance(tree, Mapping):
-        return {redact(key): redact(value) for key, value in tree.items()}
-    return [redact(value) for value in tree] if isinstance(tree, list | tuple) else tree
+        return {key: redact(value, environment) for key, value in tree.items()}
+    return [redact(value, environment) for value in tree] if isinstance(tree, list | tuple) else tree
 
 
 def holds_secret(text: str) -> bool:

@@ -132,3 +132,14 @@ def test_files_of_a_run_are_their_owners(tmp_path: Path, monkeypatch: pytest.Mon
         assert stat.S_IMODE((tmp_path / "run" / "artifacts" / "x").stat().st_mode) == 0o640
     finally:
         os.umask(before)
+
+
+def test_keys_and_fingerprints_do_not_depend_on_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An access key called like our own tags once turned them into `***.config_fingerprint`."""
+    tree = {"geoloom.tag": "geoloom here"}
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "geoloom")  # an identifier, no secret
+    assert redact(tree) == tree
+    before = config.fingerprint(PretrainConfig())
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "geoloom")
+    assert redact(tree) == {"geoloom.tag": "*** here"}
+    assert config.fingerprint(PretrainConfig()) == before
