@@ -102,8 +102,8 @@ def test_text_is_kept_as_typed(text: str, value: str | None) -> None:
 def test_booleans_and_numbers_are_those_of_yaml_1_2() -> None:
     for word in ("yes", "no", "on", "off", "y"):
         with pytest.raises(UsageError, match="true or false"):
-            load(f"data.photometric={word}")
-    assert load("data.photometric=false").data.photometric is False
+            load(f"data.verify_checksums={word}")
+    assert load("data.verify_checksums=false").data.verify_checksums is False
     assert load("train.steps=0123").train.steps == 123
     assert load("engine.extra={a: [1e-3, yes, 0o17, .5, 12:30]}").engine.extra == {
         "a": [0.001, "yes", 15, 0.5, "12:30"]

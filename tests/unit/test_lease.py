@@ -16,7 +16,7 @@ from cluster.errors import Fenced
 from cluster.exit_codes import FENCED
 from cluster.lease import Lease
 from cluster.rundir import RunDir
-from pipeline.probes.outcomes import Outcomes, keep
+from pipeline.probes.outcomes import Outcomes, keep_round
 from pipeline.tracking import RunFacts
 from pipeline.tracking.mirror import Mirror, add_event, read_record, set_status, write_record
 from pipeline.tracking.store import MemoryStore
@@ -137,7 +137,7 @@ def test_a_fenced_start_changes_no_file_and_no_run(url: str, monkeypatch: pytest
     tracker.tag("a", "b")
     tracker.checkpoint("x", 2)
     tracker.close("FAILED")
-    keep(Outcomes("ab" * 8, (), {}), url, 3, first.lease)
+    keep_round(Outcomes("ab" * 8, (), {}), Outcomes("ab" * 8, (), {}), url, 3, first.lease)
     assert _content(url) == before
     assert repr(store.runs) == runs
     assert read_record(second)["status"] == "RUNNING"
