@@ -83,6 +83,20 @@ check: setup ## format, lint, types, imports, unit tests
 test: check ## all tests that run on this machine: check, then the integration tier
 	$(PY) -m pytest tests/integration
 
+.PHONY: faults
+faults: setup ## the whole fault campaign: its table in faults_out/table.md, exit 1 if anything is lost, doubled, wrong or hangs
+	mkdir -p faults_out
+	$(PY) -m tests.faults --out faults_out/table.md
+	GEOLOOM_KILLS=20 $(PY) -m pytest tests/integration/test_kill.py tests/integration/test_fenced.py tests/integration/test_canaries.py
+
+.PHONY: properties
+properties: setup ## property tests and fuzzing with other random examples than CI's, 400 of each
+	GEOLOOM_PROPERTIES=random $(PY) -m pytest tests/unit -n 2
+
+.PHONY: licences
+licences: setup ## what is installed, which version, under which licence
+	@$(PY) -m tests.licences
+
 .PHONY: bench
 bench: setup ## benchmarks, ratios side by side, written to bench_out/report.txt
 	mkdir -p bench_out
@@ -104,4 +118,4 @@ format: setup ## rewrite formatting
 
 .PHONY: clean
 clean: ## remove what demo and bench wrote
-	rm -rf $(DEMO) bench_out
+	rm -rf $(DEMO) bench_out faults_out

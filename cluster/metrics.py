@@ -51,13 +51,17 @@ class Writer(Protocol):
         """Syncs and lets go."""
 
 
-def open_writer(url: str, step: int, guard: Callable[[], None] = lambda: None) -> Writer:
+def open_writer(
+    url: str, step: int, guard: Callable[[], None] = lambda: None, replace: Callable[[bytes], None] | None = None
+) -> Writer:
     """Continues the metrics of the run at `url` after `step`: later lines no longer count.
 
     guard: called before an object store is written to, from another thread; raises RunFailure to stop writing for good.
+    replace: writes the file of a file system anew, for who holds the directory (`cluster.lease`); later lines are appended to
+    that very file, so that those of a start that has lost the directory go nowhere.
     """
     if storage.is_local(url):
-        return FileWriter(url, [line for number, line in read_lines(url) if number <= step])
+        return FileWriter(url, [line for number, line in read_lines(url) if number <= step], replace)
     return SegmentWriter(url, _new_start(url, step), step, guard)
 
 
@@ -148,9 +152,10 @@ def segment_url(url: str, start: int, step: int, first: int, last: int) -> str:
 class FileWriter:
     """Appends to `metrics.jsonl` on a file system; a full disk keeps the lines until there is room."""
 
-    def __init__(self, url: str, kept: Sequence[bytes]) -> None:
+    def __init__(self, url: str, kept: Sequence[bytes], replace: Callable[[bytes], None] | None = None) -> None:
         self._url = storage.join(url, FILE)
-        storage.write_atomic(self._url, b"".join(line + b"\n" for line in kept))
+        data = b"".join(line + b"\n" for line in kept)
+        storage.write_atomic(self._url, data) if replace is None else replace(data)
         self._file: IO[bytes] = open(storage.local_path(self._url), "ab", buffering=0)  # noqa: SIM115  (kept over the run)
         self._end = self._file.tell()
         self._pending: list[bytes] = []

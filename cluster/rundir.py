@@ -8,24 +8,23 @@ checkpoints/      owned by pipeline.checkpoint
 probes/           what each test site of a probe got (pipeline.probes.outcomes)
 logs/             one log per rank and start, failures as JSON (cluster.logs)
 tracking.json     {"run_id"}: the MLflow run that every restart continues
-writer.json       who may write: a node cut from the network goes on writing, so each start takes a new token (fencing)
+lease/            one record per start: who may write (cluster.lease); every shared write checks it
+writer.json       the newest of them, for people and tools
 ```
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-import os
-import socket
-import time
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
 from cluster import metrics, storage
 from cluster.config import fingerprint, to_dict
-from cluster.errors import RunFailure, UsageError
+from cluster.errors import UsageError
+from cluster.lease import Lease
 
 
 class RunDir:
@@ -41,7 +40,7 @@ class RunDir:
         self._writer: metrics.Writer | None = None
         self._last_step: int | None = None
         self._abandoned: dict[int, bytes] = {}
-        self._token: str | None = None
+        self.lease: Lease | None = None
 
     # --- configuration
 
@@ -68,7 +67,9 @@ class RunDir:
         found = metrics.read_lines(self.url)
         self._abandoned = {number: line for number, line in found if number > step}
         self._last_step = step
-        self._writer = metrics.open_writer(self.url, step, self.check_claim)
+        self._writer = metrics.open_writer(
+            self.url, step, self.check_claim, functools.partial(self.write, metrics.FILE)
+        )
 
     def append_metrics(self, figures: Mapping[str, Any]) -> dict[str, Any]:
         """Adds one line. `figures["step"]` must be larger than the last one; non-finite figures are written as null.
@@ -86,6 +87,8 @@ class RunDir:
             raise ValueError(f"metrics of step {step!r} come after step {self._last_step}; each step is logged once")
         line = json.dumps({key: _finite(value) for key, value in figures.items()}, allow_nan=False).encode()
         line = _first_telling(self._abandoned.pop(step, None), line)
+        if storage.is_local(self.url):  # on an object store the thread that writes looks
+            self.check_claim()
         self._last_step = step
         self._writer.append(line)
         return json.loads(line)
@@ -121,31 +124,32 @@ class RunDir:
         self._write_json("tracking.json", {**(self._read_json("tracking.json") or {}), "run_id": value})
 
     def claim(self) -> None:
-        """Takes the directory for this process: from now on an earlier start of the run fails its `check_claim`."""
-        self._token = uuid.uuid4().hex
-        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        self._write_json(
-            "writer.json",
-            {"token": self._token, "host": socket.gethostname(), "pid": os.getpid(),
-             "job": os.environ.get("SLURM_JOB_ID"), "restart": restarts, "time": time.time()},
-        )  # fmt: skip
+        """Takes the directory for this process: from now on an earlier start of the run can write nothing more."""
+        self.lease = Lease.acquire(self.url)
+        self._write_json("writer.json", self.lease.record)
 
     def read_writer(self) -> dict[str, Any] | None:
-        """What the last `claim` wrote: {"token", "host", "pid", "job", "restart", "time"}; None without one."""
+        """What the last `claim` wrote: {"epoch", "token", "host", "pid", "job", "restart", "time"}; None without one."""
         return self._read_json("writer.json")
 
     def check_claim(self) -> None:
-        """Raises RunFailure if another start has claimed the directory since. Call it before committing a checkpoint."""
-        writer = self.read_writer() or {}
-        if self._token is not None and writer.get("token") not in (None, self._token):
-            where = f"{writer.get('host')} (process {writer.get('pid')}, restart {writer.get('restart')})"
-            raise RunFailure(f"{self.url}: a later start of this run on {where} writes here now; this one stops")
+        """Raises Fenced if another start has claimed the directory since. Call it before anything that others can see."""
+        if self.lease is not None:
+            self.lease.check()
+
+    def write(self, name: str, data: bytes) -> None:
+        """Replaces the file `name` (such as `artifacts/loss.png`) whole. Raises Fenced if a later start has claimed the directory."""
+        url = storage.join(self.url, name)
+        if self.lease is not None:
+            self.lease.write(url, data)
+        else:  # a tool beside the run, or before its first start
+            storage.write_atomic(url, data)
 
     # --- small files
 
     def _write_json(self, name: str, tree: Mapping[str, Any]) -> None:
         text = json.dumps(tree, indent=2, sort_keys=True, allow_nan=False)
-        storage.write_atomic(storage.join(self.url, name), f"{text}\n".encode())
+        self.write(name, f"{text}\n".encode())
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
         url = storage.join(self.url, name)

@@ -62,7 +62,9 @@ def local_path(url: str) -> str:
 
 
 def join(url: str, *parts: str) -> str:
-    """Joins with `/`, whatever the protocol."""
+    """Joins with `/`, whatever the protocol. Raises UsageError for a part that would lead out of `url`."""
+    if any(step == ".." for part in parts for step in part.split("/")):
+        raise UsageError(f"{'/'.join(parts)} leads out of {url}: names inside a set or run hold no '..'")
     return "/".join([url.rstrip("/") if len(url) > 1 else url, *[part.strip("/") for part in parts]])
 
 
@@ -230,6 +232,34 @@ def create(url: str, data: bytes) -> bool:
     return True
 
 
+def version(url: str) -> str | None:
+    """What changes whenever an object of an object store is replaced (its ETag); None if there is none."""
+    fs, path = filesystem(url)
+    with explained(url):
+        try:
+            return str(fs.info(path)["ETag"])
+        except FileNotFoundError:
+            return None
+
+
+def replace(url: str, data: bytes, expected: str | None) -> bool:
+    """Writes an object of an object store only if it still is the `version` given (None: only if there is none).
+
+    Returns False, with nothing written, if somebody else has replaced or made it meanwhile. At most PART_BYTES.
+    """
+    if expected is None:
+        return create(url, data)
+    fs, path = filesystem(url)
+    try:
+        with explained(url):
+            fs.pipe_file(path, data, IfMatch=expected)
+    except OSError:
+        if version(url) == expected:
+            raise
+        return False
+    return True
+
+
 def upload(local: str, url: str) -> None:
     """Copies a finished local file to `url`, atomically."""
     if is_local(url):
@@ -270,7 +300,9 @@ __all__ = [
     "read_bytes",
     "remove",
     "remove_all",
+    "replace",
     "size",
     "upload",
+    "version",
     "write_atomic",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import torch.distributed as dist
@@ -10,6 +11,8 @@ import torch.distributed as dist
 from cluster import storage
 from cluster.config import flatten, to_dict
 from cluster.errors import RunFailure, UsageError
+from cluster.lease import Lease
+from cluster.ranks import Ranks
 from cluster.rundir import RunDir
 from pipeline.checkpoint import store
 from pipeline.checkpoint.load import check_fits, open_files, restore, restore_buffers, wanted_parts
@@ -17,15 +20,31 @@ from pipeline.checkpoint.store import Checkpoint
 from pipeline.config import PretrainConfig
 from pipeline.health import AgreedFailure
 from pipeline.parallel.processes import agree_max
+from pipeline.tracking.writer import fate, runs
 
 log = logging.getLogger(__name__)
+
+
+def take_over(rundir: RunDir, ranks: Ranks) -> None:
+    """The first rank takes the run directory for this start; every rank then holds its lease. Collective."""
+    box: list[Any] = [None]
+    if ranks.is_first:
+        rundir.claim()
+        assert rundir.lease is not None
+        box = [rundir.lease.record]
+    if ranks.world > 1:
+        dist.broadcast_object_list(box, src=0)
+    if rundir.lease is None:
+        rundir.lease = Lease.of(rundir.url, box[0])
+    else:
+        rundir.lease.watch()
 
 
 def candidates(resume: str, rundir: RunDir, rank: int) -> list[str]:
     """Checkpoint URLs to try, in order; the same on all ranks. Empty: start at step 0.
 
     Raises:
-        UsageError: `never` where checkpoints stand, or a PATH that is none.
+        UsageError: `never` where checkpoints stand, a PATH that is none, or a run that another process is writing.
     """
     box: list[Any] = [None]
     if rank == 0:
@@ -40,6 +59,7 @@ def candidates(resume: str, rundir: RunDir, rank: int) -> list[str]:
 
 
 def _candidates(resume: str, rundir: RunDir) -> list[str]:
+    _refuse_while_written(rundir)
     own = store.committed(rundir.checkpoints_url)
     if resume == "auto":
         return own
@@ -57,6 +77,23 @@ def _candidates(resume: str, rundir: RunDir) -> list[str]:
             f"{rundir.url} holds {storage.name(later[0])}, later than {resume}; remove it to go back, or use another run.dir"
         )
     return [chosen]
+
+
+def _refuse_while_written(rundir: RunDir) -> None:
+    """Two starts of a run on one machine, or of two jobs, are a mistake: the second would throw the first out. (A requeued job on
+    another node may meet a predecessor that nobody can reach: that one is fenced.)"""
+    writer = rundir.read_writer() or {}
+    same_job = writer.get("job") is not None and writer.get("job") == os.environ.get("SLURM_JOB_ID")
+    if writer.get("pid") != os.getpid() and not same_job and fate(writer) == "alive":
+        raise UsageError(
+            f"{rundir.url} is being written by process {writer['pid']} of this machine; wait for it, stop it (kill {writer['pid']}), "
+            "or choose another run.dir"
+        )
+    if writer.get("job") and not same_job and runs(str(writer["job"])):
+        raise UsageError(
+            f"{rundir.url} is being written by job {writer['job']}, which is running; wait for it, scancel {writer['job']}, "
+            "or choose another run.dir"
+        )
 
 
 def continue_run(engine: Any, urls: list[str], strict: bool, rank: int) -> Checkpoint | None:
@@ -128,14 +165,15 @@ def _everyones(fault: str) -> list[str]:
     return sorted({text for text in gathered if text})
 
 
-def check_data(checkpoint: Checkpoint, manifest_sha256: str, allowed: bool) -> None:
-    """Refuses other data than the checkpoint's: the position in it would mean nothing."""
+def check_data(checkpoint: Checkpoint, manifest_sha256: str, allowed: bool) -> bool:
+    """Refuses other data than the checkpoint's: the position in it would mean nothing. Returns whether it is other data."""
     before = checkpoint.manifest.get("data", {}).get("manifest_sha256")
     if before != manifest_sha256 and not allowed:
         raise UsageError(
             f"{checkpoint.url} was trained on a shard set with manifest {str(before)[:12]}…, data.url now holds "
             f"{manifest_sha256[:12]}…; use the same data, or set checkpoint.allow_changed_data=true"
         )
+    return before != manifest_sha256
 
 
 def changed_settings(checkpoint: Checkpoint, config: PretrainConfig) -> list[str]:

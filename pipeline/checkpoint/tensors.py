@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cluster import storage
+from cluster.errors import RunFailure
 
 DTYPES: dict[torch.dtype, str] = {
     torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
@@ -118,12 +119,21 @@ class Header:
 
 
 class TensorFile:
-    """A local safetensors file, memory-mapped. Tensors returned share the map: copy before writing."""
+    """A local safetensors file, memory-mapped. Tensors returned share the map: copy before writing.
+
+    Raises:
+        RunFailure: the file is no safetensors file.
+    """
 
     def __init__(self, path: str) -> None:
-        self.data = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)  # slices of a memmap cost ten times more
-        length = int.from_bytes(self.data[:8].tobytes(), "little")
-        self.header = Header.parse(self.data[: 8 + length].tobytes())
+        try:
+            self.data = np.memmap(path, dtype=np.uint8, mode="r").view(
+                np.ndarray
+            )  # slices of a memmap cost ten times more
+            length = int.from_bytes(self.data[:8].tobytes(), "little")
+            self.header = Header.parse(self.data[: 8 + length].tobytes())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise RunFailure(f"{path} is no safetensors file: {error}") from None
 
     def names(self) -> list[str]:
         return list(self.header.entries)

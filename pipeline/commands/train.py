@@ -13,20 +13,23 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import traceback
 from dataclasses import replace
 from typing import NoReturn
 
-from cluster.cli import explain, print_json
+from cluster.cli import explain, print_json, private_files
 from cluster.config import fingerprint, load, to_dict
 from cluster.errors import RunFailure, UsageError
 from cluster.exit_codes import DONE, FAILED
 from cluster.ranks import Ranks
 from cluster.rundir import RunDir
+from cluster.secrets import redacted
 from pipeline.config import PretrainConfig
 from pipeline.launch import die_with_launcher, free_port, launch
 from pipeline.parallel.layout import Layout
 from pipeline.stop import StopFlag
+from pipeline.tracking.uri import tracking_uri
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +50,7 @@ def main(args: argparse.Namespace) -> int:
     config = load(PretrainConfig, args.config, args.overrides)
     if args.dry_run:
         return dry_run(config, args.processes, args.json)
+    private_files()
     ranks = Ranks.from_environment()
     check(config, args.processes, ranks)
     json_flag = ["--json"] if args.json else []
@@ -67,6 +71,7 @@ def check(config: PretrainConfig, processes: int | None, ranks: Ranks) -> None:
     if ranks.launcher == "none":
         ranks = replace(ranks, world=processes or 1)
     Layout.of(config, ranks)
+    tracking_uri(config.tracking.uri)
     urls = (config.data.url,) if isinstance(config.data.url, str) else config.data.url
     if not urls or not all(urls):
         raise UsageError("data.url is missing: give the shard set, such as data.url=demo_out/shards")
@@ -105,7 +110,7 @@ def run_rank(config: PretrainConfig, ranks: Ranks, resume: str, as_json: bool) -
     except KeyboardInterrupt:
         code = 130
     except BaseException:
-        traceback.print_exc()
+        print(redacted(traceback.format_exc()), file=sys.stderr, flush=True)
     if as_json and code == DONE and ranks.is_first:
         report(config)
     finish(code, together)

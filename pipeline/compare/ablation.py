@@ -77,7 +77,7 @@ def show_ablation(runs: Sequence[RunData], summaries: Sequence[Summary], pairs: 
         table.add_column(head, overflow="fold")
     for effect in found:
         table.add_row(*effect_row(effect, keys))
-    Console(file=sys.stdout, highlight=False).print(table)
+    Console(markup=False, emoji=False, file=sys.stdout, highlight=False).print(table)
 
 
 def legend(found: Sequence[Effect], keys: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ def show(
     runs: Sequence[RunData], verdict: Verdict, summaries: Sequence[Summary], pairs: Pairs, width: int | None = None
 ) -> None:
     """Prints to stdout."""
-    console = Console(file=sys.stdout, width=width, highlight=False)
+    console = Console(markup=False, emoji=False, file=sys.stdout, width=width, highlight=False)
     console.print(settings_table(runs, verdict))
     if verdict.comparable:
         console.print("comparable: same data, same statistics, same probe split", style="green")

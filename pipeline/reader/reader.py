@@ -159,8 +159,11 @@ class Reader:
             "order": self._order_fingerprint(), "drawn": self._stream.drawn(number),
         }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues after `state`. Raises UsageError if it belongs to other data, another order or another seed."""
+    def load_state_dict(self, state: dict[str, Any], changed_data: bool = False) -> None:
+        """Continues after `state`. Raises UsageError if it belongs to other data, another order or another seed.
+
+        changed_data: other data is meant. The stream goes on after as many samples, in the order that the new set has there.
+        """
         if state.get("schema") != STATE_SCHEMA:
             raise UsageError(f"reader state has schema {state.get('schema')!r}, this version reads {STATE_SCHEMA}")
         mine = {"seed": self.seed, "sets": self.table.fingerprints, "order": self._order_fingerprint()}
@@ -169,6 +172,8 @@ class Reader:
             "order": "data.block_samples, data.interleave or data.weights",
         }  # fmt: skip
         for name, value in mine.items():
+            if name == "sets" and changed_data:
+                continue
             if state.get(name) != value:
                 raise UsageError(
                     f"cannot resume the data order: {hints[name]} differ from the checkpoint's ({state.get(name)} there, {value} "

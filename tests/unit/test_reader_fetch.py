@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import RunFailure
+from pipeline.config import DataConfig
 from pipeline.reader import cache as cache_module
 from pipeline.reader.cache import DiskCache
 from pipeline.reader.faults import BadSample, FaultLog, RetryPolicy, TransientFault, with_retries
@@ -62,9 +63,18 @@ def test_retries_are_counted_and_bounded():
 @given(st.integers(0, 30))
 def test_waits_grow_up_to_a_cap_and_are_jittered(attempt):
     policy = RetryPolicy(base_s=0.5, cap_s=8.0)
-    waits = [policy.wait_s(attempt) for _ in range(20)]
-    assert all(0 <= wait <= min(8.0, 0.5 * 2**attempt) for wait in waits)
-    assert len(set(waits)) > 1
+    most = min(8.0, 0.5 * 2**attempt)
+    waits = [policy.wait_s(attempt) for _ in range(400)]
+    assert all(0 <= wait <= most for wait in waits)
+    # spread over the whole of [0, most], so that thousands of ranks do not come back together: each quarter has its share
+    quarters = [sum(most * n / 4 <= wait < most * (n + 1) / 4 for wait in waits) for n in range(4)]
+    assert min(quarters) > 40
+
+
+def test_an_outage_of_a_minute_is_waited_out_by_default():
+    data = DataConfig()
+    policy = RetryPolicy(data.retries, timeout_s=data.timeout_s)
+    assert sum(min(policy.cap_s, policy.base_s * 2**n) / 2 for n in range(policy.retries)) > 60
 
 
 def test_the_budget_counts_distinct_samples():
