@@ -30,13 +30,53 @@ T = TypeVar("T")
 def load(cls: type[T], path: str | None, overrides: Sequence[str] = ()) -> T:
     """Builds `cls` from a YAML file (none: defaults) and overrides such as `train.steps=50`; the overrides win.
 
+    A file may name another one with `base: other.yaml`, beside it: then it holds only what differs (`layers`).
+
     Raises:
         UsageError: a missing or unparsable file, an unknown key, a wrong type, or a value the dataclass itself refuses.
     """
-    tree = _read_yaml(path) if path else {}
+    files = layers(path) if path else []
+    tree: dict[str, Any] = {}
+    for _, part in files:
+        tree = _merged(tree, part)
     for override in overrides:
         _apply_override(tree, override)
-    return from_dict(cls, tree, where=path or "defaults")
+    below = ", ".join(Path(file).name for file, _ in files[:-1])
+    return from_dict(cls, tree, where=f"{path} (base {below})" if below else path or "defaults")
+
+
+def layers(path: str) -> list[tuple[str, dict[str, Any]]]:
+    """(file, its own keys) of a config file and of all that it is based on, the lowest first.
+
+    Sections are merged key by key, anything else (lists too) is replaced by the file above.
+
+    Raises:
+        UsageError: a file that is missing or no mapping, a `base` that is no file name, or a circle of files.
+    """
+    found: list[tuple[str, dict[str, Any]]] = []
+    seen: list[Path] = []
+    while True:
+        if Path(path).resolve() in seen:
+            raise UsageError(
+                f"config file {path} is based on itself, by way of {' -> '.join(file for file, _ in found)}"
+            )
+        seen.append(Path(path).resolve())
+        tree = _read_yaml(path)
+        below = tree.pop("base", None)
+        found.append((path, tree))
+        if below is None:
+            return found[::-1]
+        if not isinstance(below, str) or not below:
+            raise UsageError(f"config file {path}: base must be the name of a file, found {below!r}")
+        path = str(Path(path).parent / str(below))
+
+
+def _merged(tree: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(tree)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
 
 
 def from_dict(cls: type[T], tree: Mapping[str, Any], where: str = "config") -> T:

@@ -6,6 +6,7 @@ step, write a checkpoint and exit with code 85; the same command then continues.
 examples:
   python -m pipeline train pipeline/runs/demo.yaml data.url=demo_out/shards run.dir=demo_out/moe --processes 2
   python -m pipeline train pipeline/runs/skysense_v2.yaml --dry-run
+  python -m pipeline train pipeline/runs/demo_dense.yaml --explain model.moe
   torchrun --nproc-per-node 8 -m pipeline train pipeline/runs/tiny.yaml data.url=s3://bucket/shards
 """
 
@@ -42,11 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", default="auto", metavar="auto|never|PATH",
         help="auto: continue run.dir if it holds a checkpoint; never: refuse to; PATH: a checkpoint or run directory",
     )  # fmt: skip
+    parser.add_argument("--explain", metavar="KEY", help="what a key or section is, and its value here; starts nothing")
     parser.add_argument("--dry-run", action="store_true", help="parameters, FLOPs and layout; starts nothing")
     parser.add_argument("--json", action="store_true", help="print figures as a JSON last line")
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.explain:
+        from cluster.schema import explain as explain_key
+
+        print(explain_key(PretrainConfig, args.config, args.overrides, args.explain))
+        return 0
     config = load(PretrainConfig, args.config, args.overrides)
     if args.dry_run:
         return dry_run(config, args.processes, args.json)
@@ -55,6 +62,7 @@ def main(args: argparse.Namespace) -> int:
     check(config, args.processes, ranks)
     json_flag = ["--json"] if args.json else []
     if args.processes and ranks.launcher == "none" and args.processes > 1:
+        die_with_launcher()  # of `ablate`, if it is one that started us; the ranks die with us
         return launch(args.processes, ["train", args.config, *args.overrides, "--resume", args.resume, *json_flag])
     run_rank(config, ranks, args.resume, args.json)
 
