@@ -71,6 +71,15 @@ real-ground: setup ## shard sets of real patches from $GEOLOOM_DATA for pipeline
 	$(PY) -m data_prep build data_prep/runs/real_hr.yaml grid.tile=false grid.side_m=null source.catalog=[$(REAL)/eurosat/catalog.parquet] output.url=$(REAL)/eurosat/shards
 	for set in s2 hr eurosat; do $(PY) -m data_prep verify $(REAL)/$$set/shards; done
 
+.PHONY: schema
+schema: setup ## JSON schemas of the configs, for editors, written anew beside them
+	$(PY) -m pipeline schema train --out pipeline/runs/schema.json
+	$(PY) -m pipeline schema build --out data_prep/runs/schema.json
+
+.PHONY: golden
+golden: setup ## losses of a small model written anew as files with their provenance (tests/golden); CI holds later code to them
+	$(PY) -m tests.golden
+
 .PHONY: check
 check: setup ## format, lint, types, imports, unit tests
 	$(VENV)/bin/ruff format --check .

@@ -73,7 +73,7 @@ def _outcomes(right: np.ndarray, split: float) -> Outcomes:
 
 def sites(share: float, number: int = 100) -> np.ndarray:
     """The first `share` of the sites are named rightly: of two runs one is right wherever the other is."""
-    return (np.arange(number) < share * number).astype(np.uint8)
+    return (np.arange(number) < round(share * number)).astype(np.uint8)
 
 
 def _pairs(runs: list[RunData]) -> Pairs:
