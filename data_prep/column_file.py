@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import mmap
 import struct
@@ -87,7 +88,8 @@ def assemble(stream: Writable, found: Iterable[tuple[str, Sequence[np.ndarray]]]
         crcs[name], position = _crc(pieces), end
     header = _header(entries, crcs)
     digest = hashlib.sha256()
-    for block in (header, *(block for name in order for piece in held[name] for block in _blocks(piece))):
+    blocks: Iterator[Any] = (block for name in order for piece in held[name] for block in _blocks(piece))
+    for block in itertools.chain([header], blocks):
         digest.update(block)
         stream.write(block)
     return {

@@ -79,7 +79,7 @@ def groups_of(module: nn.Module, config: OptimizerConfig, ep: int) -> list[Group
     """The optimizer's groups of a one-process model (also on `meta`), as `pipeline.parallel.pieces` takes them."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     found = []
-    for group in parameter_groups(module.named_parameters(), config):
+    for group in parameter_groups(module, config):
         members = tuple((names[id(p)], tuple(p.shape)) for p in group["params"])
         found.append(Group(members, ep > 1 and group["kind"].endswith("experts")))
     return found

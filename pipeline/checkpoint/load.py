@@ -40,7 +40,7 @@ class Files:
     def __init__(self, checkpoint: Checkpoint, wanted: Mapping[str, list[Part] | None], folder: str) -> None:
         self._checkpoint = checkpoint
         with ThreadPoolExecutor(min(READERS, max(len(wanted), 1))) as pool:
-            opened = pool.map(lambda item: _open(checkpoint, *item, folder), sorted(wanted.items()))
+            opened = pool.map(lambda item: _open(checkpoint, item[0], item[1], folder), sorted(wanted.items()))
             self._open = dict(zip(sorted(wanted), opened))
 
     def read(self, kind: str, name: str, start: int, size: int) -> Tensor:

@@ -7,6 +7,7 @@ the storage: one message per rank, and one object per rank and save.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import logging
 import threading
@@ -168,7 +169,7 @@ def snapshot(
     tensors, pieces = {}, []
     sources: dict[str, Callable[[Any], Tensor]] = {
         "student": lambda piece: piece.of(piece.master.tensor.detach()),
-        **{key: lambda piece, key=key: engine.state.moment(piece, key) for key in MOMENTS},
+        **{key: functools.partial(engine.state.moment, key=key) for key in MOMENTS},
         "teacher": lambda piece: engine.teacher.of(piece),
     }
     owned = [piece for piece in engine.state.pieces if piece.owned[0] < piece.owned[1]]
