@@ -170,9 +170,12 @@ def list_rows(as_json: bool) -> None:
             bands,
             row.needs,
         )
-    Console(
-        file=sys.stdout, width=max(160, shutil.get_terminal_size().columns), highlight=False, markup=False, emoji=False
-    ).print(table)
+    Console(file=sys.stdout, width=_width(), highlight=False, markup=False, emoji=False).print(table)
+
+
+def _width() -> int:
+    """Columns: wide tables are not folded where the output is no terminal."""
+    return max(160, shutil.get_terminal_size().columns)
 
 
 def show(results: list[Result]) -> None:
@@ -210,9 +213,7 @@ def show(results: list[Result]) -> None:
             result.task, f"{result.mode} {result.head}", WORDS[result.metric], score, *base, *gains, f"{result.score.chance:.3f}",
             str(result.items["test"]), result.split[:8], f"{result.seconds:.0f}",
         )  # fmt: skip
-    console = Console(
-        file=sys.stdout, width=max(160, shutil.get_terminal_size().columns), highlight=False, markup=False, emoji=False
-    )
+    console = Console(file=sys.stdout, width=_width(), highlight=False, markup=False, emoji=False)
     console.print(table)
     for note in dict.fromkeys(
         f"{result.task}: {note}" for result in results for note in [f"split {result.how}", *result.notes]
