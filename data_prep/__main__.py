@@ -10,6 +10,8 @@ COMMANDS = {
         "physically plausible, labelled, multi-modal scenes with a STAC catalog",
     ),
     "catalog": ("data_prep.commands.catalog", "a STAC catalog of a layout people already have"),
+    "sites": ("data_prep.commands.sites", "an area to sites on one global lattice, split by place, with a map"),
+    "prepare": ("data_prep.commands.prepare", "sites x STAC API, dump or catalog to ranked images per site, in slices"),
     "build": ("data_prep.commands.build", "catalog to tars + index.parquet + manifest.json"),
     "merge": ("data_prep.commands.merge", "index.parquet and manifest.json from finished shards (array builds)"),
     "verify": ("data_prep.commands.verify", "every checksum, count and offset of a shard set"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -137,8 +138,119 @@ class CodecsConfig:
 
 
 @dataclass(frozen=True)
+class SitesConfig:
+    """Where sites are laid on the ground (`data_prep sites`): squares of `grid.side_m` of one global lattice.
+
+    Attributes:
+        url: the GeoParquet file of sites; its map goes beside it as .png.
+        area: GeoJSON or GeoParquet whose polygons hold the sites' centres; its points each choose the square they lie in.
+        bbox: west, south, east, north in degrees instead of an area; west > east crosses the antimeridian.
+        points: (longitude, latitude) pairs instead of an area.
+        spacing_m: one square per `spacing_m` in both directions; a multiple of grid.side_m; None lays them side by side.
+        strata: polygons (GeoJSON, GeoParquet) or an integer GeoTIFF that give every site a class: land cover, climate, cities.
+        strata_property: the polygons' property that names the class.
+        per_stratum: at most this many sites of one class, drawn by hash.
+        max_sites: at most this many, drawn by hash.
+        sites_per_slice: sites of one slice, the unit that is searched, kept and built at a time.
+    """
+
+    url: str = ""
+    area: str | None = None
+    bbox: tuple[float, float, float, float] | None = None
+    points: tuple[tuple[float, float], ...] = ()
+    spacing_m: float | None = None
+    strata: str | None = None
+    strata_property: str = "class"
+    per_stratum: int | None = None
+    max_sites: int | None = None
+    sites_per_slice: int = 1000
+
+    def __post_init__(self) -> None:
+        if (self.area is not None) + (self.bbox is not None) + bool(self.points) > 1:
+            raise ValueError("give one of area, bbox and points")
+        for name, lon, lat in [("points", *point) for point in self.points] + [
+            ("bbox", *corner) for corner in ((self.bbox[:2], self.bbox[2:]) if self.bbox else ())
+        ]:
+            if not (-180 <= lon <= 180 and -90 <= lat <= 90):
+                raise ValueError(f"{name}: longitude {lon:g}, latitude {lat:g} lies outside -180…180, -90…90")
+        if self.bbox and self.bbox[1] >= self.bbox[3]:
+            raise ValueError(f"bbox is west, south, east, north: south {self.bbox[1]:g} is not below north {self.bbox[3]:g}")
+        for name in ("spacing_m", "per_stratum", "max_sites", "sites_per_slice"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be above 0, found {value}")
+
+
+@dataclass(frozen=True)
+class SensorConfig:
+    """Which images of one sensor a site gets (`data_prep prepare`).
+
+    Attributes:
+        source: a STAC API (http…), a stac-geoparquet dump (a .parquet file or a folder of them) or a static catalog (an item
+            JSON, an ItemCollection, a folder of items).
+        collections: of an API or a dump; empty takes all.
+        start, end: first and last day, such as 2021-01-01; empty is open.
+        max_cloud: greatest eo:cloud_cover in percent; an image that declares none passes.
+        dates: at most this many dates (hr: always one); min_dates: a site with fewer is left out.
+        period_days: the best image of every such period; None: as many equal periods as `dates`.
+        orbits: relative orbits that are allowed; empty allows all. one_orbit: only the orbit that gives the site most dates.
+        min_cover: least share of the site that an overpass must cover.
+        spares: further dates, ranked, that take the place of images the build finds broken.
+    """
+
+    source: str = ""
+    collections: tuple[str, ...] = ()
+    start: str = ""
+    end: str = ""
+    max_cloud: float = 100.0
+    dates: int = 12
+    min_dates: int = 1
+    period_days: float | None = None
+    orbits: tuple[int, ...] = ()
+    one_orbit: bool = False
+    min_cover: float = 0.99
+    spares: int = 4
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise ValueError("source is empty; give a STAC API, a stac-geoparquet dump or a catalog")
+        for name in ("start", "end"):
+            try:
+                datetime.date.fromisoformat(getattr(self, name) or "2000-01-01")
+            except ValueError:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is no day such as 2021-01-31") from None
+        if self.start and self.end and self.start > self.end:
+            raise ValueError(f"start {self.start} is after end {self.end}")
+        if not 0 <= self.max_cloud <= 100 or not 0 < self.min_cover <= 1:
+            raise ValueError("max_cloud is percent between 0 and 100, min_cover a share above 0 and up to 1")
+        if self.dates < 1 or not 0 <= self.min_dates <= self.dates or self.spares < 0:
+            raise ValueError("dates must be 1 or more, min_dates between 0 and dates, spares 0 or more")
+        if self.period_days is not None and self.period_days <= 0:
+            raise ValueError(f"period_days must be above 0, found {self.period_days}")
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Which images every site gets. url: folder of the prepared plan. sensors: by modality.
+
+    min_sensors: a site that fewer sensors see is left out.
+    """
+
+    url: str = ""
+    sensors: dict[str, SensorConfig] = field(default_factory=dict)
+    min_sensors: int = 1
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.sensors if name not in MODALITIES]
+        if unknown:
+            raise ValueError(f"sensors: {unknown[0]!r} is not one of {', '.join(MODALITIES)}")
+        if self.sensors and not 1 <= self.min_sensors <= len(self.sensors):
+            raise ValueError(f"min_sensors must be between 1 and the {len(self.sensors)} sensors, found {self.min_sensors}")
+
+
+@dataclass(frozen=True)
 class BuildConfig:
-    """Everything `data_prep build` needs.
+    """Everything `data_prep sites`, `prepare` and `build` need.
 
     workers: processes of a local build, 0 = one per CPU. error_budget: share of sites that may be faulty; past it the
     build exits 1. max_faults: faults at which a build past its budget stops starting new shards.
@@ -150,6 +262,8 @@ class BuildConfig:
     split: SplitConfig = field(default_factory=SplitConfig)
     shards: ShardsConfig = field(default_factory=ShardsConfig)
     codecs: CodecsConfig = field(default_factory=CodecsConfig)
+    sites: SitesConfig = field(default_factory=SitesConfig)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
     workers: int = 0
     error_budget: float = 0.0
     max_faults: int = 1000

@@ -128,7 +128,7 @@ def dump(value: Any, indent: int | None = None) -> bytes:
 def shaping_config(config: BuildConfig) -> dict[str, Any]:
     """The part of a build's config that shapes the bytes of a set: no paths, workers or budgets."""
     tree = to_dict(config)
-    for key in ("output", "workers", "error_budget", "max_faults"):
+    for key in ("output", "workers", "error_budget", "max_faults", "sites", "prepare"):
         tree.pop(key)
     tree["source"].pop("catalog")
     return tree
