@@ -98,6 +98,18 @@ def list_names(url: str) -> list[str]:
     return sorted(name for name in names if not TEMPORARY.search(name))
 
 
+def list_sizes(url: str) -> dict[str, int]:
+    """Bytes of every object directly under a folder, by one listing; empty if there is no such folder."""
+    fs, path = filesystem(url)
+    with explained(url):
+        try:
+            entries = fs.ls(path, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+    found = {entry["name"].rsplit("/", 1)[-1]: int(entry["size"] or 0) for entry in entries if entry["type"] == "file"}
+    return {name: size for name, size in sorted(found.items()) if not TEMPORARY.search(name)}
+
+
 def read_bytes(url: str, start: int | None = None, end: int | None = None) -> bytes:
     """Whole object, or the byte range [start, end)."""
     fs, path = filesystem(url)
@@ -226,6 +238,7 @@ __all__ = [
     "is_local",
     "join",
     "list_names",
+    "list_sizes",
     "local_path",
     "make_folder",
     "name",

@@ -172,6 +172,14 @@ def intersection(boxes: Iterable[Bounds]) -> Bounds | None:
     return (float(xmin), float(ymin), float(xmax), float(ymax)) if xmin < xmax and ymin < ymax else None
 
 
+def boxes_meet(one: Bounds, other: Bounds) -> bool:
+    """Whether two boxes in degrees share ground; either may cross the antimeridian (west > east)."""
+    if one[3] < other[1] or other[3] < one[1]:
+        return False
+    (west, east), (w, e) = ((box[0], box[2] + (360 if box[2] < box[0] else 0)) for box in (one, other))
+    return any(west + turn <= e and w <= east + turn for turn in (-360, 0, 360))
+
+
 def snap_inward(bounds: Bounds, grid: Grid, tolerance_px: float = 0.02) -> Bounds | None:
     """`bounds` shrunk to whole pixels of a north-up grid; overshoot below `tolerance_px` counts as whole. None if empty."""
     a, _, c, _, e, f = grid.transform

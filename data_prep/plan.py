@@ -17,7 +17,7 @@ import numpy as np
 
 from cluster.errors import UsageError
 from data_prep.config import SPLITS, BuildConfig, GridConfig
-from data_prep.geo import has_place
+from data_prep.geo import Bounds, boxes_meet, has_place
 from data_prep.merge import shaping_config
 from data_prep.schema import MODALITIES
 from data_prep.shards import shard_name
@@ -29,11 +29,16 @@ MODALITY_OF = {"cloud": "s2", "scl": "s2"}  # mask rasters go with their image
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """One task: these sites, in this order, into the tar `name`."""
+    """These sites, in this order, into the tar `name`. spares: site key → modality → dates that may replace a broken one."""
 
     name: str
     split: str
     records: tuple[SiteRecord, ...]
+    spares: dict[str, dict[str, list[tuple[Asset, ...]]]] = field(default_factory=dict)
+
+    @property
+    def num_sites(self) -> int:
+        return len(self.records)
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,7 @@ def make_plan(records: Sequence[SiteRecord], config: BuildConfig, faults: Sequen
     shards = []
     for split in SPLITS:
         members = [record for record, its in zip(unique, result.splits) if its == split]
-        if config.shards.order == "hash":
-            members.sort(key=lambda record: hashlib.sha256(f"{config.split.seed}:{record.key}".encode()).digest())
+        members = [members[i] for i in scattered([record.key for record in members], config)]
         for number, group in enumerate(_packed(members, config)):
             shards.append(PlannedShard(shard_name(split, number), split, tuple(group)))
     if not shards:
@@ -115,7 +119,6 @@ def make_plan(records: Sequence[SiteRecord], config: BuildConfig, faults: Sequen
 
 def estimate_bytes(record: SiteRecord, grid: GridConfig) -> int:
     """Uncompressed bytes of a site's arrays, from metadata alone."""
-    xmin, ymin, xmax, ymax = record.footprint
     total = 4096
     for name, spec in MODALITIES.items():
         assets = record.of(name)
@@ -127,21 +130,26 @@ def estimate_bytes(record: SiteRecord, grid: GridConfig) -> int:
             gsd = min((g.gsd_m() for g in grids), default=spec.gsd_m)
         dated = {asset.datetime for asset in assets if asset.datetime}
         dates = max(len(dated), len(record.datetimes) if any(not a.datetime for a in assets) else 0, 1)
-        if not spec.is_series:
-            dates = 1
-        elif grid.max_dates:
-            dates = min(dates, grid.max_dates)
-        pixels = max((xmax - xmin) / gsd, 1) * max((ymax - ymin) / gsd, 1)
-        total += int(dates * pixels * (len(spec.bands) * np.dtype(spec.dtype).itemsize + 1))
+        total += modality_bytes(name, record.footprint, dates, gsd, grid)
     return total
+
+
+def modality_bytes(name: str, footprint: Bounds, dates: int, gsd_m: float, grid: GridConfig) -> int:
+    """Uncompressed bytes of one modality's pixels and masks over a footprint."""
+    spec = MODALITIES[name]
+    if not spec.is_series:
+        dates = 1
+    elif grid.max_dates:
+        dates = min(dates, grid.max_dates)
+    xmin, ymin, xmax, ymax = footprint
+    pixels = max((xmax - xmin) / gsd_m, 1) * max((ymax - ymin) / gsd_m, 1)
+    return int(dates * pixels * (len(spec.bands) * np.dtype(spec.dtype).itemsize + 1))
 
 
 def _narrowed(record: SiteRecord, config: BuildConfig) -> SiteRecord | None:
     """The record with the chosen modalities' assets only; None if it has none or lies outside the box."""
     if config.source.bbox is not None:
-        west, south, east, north = config.source.bbox
-        w, s, e, n = record.bbox_wgs84
-        if w > east or e < west or s > north or n < south or not has_place(record.crs):
+        if not has_place(record.crs) or not boxes_meet(config.source.bbox, record.bbox_wgs84):
             return None
     if config.source.modalities:
         wanted = {*config.source.modalities, "label"}
@@ -203,6 +211,13 @@ def _packed(records: Sequence[SiteRecord], config: BuildConfig) -> Iterable[list
         size += estimate
     if group:
         yield group
+
+
+def scattered(keys: Sequence[str], config: BuildConfig) -> list[int]:
+    """Positions of sites in the order of their hashes (`shards.order` hash), or as they come."""
+    if config.shards.order != "hash":
+        return list(range(len(keys)))
+    return sorted(range(len(keys)), key=lambda i: hashlib.sha256(f"{config.split.seed}:{keys[i]}".encode()).digest())
 
 
 def _fingerprint(shards: Sequence[PlannedShard], config: BuildConfig) -> str:

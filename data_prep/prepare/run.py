@@ -24,7 +24,7 @@ from cluster.config import fingerprint, to_dict
 from cluster.errors import UsageError
 from cluster.progress import progress
 from data_prep.config import BuildConfig
-from data_prep.merge import dump
+from data_prep.parts import dump
 from data_prep.prepare import search, slices
 from data_prep.prepare.choose import Choice, choose
 from data_prep.schema import MODALITIES
