@@ -33,10 +33,10 @@ from data_prep.parts import State
 from data_prep.plan import PlannedShard, make_plan, read_catalogs
 from data_prep.planfile import ShardRef, StoredPlan
 from data_prep.pool import run_jobs
+from data_prep.prepare.spares import Spares, read_with_spares
 from data_prep.sample import SampleError
 from data_prep.schema import CLEAR, SiteArrays
 from data_prep.shards import FAULTS, INDEX, MANIFEST, ShardWriter
-from data_prep.prepare.spares import Spares, read_with_spares
 from data_prep.sources import read_site
 from data_prep.sources.records import SiteRecord, SourceFault
 from data_prep.split import cell_of
@@ -96,8 +96,9 @@ def build(config: BuildConfig, task: int = 0, tasks: int = 1, retry_faults: bool
     for number in range(task, len(plan.slices), tasks):
         held = state.parts_of(number, plan.slices[number].names)
         redo = [part is None or (retry_faults and bool(part["faults"])) for part in held]
-        if any(redo) and state.is_rolled(number):
+        if any(redo) and state.is_rolled(number):  # its statistics are one sum: the slice is made again
             parts.unroll(url, number)
+            redo = [True] * len(redo)
         for index, (part, again) in enumerate(zip(held, redo)):
             if again:
                 jobs.append(Job(plan.ref(url, number, index), config, plan.fingerprint, number))
@@ -105,7 +106,9 @@ def build(config: BuildConfig, task: int = 0, tasks: int = 1, retry_faults: bool
                 outcome.parts.append(part)
                 outcome.faults += part["faults"]
     try:
-        _run(jobs, config, outcome, resumed=sum(sum(plan.slices[n].sites) for n in range(task, len(plan.slices), tasks)))
+        _run(
+            jobs, config, outcome, resumed=sum(sum(plan.slices[n].sites) for n in range(task, len(plan.slices), tasks))
+        )
         state = State.look(url, plan.fingerprint)
         for number in range(task, len(plan.slices), tasks):
             state.roll_up(number, plan.slices[number].names)
@@ -129,6 +132,9 @@ def find_plan(config: BuildConfig, shared: bool = False) -> StoredPlan:
     if not shared:
         return _make_plan(config, inputs)
     with planfile.lease(url) as mine:
+        held = planfile.read_plan(url)  # made while we waited
+        if held is not None and inputs and held.inputs == inputs:
+            return held
         if mine:
             return _make_plan(config, inputs)
     return find_plan(config, shared)
@@ -137,7 +143,9 @@ def find_plan(config: BuildConfig, shared: bool = False) -> StoredPlan:
 def _make_plan(config: BuildConfig, inputs: str) -> StoredPlan:
     url = config.output.url
     if config.source.catalog and config.prepare.url:
-        raise UsageError("source.catalog and prepare.url are both given; a set is built from one of them: drop the other")
+        raise UsageError(
+            "source.catalog and prepare.url are both given; a set is built from one of them: drop the other"
+        )
     if config.prepare.url:
         plan = planfile.plan_prepared(config, inputs)
         claim(url, plan, config, lambda: None)
@@ -182,7 +190,9 @@ def claim(url: str, plan: StoredPlan, config: BuildConfig, write: Callable[[], N
             if storage.create(place, content):
                 return
             holder = _holder(place)
-        if holder == plan.fingerprint:  # the same sites from other files, or of an earlier version: its paths are taken over
+        if (
+            holder == plan.fingerprint
+        ):  # the same sites from other files, or of an earlier version: its paths are taken over
             write()
             storage.write_atomic(place, content)
             return
@@ -285,7 +295,8 @@ def _add_site(
     """Reads, checks, encodes and writes one site; returns its fault instead if it has one."""
     try:
         with clock("read"):
-            site = read_with_spares(record, spares, lambda own: read(own, config.grid))
+            # with max_dates the reader leaves dates out by itself: none of them is missing
+            site = read_with_spares(record, {} if config.grid.max_dates else spares, lambda own: read(own, config.grid))
         site.cell = cell_of(record, config.split)
         with clock("check"):
             _drop_empty(site)

@@ -174,7 +174,9 @@ class SitesConfig:
             if not (-180 <= lon <= 180 and -90 <= lat <= 90):
                 raise ValueError(f"{name}: longitude {lon:g}, latitude {lat:g} lies outside -180…180, -90…90")
         if self.bbox and self.bbox[1] >= self.bbox[3]:
-            raise ValueError(f"bbox is west, south, east, north: south {self.bbox[1]:g} is not below north {self.bbox[3]:g}")
+            raise ValueError(
+                f"bbox is west, south, east, north: south {self.bbox[1]:g} is not below north {self.bbox[3]:g}"
+            )
         for name in ("spacing_m", "per_stratum", "max_sites", "sites_per_slice"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -245,7 +247,9 @@ class PrepareConfig:
         if unknown:
             raise ValueError(f"sensors: {unknown[0]!r} is not one of {', '.join(MODALITIES)}")
         if self.sensors and not 1 <= self.min_sensors <= len(self.sensors):
-            raise ValueError(f"min_sensors must be between 1 and the {len(self.sensors)} sensors, found {self.min_sensors}")
+            raise ValueError(
+                f"min_sensors must be between 1 and the {len(self.sensors)} sensors, found {self.min_sensors}"
+            )
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,11 @@ from data_prep.shards import ShardWriter
 from data_prep.statistics import Histograms
 
 PARTS = "_build"
-SUFFIXES = ("json", "index.parquet", "stats.parquet")  # the JSON first: where it is gone, nothing vouches for the others
+SUFFIXES = (
+    "json",
+    "index.parquet",
+    "stats.parquet",
+)  # the JSON first: where it is gone, nothing vouches for the others
 _READ_AHEAD = 32
 
 
@@ -126,7 +130,9 @@ class State:
         """One part instead of those of a slice's shards, if there are several and all are finished."""
         if len(shards) < 2 or self.is_rolled(number) or not self.is_complete(number, shards):
             return
-        whole = [part for name in shards if (part := read_part(self.url, name)) is not None and part["plan"] == self.plan]
+        whole = [
+            part for name in shards if (part := read_part(self.url, name)) is not None and part["plan"] == self.plan
+        ]
         if len(whole) < len(shards):
             return
         histograms, tables = Histograms(), []
@@ -135,7 +141,9 @@ class State:
             tables.append(index.read_parquet(checked(self.url, part["shard"], part, "index.parquet")))
         wanted = index.schema(sorted({label for part in whole for label in part["labels"]}))
         stream = io.BytesIO()
-        pq.write_table(pa.concat_tables([index.conform(table, wanted, 0) for table in tables]), stream, compression="zstd")
+        pq.write_table(
+            pa.concat_tables([index.conform(table, wanted, 0) for table in tables]), stream, compression="zstd"
+        )
         statistics, name = histograms.to_bytes(), slice_name(number)
         done = {
             "slice": number, "plan": self.plan, "parts": whole,
@@ -167,10 +175,16 @@ def gather(url: str, names: Sequence[str], plan: str) -> list[Bundle]:
     numbers = [int(name[6:12]) for name in listed if name.startswith("slice-") and name.endswith(".json")]
     own = frozenset(listed)
     with ThreadPoolExecutor(8) as pool:
-        rolled = [entry for entry in pool.map(lambda n: read_slice(url, n), numbers) if entry is not None and entry["plan"] == plan]
+        rolled = [
+            entry
+            for entry in pool.map(lambda n: read_slice(url, n), numbers)
+            if entry is not None and entry["plan"] == plan
+        ]
         held = {part["shard"]: entry for entry in rolled for part in entry["parts"]}
         single = [name for name in names if name not in held and f"{name.removesuffix('.tar')}.json" in own]
-        parts = {part["shard"]: part for part in pool.map(lambda name: read_part(url, name), single) if part is not None}
+        parts = {
+            part["shard"]: part for part in pool.map(lambda name: read_part(url, name), single) if part is not None
+        }
     bundles: list[Bundle] = []
     seen: set[int] = set()
     for name in names:

@@ -21,10 +21,11 @@ import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster import storage
@@ -114,7 +115,7 @@ class ShardRef:
         return self.piece.sites[self.index]
 
     def load(self, config: BuildConfig) -> PlannedShard:
-        return load_slice(self.folder, self.prepared, self.piece, config)[self.index]
+        return open_slice(self.folder, self.prepared, self.piece, config).shard(self.index)
 
 
 def slices_of(plan: Plan) -> tuple[list[Slice], list[tuple[PlannedShard, ...]]]:
@@ -133,7 +134,11 @@ def slices_of(plan: Plan) -> tuple[list[Slice], list[tuple[PlannedShard, ...]]]:
 
 def write_records(folder: str, number: int, shards: Sequence[PlannedShard]) -> None:
     """A slice's sites, as `NNNNNN.parquet`."""
-    rows = [(i, json.dumps(record.to_dict(), separators=(",", ":"))) for i, shard in enumerate(shards) for record in shard.records]
+    rows = [
+        (i, json.dumps(record.to_dict(), separators=(",", ":")))
+        for i, shard in enumerate(shards)
+        for record in shard.records
+    ]
     table = pa.table({"shard": [i for i, _ in rows], "record": [text for _, text in rows]}, _RECORDS)
     stream = io.BytesIO()
     pq.write_table(table, stream, compression="zstd")
@@ -149,42 +154,66 @@ def records_folder(url: str, fingerprint: str) -> str:
     return storage.join(url, PARTS, FOLDER, fingerprint)
 
 
-_LAST: dict[tuple[str, Slice], tuple[PlannedShard, ...]] = {}  # a worker makes the shards of a slice one after the other
+class Sites(Protocol):
+    """An opened slice."""
+
+    def shard(self, index: int) -> PlannedShard:
+        """A shard with its sites."""
 
 
-def load_slice(folder: str, prepared: bool, piece: Slice, config: BuildConfig) -> tuple[PlannedShard, ...]:
-    """The shards of a slice with their sites. Raises UsageError or RunFailure if it cannot be read."""
+_LAST: dict[tuple[str, Slice], Sites] = {}  # a worker makes the shards of a slice one after the other
+
+
+def open_slice(folder: str, prepared: bool, piece: Slice, config: BuildConfig) -> Sites:
+    """A slice of a plan, read. Raises UsageError or RunFailure if it cannot be."""
     key = (folder, piece)
     if key not in _LAST:
         _LAST.clear()
-        _LAST[key] = _load_prepared(folder, piece, config) if prepared else _load_records(folder, piece)
+        _LAST[key] = PreparedSites(folder, piece, config) if prepared else CatalogSites(folder, piece)
     return _LAST[key]
 
 
-def _load_records(folder: str, piece: Slice) -> tuple[PlannedShard, ...]:
-    place = records_url(folder, piece.source)
-    try:
-        table = pq.ParquetFile(pa.BufferReader(storage.read_bytes(place))).read(use_threads=False)
-    except (OSError, pa.ArrowException) as error:
-        raise UsageError(f"{place} cannot be read ({error}); remove plan.json two folders above, the plan is then made again") from None
-    groups: list[list[SiteRecord]] = [[] for _ in piece.sites]
-    for shard, text in zip(table["shard"].to_pylist(), table["record"].to_pylist()):
-        groups[shard].append(SiteRecord.from_dict(json.loads(text)))
-    return tuple(PlannedShard(name, piece.split, tuple(group)) for name, group in zip(piece.names, groups))
+class CatalogSites:
+    """A slice of a catalog's plan: records as JSON."""
+
+    def __init__(self, folder: str, piece: Slice) -> None:
+        place = records_url(folder, piece.source)
+        try:
+            self._table = pq.ParquetFile(pa.BufferReader(storage.read_bytes(place))).read(use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            raise UsageError(
+                f"{place} cannot be read ({error}); remove plan.json two folders above, the plan is then made again"
+            ) from None
+        self._piece = piece
+
+    def shard(self, index: int) -> PlannedShard:
+        own = self._table.filter(pc.equal(self._table["shard"], index))
+        records = tuple(SiteRecord.from_dict(json.loads(text)) for text in own["record"].to_pylist())
+        return PlannedShard(self._piece.names[index], self._piece.split, records)
 
 
-def _load_prepared(url: str, piece: Slice, config: BuildConfig) -> tuple[PlannedShard, ...]:
-    from data_prep.prepare.slices import SliceItems, read_places, read_prepared, site_of
+class PreparedSites:
+    """A slice of a prepared plan: its sites and their items; a site's record is made when its shard is asked for."""
 
-    sensors = read_prepared_sensors(url) or read_prepared(url)["sensors"]
-    rows = read_places(url, piece.source).to_pylist()
-    groups = packed_places([row for row in rows if row["split"] == piece.split], sensors, config)
-    items = SliceItems(url, piece.source, sensors)
-    shards = []
-    for name, group in zip(piece.names, groups, strict=True):
-        sites = [site_of(row, items, sensors) for row in group]
-        shards.append(PlannedShard(name, piece.split, tuple(r for r, _ in sites), {r.key: more for r, more in sites if more}))
-    return tuple(shards)
+    def __init__(self, url: str, piece: Slice, config: BuildConfig) -> None:
+        from data_prep.prepare.slices import SliceItems, read_places, read_prepared
+
+        self._sensors = read_prepared_sensors(url) or read_prepared(url)["sensors"]
+        places = read_places(url, piece.source)
+        self._places = places.filter(pc.equal(places["split"], piece.split))
+        self._groups = packed_places(self._places, self._sensors, config)
+        if tuple(map(len, self._groups)) != piece.sites:
+            raise UsageError(f"{url} is not the plan this set was begun with; choose another output.url")
+        self._items = SliceItems(url, piece.source, self._sensors)
+        self._piece = piece
+
+    def shard(self, index: int) -> PlannedShard:
+        from data_prep.prepare.slices import site_of
+
+        rows = self._places.take(pa.array(self._groups[index], pa.int64())).to_pylist()
+        sites = [site_of(row, self._items, self._sensors) for row in rows]
+        spares = {record.key: more for record, more in sites if more}
+        return PlannedShard(self._piece.names[index], self._piece.split, tuple(record for record, _ in sites), spares)
 
 
 def read_prepared_sensors(url: str) -> list[str]:
@@ -196,28 +225,37 @@ def read_prepared_sensors(url: str) -> list[str]:
     return [name for name in MODALITIES if name in names]
 
 
-def packed_places(rows: list[dict[str, Any]], sensors: Sequence[str], config: BuildConfig) -> list[list[dict[str, Any]]]:
-    """Prepared sites of one slice and split in shards of about equal bytes, none past the limits of `shards`."""
-    rows = [rows[i] for i in scattered([row["key"] for row in rows], config)]
-    sizes = np.array([_estimate(row, sensors, config) for row in rows], np.int64)
-    before, total = np.cumsum(sizes) - sizes, int(sizes.sum())
-    limits = config.shards
-    for number in range(max(-(-total // limits.max_bytes), -(-len(rows) // limits.max_samples), 1), len(rows) + 1):
-        bounds = np.searchsorted(before * number // total, np.arange(number + 1))
-        groups = [rows[start:end] for start, end in itertools.pairwise(bounds.tolist()) if end > start]
-        heavy = any(sizes[start:end].sum() > limits.max_bytes and end - start > 1 for start, end in itertools.pairwise(bounds))
-        if not heavy and all(len(group) <= limits.max_samples for group in groups):
-            return groups
-    return [[row] for row in rows]
+def packed_places(places: pa.Table, sensors: Sequence[str], config: BuildConfig) -> list[list[int]]:
+    """Rows of prepared sites of one slice and split, in shards of about equal bytes, none past the limits of `shards`.
 
-
-def _estimate(row: dict[str, Any], sensors: Sequence[str], config: BuildConfig) -> int:
-    total = 4096
+    places: columns key, footprint and SENSOR_dates.
+    """
+    order = np.array(scattered(places["key"].to_pylist(), config), np.int64)
+    if not len(order):
+        return []
+    sizes = np.full(len(order), 4096, np.int64)
+    footprint = tuple(places["footprint"][0].as_py())  # squares of one side
     for name in sensors:
-        if dates := len(row[f"{name}_images"]):
-            gsd = config.grid.series_gsd_m if MODALITIES[name].is_series else config.grid.hr_gsd_m
-            total += modality_bytes(name, tuple(row["footprint"]), dates, gsd or MODALITIES[name].gsd_m, config.grid)
-    return total
+        gsd = (config.grid.series_gsd_m if MODALITIES[name].is_series else config.grid.hr_gsd_m) or MODALITIES[
+            name
+        ].gsd_m
+        dates = places[f"{name}_dates"].to_numpy()
+        cost = np.array(
+            [modality_bytes(name, footprint, n, gsd, config.grid) if n else 0 for n in range(int(dates.max()) + 1)],
+            np.int64,
+        )
+        sizes += cost[dates]
+    sizes = sizes[order]
+    before, total, limits = np.cumsum(sizes) - sizes, int(sizes.sum()), config.shards
+    for number in range(max(-(-total // limits.max_bytes), -(-len(order) // limits.max_samples), 1), len(order) + 1):
+        bounds = np.searchsorted(before * number // total, np.arange(number + 1)).tolist()
+        pairs = [(start, end) for start, end in itertools.pairwise(bounds) if end > start]
+        if all(
+            end - start <= limits.max_samples and (end - start == 1 or sizes[start:end].sum() <= limits.max_bytes)
+            for start, end in pairs
+        ):
+            return [order[start:end].tolist() for start, end in pairs]
+    return [[int(row)] for row in order]
 
 
 def plan_prepared(config: BuildConfig, inputs: str) -> StoredPlan:
@@ -228,9 +266,13 @@ def plan_prepared(config: BuildConfig, inputs: str) -> StoredPlan:
     sensors, columns = prepared["sensors"], {}
 
     def sizes(number: int) -> dict[str, tuple[int, ...]]:
-        rows = read_places(config.prepare.url, number).to_pylist()
-        own = {split: [row for row in rows if row["split"] == split] for split in SPLITS}
-        return {split: tuple(len(g) for g in packed_places(its, sensors, config)) for split, its in own.items() if its}
+        places = read_places(
+            config.prepare.url, number, ["key", "split", "footprint", *(f"{name}_dates" for name in sensors)]
+        )
+        own = {split: places.filter(pc.equal(places["split"], split)) for split in SPLITS}
+        return {
+            split: tuple(map(len, packed_places(its, sensors, config))) for split, its in own.items() if its.num_rows
+        }
 
     with ThreadPoolExecutor(4) as pool:
         for number, found in enumerate(pool.map(sizes, range(len(prepared["slices"])))):
@@ -260,7 +302,9 @@ def plan_prepared(config: BuildConfig, inputs: str) -> StoredPlan:
 def inputs_of(config: BuildConfig) -> str:
     """A digest of config and inputs that opens no catalog: sizes and times (or ETags) of its files. "" if there are none."""
     digest = hashlib.sha256(json.dumps(shaping_config(config), sort_keys=True).encode())
-    sources = config.source.catalog or ((storage.join(config.prepare.url, "prepared.json"),) if config.prepare.url else ())
+    sources = config.source.catalog or (
+        (storage.join(config.prepare.url, "prepared.json"),) if config.prepare.url else ()
+    )
     if not sources:
         return ""
     for url in sources:

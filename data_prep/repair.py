@@ -77,9 +77,14 @@ def _sound_slices(url: str, say: Callable[[str], None]) -> set[str]:
             continue
         number = int(entry[6:12])
         found = parts.read_slice(url, number)
-        if found is not None and all(_stands(url, parts.slice_name(number), found, kind) for kind in ("index", "stats")):
+        if found is not None and all(
+            _stands(url, parts.slice_name(number), found, kind) for kind in ("index", "stats")
+        ):
             tars = {part["shard"]: part["sha256"] for part in found["parts"] if part["samples"]}
-            if all(storage.exists(storage.join(url, name)) and _sha256(storage.join(url, name)) == own for name, own in tars.items()):
+            if all(
+                storage.exists(storage.join(url, name)) and _sha256(storage.join(url, name)) == own
+                for name, own in tars.items()
+            ):
                 sound |= {part["shard"] for part in found["parts"]}
                 continue
         say(f"{entry}: its shards are mended one by one")

@@ -28,7 +28,9 @@ def make_archive(folder: Path, scenes: int, seed: int = 0, side_m: int = 640) ->
             items += _dates(place, folder / "images", name)
         hr = source["assets"]["hr"]
         grid = Grid(hr["proj:code"], tuple(hr["proj:transform"]), *reversed(hr["proj:shape"]))
-        fields = AssetFields("hr", str(place / "hr.tif"), bands=MODALITIES["hr"].bands, grid=grid, datetime=hr["datetime"])
+        fields = AssetFields(
+            "hr", str(place / "hr.tif"), bands=MODALITIES["hr"].bands, grid=grid, datetime=hr["datetime"]
+        )
         items.append(_of_collection(make_item(f"hr_{place.name}", {"image": fields}), "hr"))
     return items
 

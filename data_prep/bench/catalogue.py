@@ -31,7 +31,9 @@ def write_dump(folder: str, bbox: tuple[float, float, float, float], seed: int =
         kind = _schema(assets)
         with pq.ParquetWriter(os.path.join(folder, f"{name}.parquet"), kind, compression="zstd") as writer:
             for start in range(0, len(tiles), 64):
-                writer.write_table(_rows(name, tiles[start : start + 64], dates, assets, kind, seed), row_group_size=4096)
+                writer.write_table(
+                    _rows(name, tiles[start : start + 64], dates, assets, kind, seed), row_group_size=4096
+                )
         counts[name] = len(tiles) * dates
     return counts
 
@@ -58,7 +60,10 @@ def _rows(name: str, tiles: np.ndarray, dates: int, assets: tuple[str, ...], kin
     number = np.tile(np.arange(dates), len(tiles))
     rng = np.random.default_rng([seed, len(assets), int(tiles[0, 0]) + 360, int(tiles[0, 1]) + 360])
     stamps = START + number * (365 * 86_400 // dates) // 86_400 * 86_400 + rng.integers(0, 600, count)
-    names = [f"{name}_{int(w + OVERLAP):+04d}{int(s + OVERLAP):+03d}_{n:03d}" for w, s, n in zip(np.round(west, 3), np.round(south, 3), number)]
+    names = [
+        f"{name}_{int(w + OVERLAP):+04d}{int(s + OVERLAP):+03d}_{n:03d}"
+        for w, s, n in zip(np.round(west, 3), np.round(south, 3), number)
+    ]
     orbit = np.repeat((tiles[:, 0].astype(int) % 143) + 1, dates)
 
     def asset(key: str) -> list[dict[str, object]]:
@@ -77,4 +82,10 @@ def _rows(name: str, tiles: np.ndarray, dates: int, assets: tuple[str, ...], kin
         "s2:processing_baseline": ["05.09"] * count, "proj:code": ["EPSG:32633"] * count,
         "assets": pa.StructArray.from_arrays([pa.array(asset(key), kind.field("assets").type.field(i).type) for i, key in enumerate(assets)], fields=list(kind.field("assets").type)),
     }  # fmt: skip
-    return pa.table({f.name: columns[f.name] if isinstance(columns[f.name], pa.Array) else pa.array(columns[f.name], f.type) for f in kind}, kind)
+    return pa.table(
+        {
+            f.name: columns[f.name] if isinstance(columns[f.name], pa.Array) else pa.array(columns[f.name], f.type)
+            for f in kind
+        },
+        kind,
+    )

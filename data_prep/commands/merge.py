@@ -14,7 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="the YAML file the shards were built with")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that win over the file")
     parser.add_argument(
-        "--allow-missing", action="store_true", help="close the set over the finished shards; build adds the others later"
+        "--allow-missing",
+        action="store_true",
+        help="close the set over the finished shards; build adds the others later",
     )
     parser.add_argument("--json", action="store_true", help="last line: the figures as one JSON object")
 
@@ -33,7 +35,9 @@ def main(args: argparse.Namespace) -> int:
     outcome = Outcome(plan, manifest, parts, [*plan.faults, *(fault for part in parts for fault in part["faults"])])
     summarise(outcome, config, 0, 1)
     if missing := manifest.get("missing"):
-        print(f"without {len(missing)} unfinished shards ({', '.join(missing[:3])}…): build makes them, and merges again")
+        print(
+            f"without {len(missing)} unfinished shards ({', '.join(missing[:3])}…): build makes them, and merges again"
+        )
     if args.json:
         print_figures(config.output.url, outcome)
     return 0

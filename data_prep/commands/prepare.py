@@ -54,16 +54,31 @@ def main(args: argparse.Namespace) -> int:
         name: {key: sum(entry["sensors"][name][key] for entry in entries) for key in ("found", "items", "dates")}
         for name in (entries[0]["sensors"] if entries else {})
     }
-    print(f"{config.prepare.url}: {sites} sites in {number} slices ({len(todo)} made now), {sum(reasons.values())} sites left out")
+    print(
+        f"{config.prepare.url}: {sites} sites in {number} slices ({len(todo)} made now), {sum(reasons.values())} sites left out"
+    )
     for name, counts in sensors.items():
-        print(f"  {name}: {counts['dates']} dates, {counts['dates'] / max(sites, 1):.1f} per site, from {counts['items']} of {counts['found']} items")
+        print(
+            f"  {name}: {counts['dates']} dates, {counts['dates'] / max(sites, 1):.1f} per site, from {counts['items']} of {counts['found']} items"
+        )
     for reason, count in sorted(reasons.items(), key=lambda entry: (-entry[1], entry[0]))[:8]:
         print(f"  left out {count}: {reason}")
     if args.json:
         left = sum(reasons.values())
-        print_json({"sites": sites, "slices": number, "made": len(todo), "left_out": left, "reasons": reasons, "sensors": sensors})
+        print_json(
+            {
+                "sites": sites,
+                "slices": number,
+                "made": len(todo),
+                "left_out": left,
+                "reasons": reasons,
+                "sensors": sensors,
+            }
+        )
     if not sites:
         from cluster.errors import RunFailure
 
-        raise RunFailure(f"no site has the images asked for; the reasons stand above and in {config.prepare.url}/*.sites.parquet (column why)")
+        raise RunFailure(
+            f"no site has the images asked for; the reasons stand above and in {config.prepare.url}/*.sites.parquet (column why)"
+        )
     return 0

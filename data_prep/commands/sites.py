@@ -37,10 +37,14 @@ def main(args: argparse.Namespace) -> int:
     lon, lat, splits = (np.concatenate(column) for column in zip(*found.shown))
     split_text = ", ".join(f"{name} {count}" for name, count in found.sites.items() if count)
     picture = config.sites.url.rpartition(".")[0] + ".png"
-    storage.write_atomic(picture, draw_map(lon, lat, splits, f"{total} sites of {config.grid.side_m:g} m: {split_text}"))
+    storage.write_atomic(
+        picture, draw_map(lon, lat, splits, f"{total} sites of {config.grid.side_m:g} m: {split_text}")
+    )
     print(f"{config.sites.url}: {total} sites in {len(found.cells)} ground cells, {found.slices} slices ({split_text})")
     if found.left_out:
-        print(f"left out {found.left_out} squares near ground of another split (split.buffer_m={config.split.buffer_m:g})")
+        print(
+            f"left out {found.left_out} squares near ground of another split (split.buffer_m={config.split.buffer_m:g})"
+        )
     if config.sites.strata:
         print("strata: " + ", ".join(f"{name or '(none)'} {count}" for name, count in sorted(found.strata.items())))
     print(f"map: {picture}")

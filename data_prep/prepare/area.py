@@ -26,7 +26,9 @@ def wanted_area(config: SitesConfig) -> tuple[Any, np.ndarray]:
     if config.bbox is not None:
         return box(config.bbox), np.empty((0, 2))
     if config.area is None:
-        raise UsageError("sites: no ground is named; give sites.area=FILE.geojson, sites.bbox=[W,S,E,N] or sites.points=[[LON,LAT],…]")
+        raise UsageError(
+            "sites: no ground is named; give sites.area=FILE.geojson, sites.bbox=[W,S,E,N] or sites.points=[[LON,LAT],…]"
+        )
     geometries = [geometry for geometry, _ in read_features(config.area)]
     points = [point for g in geometries if "Point" in g.geom_type for point in shapely.get_coordinates(g)]
     polygons = [g for g in geometries if "Polygon" in g.geom_type]

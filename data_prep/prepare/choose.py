@@ -45,7 +45,10 @@ class _Dates:
 
     def take(self, chosen: np.ndarray) -> _Dates:
         rows = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
-        return _Dates(*(a[rows] for a in (self.site, self.time, self.cloud, self.cover, self.orbit)), [self.images[i] for i in rows])
+        return _Dates(
+            *(a[rows] for a in (self.site, self.time, self.cloud, self.cover, self.orbit)),
+            [self.images[i] for i in rows],
+        )
 
 
 def choose(sites: np.ndarray, lon: np.ndarray, items: pa.Table, sensor: SensorConfig, is_series: bool) -> Choice:
@@ -84,17 +87,27 @@ def _overpasses(sites: np.ndarray, lon: np.ndarray, items: pa.Table, sensor: Sen
     if sensor.orbits:
         usable &= np.isin(facts["f_orbit"], sensor.orbits)
     rows = np.flatnonzero(usable)
-    site, item = shapely.STRtree(shapes[rows]).query(sites, predicate="intersects") if len(rows) else np.empty((2, 0), int)
+    site, item = (
+        shapely.STRtree(shapes[rows]).query(sites, predicate="intersects") if len(rows) else np.empty((2, 0), int)
+    )
     item = rows[item]
     shapely.prepare(shapes)
     cover = shapely.covers(shapes[item], sites[site]).astype(float)
     part = cover < 1
-    cover[part] = shapely.area(shapely.intersection(shapes[item[part]], sites[site[part]])) / shapely.area(sites[site[part]])
+    cover[part] = shapely.area(shapely.intersection(shapes[item[part]], sites[site[part]])) / shapely.area(
+        sites[site[part]]
+    )
     cover[cover >= WHOLE] = 1.0
     touched = cover > 0
     site, item, cover = site[touched], item[touched], cover[touched]
-    passes = np.unique(items["f_pass"].to_numpy(zero_copy_only=False), return_inverse=True)[1] if len(items) else np.empty(0, int)
-    version = np.unique(items["f_version"].to_numpy(zero_copy_only=False), return_inverse=True)[1] if len(items) else passes
+    passes = (
+        np.unique(items["f_pass"].to_numpy(zero_copy_only=False), return_inverse=True)[1]
+        if len(items)
+        else np.empty(0, int)
+    )
+    version = (
+        np.unique(items["f_version"].to_numpy(zero_copy_only=False), return_inverse=True)[1] if len(items) else passes
+    )
     day = np.floor_divide(facts["f_time"][item] + np.round(lon[site] * 240).astype(np.int64), 86_400)
     orbit = facts["f_orbit"][item].astype(np.int64)
     code = (site, day, orbit, passes[item])

@@ -63,7 +63,9 @@ def table_of_dump(rows: pa.Table) -> pa.Table:
 
     times = [_times(rows[name]) for name in ("datetime", "start_datetime") if name in rows.column_names]
     if not times or "geometry" not in rows.column_names:
-        return pa.table({**{f.name: pa.array([], f.type) for f in FACTS}, **{n: rows[n][:0] for n in rows.column_names}})
+        return pa.table(
+            {**{f.name: pa.array([], f.type) for f in FACTS}, **{n: rows[n][:0] for n in rows.column_names}}
+        )
     facts = {
         "f_id": column("id"), "f_collection": column("collection"), "f_time": pc.coalesce(*times),
         "f_cloud": column("eo:cloud_cover", empty=float("nan")), "f_orbit": column("sat:relative_orbit", empty=-1),
@@ -93,7 +95,9 @@ def placed(shapes: Sequence[bytes] | np.ndarray) -> np.ndarray:
         return found
     bounds = shapely.bounds(found)
     for i in np.flatnonzero((bounds[:, 2] - bounds[:, 0] > 180) & (shapely.get_type_id(found) == 3)):
-        turned = shapely.transform(found[i], lambda xy: np.column_stack([np.where(xy[:, 0] < 0, xy[:, 0] + 360, xy[:, 0]), xy[:, 1]]))
+        turned = shapely.transform(
+            found[i], lambda xy: np.column_stack([np.where(xy[:, 0] < 0, xy[:, 0] + 360, xy[:, 0]), xy[:, 1]])
+        )
         if shapely.bounds(turned)[2] - shapely.bounds(turned)[0] <= 180:
             found[i] = unwound(turned)
     invalid = ~shapely.is_valid(found)

@@ -98,7 +98,8 @@ def lay_sites(config: BuildConfig) -> Layout:
             found.slices += 1
         if not sum(found.sites.values()):
             raise UsageError(
-                f"no site: {found.left_out} squares lie within split.buffer_m of another split" if found.left_out
+                f"no site: {found.left_out} squares lie within split.buffer_m of another split"
+                if found.left_out
                 else "no square of the lattice has its centre in that ground; a smaller grid.side_m or spacing_m, or another area"
             )
     return found
@@ -120,7 +121,9 @@ def _side(config: BuildConfig) -> int:
         raise UsageError("sites need grid.side_m: the side of a site in metres")
     step = max(config.grid.series_gsd_m or 10.0, 10.0)
     if side % step or side > 20_000:
-        raise UsageError(f"grid.side_m={side:g} must be a multiple of {step:g} m (so that pixels stay) and at most 20000")
+        raise UsageError(
+            f"grid.side_m={side:g} must be a multiple of {step:g} m (so that pixels stay) and at most 20000"
+        )
     if spacing is not None and (spacing % side or spacing < side):
         raise UsageError(f"sites.spacing_m={spacing:g} must be a multiple of grid.side_m={side:g}")
     return int(side)
@@ -138,8 +141,10 @@ def _limited(config: BuildConfig, side: int) -> Iterator[Squares]:
 
 def _classed(squares: Iterator[Squares], strata: Strata | None) -> Iterator[Squares]:
     for its in squares:
-        yield its if strata is None else Squares(
-            its.zone, its.rows, its.columns, its.lon, its.lat, strata.of(its.lon, its.lat)
+        yield (
+            its
+            if strata is None
+            else Squares(its.zone, its.rows, its.columns, its.lon, its.lat, strata.of(its.lon, its.lat))
         )
 
 
@@ -227,7 +232,7 @@ def _zone_squares(zone: str, side: int, step: int, area: Any) -> Iterator[Square
     for low in range(first, last, height):
         high = min(low + height, last)  # beyond the zone's own reach a projection may come round again
         bounds = (columns[0] * side, low * block * side, columns[-1] * side, high * block * side)
-        west, south, east, north = bbox_wgs84(crs, bounds)
+        _, south, _, north = bbox_wgs84(crs, bounds)
         if np.isfinite([south, north]).all() and not shapely.intersects(grown, shapely.box(-180, south, 180, north)):
             continue
         rows = np.arange(low * block + -(low * block) % step, high * block, step)
@@ -278,7 +283,9 @@ def place_splits(squares: Squares, side: int, config: SplitConfig) -> tuple[np.n
             continue
         half = side / 2 + reach
         steps = np.linspace(-half, half, max(math.ceil(2 * half / (size_km * 500)), 1) + 1)
-        offsets = {(float(a), b) for a in steps for b in (-half, half)} | {(b, float(a)) for a in steps for b in (-half, half)}
+        offsets = {(float(a), b) for a in steps for b in (-half, half)} | {
+            (b, float(a)) for a in steps for b in (-half, half)
+        }
         for dx, dy in sorted(offsets):
             lon, lat = transformer(zone_crs(squares.zone), "EPSG:4326").transform(x[chosen] + dx, y[chosen] + dy)
             near = _drawn(*ground_cells(np.asarray(lon), np.asarray(lat), size_km), config)
@@ -346,7 +353,8 @@ def _outlines(zone: str, footprints: np.ndarray) -> tuple[np.ndarray, list[bytes
         boxes[i] = bbox_wgs84(zone_crs(zone), tuple(footprints[i]))
         polar = boxes[i, 2] - boxes[i, 0] >= 359.9
         shapes[i] = (
-            shapely.to_wkb(shapely.box(*boxes[i]), byte_order=1) if polar
+            shapely.to_wkb(shapely.box(*boxes[i]), byte_order=1)
+            if polar
             else geometry_wkb(zone_crs(zone), tuple(footprints[i]), tuple(boxes[i]))
         )
     return boxes, shapes

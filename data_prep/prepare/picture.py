@@ -17,7 +17,12 @@ COLOURS = {"train": "#3465a4", "val": "#e69f00", "probe": "#cc2222"}
 
 
 def draw_map(
-    lon: np.ndarray, lat: np.ndarray, groups: np.ndarray, title: str, names: Sequence[str] = SPLITS, colours: dict[str, str] = COLOURS
+    lon: np.ndarray,
+    lat: np.ndarray,
+    groups: np.ndarray,
+    title: str,
+    names: Sequence[str] = SPLITS,
+    colours: dict[str, str] = COLOURS,
 ) -> bytes:
     """PNG of places in degrees, one colour per group; a set across the antimeridian is shown around it."""
     lon = np.asarray(lon, float)
@@ -28,7 +33,9 @@ def draw_map(
     for name in names:
         chosen = groups == name
         if chosen.any():
-            axis.scatter(lon[chosen], lat[chosen], s=size, c=colours.get(name), label=name, linewidths=0, rasterized=True)
+            axis.scatter(
+                lon[chosen], lat[chosen], s=size, c=colours.get(name), label=name, linewidths=0, rasterized=True
+            )
     middle = float(np.mean(lat)) if len(lat) else 0.0
     axis.set_aspect(1 / max(np.cos(np.radians(np.clip(middle, -75, 75))), 0.2), adjustable="datalim")
     axis.set_xlabel("longitude")

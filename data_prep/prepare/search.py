@@ -33,7 +33,9 @@ UNUSED = ("links", "stac_extensions")
 
 def is_api(source: str) -> bool:
     """Whether a source is a STAC API (and not a file that some web server holds)."""
-    return source.startswith(("http://", "https://")) and not source.endswith((".parquet", ".geoparquet", ".json", ".geojson"))
+    return source.startswith(("http://", "https://")) and not source.endswith(
+        (".parquet", ".geoparquet", ".json", ".geojson")
+    )
 
 
 def search_api(sensor: SensorConfig, ground: shapely.Geometry) -> pa.Table:
@@ -45,12 +47,17 @@ def search_api(sensor: SensorConfig, ground: shapely.Geometry) -> pa.Table:
     try:
         client = pystac_client.Client.open(sensor.source, stac_io=StacApiIO(max_retries=5, timeout=60))
         found = client.search(
-            collections=list(sensor.collections) or None, intersects=shapely.geometry.mapping(ground), datetime=interval(sensor), limit=PAGE
+            collections=list(sensor.collections) or None,
+            intersects=shapely.geometry.mapping(ground),
+            datetime=interval(sensor),
+            limit=PAGE,
         )
         table = table_of_items(found.items_as_dicts())
     except (APIError, OSError, ValueError, KeyError, TypeError) as error:  # requests' errors are OSErrors
         text = " ".join(str(error).split())[:300]
-        raise RunFailure(f"{sensor.source}: {type(error).__name__}: {text}; finished slices are kept: run the command again") from None
+        raise RunFailure(
+            f"{sensor.source}: {type(error).__name__}: {text}; finished slices are kept: run the command again"
+        ) from None
     return _once(in_window(table, sensor))
 
 
@@ -58,7 +65,9 @@ def interval(sensor: SensorConfig) -> str | None:
     """The time as a STAC search takes it."""
     if not sensor.start and not sensor.end:
         return None
-    return f"{sensor.start + 'T00:00:00Z' if sensor.start else '..'}/{sensor.end + 'T23:59:59Z' if sensor.end else '..'}"
+    return (
+        f"{sensor.start + 'T00:00:00Z' if sensor.start else '..'}/{sensor.end + 'T23:59:59Z' if sensor.end else '..'}"
+    )
 
 
 def in_window(table: pa.Table, sensor: SensorConfig) -> pa.Table:
@@ -159,7 +168,9 @@ def _rows_of(url: str, number: int) -> list[pa.Table]:
 
 def _write_run(folder: str, number: int, waiting: list[pa.Table]) -> dict[str, Any]:
     table = pa.concat_tables(waiting, promote_options="permissive")
-    table = table.take(pc.sort_indices(table, [("f_slice", "ascending"), ("f_time", "ascending"), ("f_id", "ascending")]))
+    table = table.take(
+        pc.sort_indices(table, [("f_slice", "ascending"), ("f_time", "ascending"), ("f_id", "ascending")])
+    )
     name = f"run-{number:05d}.parquet"
     with storage.open_atomic(storage.join(folder, name)) as stream:
         pq.write_table(table, stream, compression="zstd", row_group_size=2048)
@@ -169,7 +180,9 @@ def _write_run(folder: str, number: int, waiting: list[pa.Table]) -> dict[str, A
 
 def _once(table: pa.Table) -> pa.Table:
     """Items sorted by time and id, each once: an API may repeat one on its next page."""
-    table = table.take(pc.sort_indices(table, [("f_time", "ascending"), ("f_id", "ascending"), ("f_collection", "ascending")]))
+    table = table.take(
+        pc.sort_indices(table, [("f_time", "ascending"), ("f_id", "ascending"), ("f_collection", "ascending")])
+    )
     ids, names = table["f_id"].to_pylist(), table["f_collection"].to_pylist()
     new = [i == 0 or (ids[i], names[i]) != (ids[i - 1], names[i - 1]) for i in range(len(ids))]
     return table if all(new) else table.filter(pa.array(new))
@@ -187,7 +200,9 @@ def _tables(sensor: SensorConfig, bounds: np.ndarray) -> Iterator[pa.Table]:
         columns = [name for name in data.schema.names if name not in UNUSED]
         if "assets" not in columns or "id" not in columns:
             raise UsageError(f"{sensor.source} is no stac-geoparquet dump (no columns id and assets)")
-        scan = data.scanner(columns=columns, filter=_pushdown(data.schema, sensor, bounds), batch_size=BATCH_ROWS, use_threads=False)
+        scan = data.scanner(
+            columns=columns, filter=_pushdown(data.schema, sensor, bounds), batch_size=BATCH_ROWS, use_threads=False
+        )
         for batch in scan.to_batches():
             if batch.num_rows:
                 yield table_of_dump(pa.Table.from_batches([batch]))
@@ -206,14 +221,25 @@ def _pushdown(schema: pa.Schema, sensor: SensorConfig, bounds: np.ndarray) -> An
     if "datetime" in schema.names and pa.types.is_timestamp(kind := schema.field("datetime").type):
         unknown = ds.field("datetime").is_null()
         if sensor.start:
-            need(unknown | (ds.field("datetime") >= pa.scalar(seconds_of(sensor.start), pa.timestamp("s", kind.tz)).cast(kind)))
+            need(
+                unknown
+                | (ds.field("datetime") >= pa.scalar(seconds_of(sensor.start), pa.timestamp("s", kind.tz)).cast(kind))
+            )
         if sensor.end:
-            need(unknown | (ds.field("datetime") < pa.scalar(seconds_of(sensor.end) + 86_400, pa.timestamp("s", kind.tz)).cast(kind)))
+            need(
+                unknown
+                | (
+                    ds.field("datetime")
+                    < pa.scalar(seconds_of(sensor.end) + 86_400, pa.timestamp("s", kind.tz)).cast(kind)
+                )
+            )
     if "bbox" in schema.names and pa.types.is_struct(schema.field("bbox").type):
         west, south, east, north = (float(v) for v in bounds)
         box = {side: ds.field("bbox", side) for side in ("xmin", "ymin", "xmax", "ymax")}
         across = box["xmin"] > box["xmax"]
-        need((box["ymax"] >= south) & (box["ymin"] <= north) & (across | ((box["xmax"] >= west) & (box["xmin"] <= east))))
+        need(
+            (box["ymax"] >= south) & (box["ymin"] <= north) & (across | ((box["xmax"] >= west) & (box["xmin"] <= east)))
+        )
     if sensor.collections and "collection" in schema.names:
         need(ds.field("collection").isin(list(sensor.collections)) | ds.field("collection").is_null())
     if sensor.max_cloud < 100 and "eo:cloud_cover" in schema.names:

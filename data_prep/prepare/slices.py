@@ -51,9 +51,12 @@ def write_slice(
         kept = [(its, more) if not reason else ([], []) for its, more, reason in zip(choice.images, choice.spares, why)]
         rows = sorted({row for its, more in kept for image in (*its, *more) for row in image})
         place = {row: i for i, row in enumerate(rows)}
+        columns[f"{name}_dates"] = pa.array([len(its) for its, _ in kept], pa.int32())
         columns[f"{name}_images"] = _renumbered([its for its, _ in kept], place)
         columns[f"{name}_spares"] = _renumbered([more for _, more in kept], place)
-        table = items[name].take(pa.array(rows, pa.int64())).replace_schema_metadata({b"folder": folders[name].encode()})
+        table = (
+            items[name].take(pa.array(rows, pa.int64())).replace_schema_metadata({b"folder": folders[name].encode()})
+        )
         hashes[name] = _write(slice_url(url, number, f"{name}.parquet"), table)
         used[name] = {"items": len(rows), "dates": sum(len(its) for its, _ in kept), "found": items[name].num_rows}
     hashes["sites"] = _write(slice_url(url, number, "sites.parquet"), pa.table(columns))
@@ -79,9 +82,9 @@ def read_prepared(url: str) -> dict[str, Any]:
         raise UsageError(f"{storage.join(url, PREPARED)} is damaged: run python -m data_prep prepare again") from None
 
 
-def read_places(url: str, number: int) -> pa.Table:
-    """A slice's sites that are not left out."""
-    table = _read(slice_url(url, number, "sites.parquet"))
+def read_places(url: str, number: int, columns: Sequence[str] | None = None) -> pa.Table:
+    """A slice's sites that are not left out; some columns (and `why`), or all."""
+    table = _read(slice_url(url, number, "sites.parquet"), columns and [*columns, "why"])
     return table.filter(pc.equal(table["why"], ""))
 
 
@@ -104,13 +107,20 @@ class SliceItems:
         return tuple(asset for asset in found if MODALITY_OF.get(asset.modality, asset.modality) == sensor)
 
 
-def site_of(row: Mapping[str, Any], items: SliceItems, sensors: Sequence[str]) -> tuple[SiteRecord, dict[str, list[tuple[Asset, ...]]]]:
+def site_of(
+    row: Mapping[str, Any], items: SliceItems, sensors: Sequence[str]
+) -> tuple[SiteRecord, dict[str, list[tuple[Asset, ...]]]]:
     """(the record of a prepared site, per sensor its spare dates in order of rank)."""
     images = {name: [items.image(name, rows) for rows in row[f"{name}_images"]] for name in sensors}
     spares = {name: [items.image(name, rows) for rows in row[f"{name}_spares"]] for name in sensors}
     box = row["bbox"]
     record = SiteRecord(
-        row["key"], row["cell"], row["crs"], tuple(row["footprint"]), (box["xmin"], box["ymin"], box["xmax"], box["ymax"]), ()
+        row["key"],
+        row["cell"],
+        row["crs"],
+        tuple(row["footprint"]),
+        (box["xmin"], box["ymin"], box["xmax"], box["ymax"]),
+        (),
     )
     return with_images(record, images), {name: its for name, its in spares.items() if its}
 
@@ -138,8 +148,8 @@ def _write(url: str, table: pa.Table) -> str:
     return hashlib.sha256(stream.getvalue()).hexdigest()
 
 
-def _read(url: str) -> pa.Table:
+def _read(url: str, columns: Sequence[str] | None = None) -> pa.Table:
     try:
-        return pq.ParquetFile(pa.BufferReader(storage.read_bytes(url))).read(use_threads=False)
+        return pq.ParquetFile(pa.BufferReader(storage.read_bytes(url))).read(columns, use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise RunFailure(f"{url} cannot be read ({error}): run python -m data_prep prepare again") from None
