@@ -14,6 +14,7 @@ COMMANDS = {
     "prepare": ("data_prep.commands.prepare", "sites x STAC API, dump or catalog to ranked images per site, in slices"),
     "build": ("data_prep.commands.build", "catalog to tars + index.parquet + manifest.json"),
     "merge": ("data_prep.commands.merge", "index.parquet and manifest.json from finished shards (array builds)"),
+    "status": ("data_prep.commands.status", "what a build is doing: done, running, missing, rate, faults"),
     "verify": ("data_prep.commands.verify", "every checksum, count and offset of a shard set"),
     "audit": ("data_prep.commands.audit", "radiometry: offset, scale, nodata, alignment, per asset"),
     "show": ("data_prep.commands.show", "contact sheet of a shard set"),

@@ -29,10 +29,10 @@ from cluster.errors import RunFailure, UsageError
 from cluster.progress import Progress
 from data_prep import merge, parts, planfile
 from data_prep.config import BuildConfig, GridConfig
+from data_prep.executors import Executor, run_units
 from data_prep.parts import State
 from data_prep.plan import PlannedShard, make_plan, read_catalogs
 from data_prep.planfile import ShardRef, StoredPlan
-from data_prep.pool import run_jobs
 from data_prep.prepare.spares import Spares, read_with_spares
 from data_prep.sample import SampleError
 from data_prep.schema import CLEAR, SiteArrays
@@ -75,12 +75,15 @@ class Outcome:
     built: int = 0
 
 
-def build(config: BuildConfig, task: int = 0, tasks: int = 1, retry_faults: bool = False) -> Outcome:
+def build(
+    config: BuildConfig, task: int = 0, tasks: int = 1, retry_faults: bool = False, executor: Executor | None = None
+) -> Outcome:
     """Makes this task's shards that are not finished yet, and merges if then every shard of the plan is.
 
     Args:
-        task, tasks: shard number n belongs to task n mod tasks.
+        task, tasks: slice number n of the plan belongs to task n mod tasks.
         retry_faults: make shards with faults again (their source has been mended).
+        executor: who makes the shards; None: processes of this machine, as many as config.workers.
 
     Raises:
         UsageError: empty catalog, an output that holds another build.
@@ -335,19 +338,20 @@ def _drop_empty(site: SiteArrays) -> None:
             setattr(series, name, [value[i] for i in keep] if value else value)
 
 
-def _run(jobs: list[Job], config: BuildConfig, outcome: Outcome, resumed: int) -> None:
-    """Runs the jobs on the local pool, with a progress line; adds what they did to `outcome`."""
+def _run(jobs: list[Job], config: BuildConfig, outcome: Outcome, executor: Executor, resumed: int) -> None:
+    """Runs the jobs, with a progress line; adds what they did to `outcome`."""
     if not jobs:
         return
     total = sum(job.shard.num_sites for job in jobs)
     resumed -= total
-    workers = config.workers or int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) or len(os.sched_getaffinity(0))
     bar = Progress(total, "build")
     limit = config.error_budget * (outcome.plan.num_sites + len(outcome.plan.faults))
     note = f"({resumed} sites already done)" if resumed else ""
     try:
-        results = run_jobs(build_shard, jobs, workers, lambda r: bar.advance(r[0], note), [j.shard.name for j in jobs])
-        for part, seconds in results:
+        names = [job.shard.name for job in jobs]
+        for part, seconds in run_units(build_shard, jobs, names, executor, lambda r: bar.advance(r[0], note)):
+            if executor.kind != "local":  # remote workers report whole shards only
+                bar.advance(part["samples"] + len(part["faults"]), note)
             outcome.built += 1
             outcome.parts.append(part)
             outcome.faults += part["faults"]

@@ -148,9 +148,9 @@ def modality_bytes(name: str, footprint: Bounds, dates: int, gsd_m: float, grid:
 
 def _narrowed(record: SiteRecord, config: BuildConfig) -> SiteRecord | None:
     """The record with the chosen modalities' assets only; None if it has none or lies outside the box."""
-    if config.source.bbox is not None:
-        if not has_place(record.crs) or not boxes_meet(config.source.bbox, record.bbox_wgs84):
-            return None
+    box = config.source.bbox
+    if box is not None and not (has_place(record.crs) and boxes_meet(box, record.bbox_wgs84)):
+        return None
     if config.source.modalities:
         wanted = {*config.source.modalities, "label"}
         assets = tuple(a for a in record.assets if MODALITY_OF.get(a.modality, a.modality) in wanted)

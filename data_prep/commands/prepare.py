@@ -14,21 +14,22 @@ from __future__ import annotations
 
 import argparse
 
+from data_prep.executors import add_arguments as add_executor
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file, e.g. data_prep/runs/stac.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that win over the file")
+    add_executor(parser)
     parser.add_argument("--json", action="store_true", help="last line: the figures as one JSON object")
 
 
 def main(args: argparse.Namespace) -> int:
-    import os
-
     from cluster import config as settings
     from cluster.cli import print_json
     from cluster.progress import Progress
     from data_prep.config import BuildConfig
-    from data_prep.pool import run_jobs
+    from data_prep.executors import executor_of, run_units
     from data_prep.prepare.run import SliceJob, claim, finish, prepare_slice, read_dumps, unfinished
 
     config = settings.load(BuildConfig, args.config, args.overrides)
@@ -36,11 +37,12 @@ def main(args: argparse.Namespace) -> int:
     todo = unfinished(config, number)
     if todo:
         read_dumps(config)
-        workers = config.workers or int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) or len(os.sched_getaffinity(0))
         bar = Progress(len(todo), "prepare")
         jobs = [SliceJob(i, config) for i in todo]
         try:
-            for _ in run_jobs(prepare_slice, jobs, workers, lambda _: None, [f"slice {i}" for i in todo]):
+            for _ in run_units(
+                prepare_slice, jobs, [f"slice {i}" for i in todo], executor_of(args, config.workers), lambda _: None
+            ):
                 bar.advance(1, f"({number - len(todo)} slices already done)" if len(todo) < number else "")
         finally:
             bar.close()

@@ -203,9 +203,10 @@ def test_spares_replace_what_is_broken_until_none_is_left(config):
     with pytest.raises(SourceFault, match="corrupt"):
         read_with_spares(record, spares, read)
     broken = {record.assets[0].id}
-    lossy = lambda own: type(
-        "Site", (), {"losses": [{"asset": a.id} for a in own.assets if a.id in broken], "own": own}
-    )()  # noqa: E731
+
+    def lossy(own):
+        return type("Site", (), {"losses": [{"asset": a.id} for a in own.assets if a.id in broken], "own": own})()
+
     assert spares["s2"][0][0] in read_with_spares(record, spares, lossy).own.assets
 
 
