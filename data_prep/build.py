@@ -109,9 +109,8 @@ def build(
                 outcome.parts.append(part)
                 outcome.faults += part["faults"]
     try:
-        _run(
-            jobs, config, outcome, resumed=sum(sum(plan.slices[n].sites) for n in range(task, len(plan.slices), tasks))
-        )
+        planned = sum(sum(its.sites) for its in plan.slices[task::tasks])
+        _run(jobs, config, outcome, executor or Executor(workers=config.workers), resumed=planned)
         state = State.look(url, plan.fingerprint)
         for number in range(task, len(plan.slices), tasks):
             state.roll_up(number, plan.slices[number].names)

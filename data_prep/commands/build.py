@@ -125,9 +125,9 @@ def summarise(outcome: Outcome, config: BuildConfig, task: int, tasks: int) -> N
         split for split, share in config.split.fractions.items() if share and not counts["splits"][split]["samples"]
     ]
     if missing:
+        few = "" if outcome.plan.prepared else f"below split.min_cells={config.split.min_cells} cells all is train; "
         say(
-            f"note: no ground cell fell into {', '.join(missing)}: below split.min_cells={config.split.min_cells} cells all is train; "
-            "more cells, other split.fractions or another split.seed give some"
+            f"note: no ground cell fell into {', '.join(missing)}: {few}more cells, other split.fractions or another split.seed give some"
         )
 
 
