@@ -14,7 +14,7 @@ from typing import Any
 
 from data_prep.schema import MODALITIES
 from model.config import ModelConfig, ObjectiveConfig
-from model.counts import CPB_HIDDEN, ViewSize, canvas
+from model.counts import CPB_HIDDEN, ViewSize, canvas, cell_sizes
 from model.grids import axis_windows, stage_sides
 from model.objective_plan import head_dims
 
@@ -61,6 +61,7 @@ def table(cfg: Any, fused: bool) -> dict[str, Any]:
         _decoder(saved, model, objective, view, size)
         if number == 0 and objective.mgcl_weight:
             _rows(saved, model, objective, view, size)
+    _fixed(saved, model, size)
     _heads(saved, model, objective, size, queries=objective.queries * (2 if data.local_views else 1))
     return {
         "full": saved.full, "checkpointed": saved.checkpointed, "block": saved.block, "fixed": saved.fixed,
@@ -105,7 +106,6 @@ def _images(saved: Saved, cfg: ModelConfig, name: str, side_px: int, dates: int,
         for i in range(depth):
             if s < 2:
                 block = _swin_block(cfg, c, side, i, size, fused)
-                saved.in_blocks += FLOAT32 * (2 * cfg.window - 1) ** 2 * (CPB_HIDDEN + c // cfg.head_dim)
             else:
                 moe = (i if s == 2 else cfg.depths[2] + i) in placed
                 experts = cfg.moe.experts if moe else 0
@@ -121,25 +121,36 @@ def _images(saved: Saved, cfg: ModelConfig, name: str, side_px: int, dates: int,
             saved.add(
                 "merging", dates * size * after * ((4 if merged else 1) * c + 2 * c)
             )  # product's and norm's input
-            saved.fixed += 0 if merged else size * 2 * c * c  # the averaged weight
         elif s == 3:
             saved.add("stage_4", dates * size * (tokens + side * side) * c)  # norm's input; fusion's input
 
 
+def _fixed(saved: Saved, cfg: ModelConfig, size: int) -> None:
+    """What one call keeps whatever is in it: hidden layers of the position biases, averaged merge weights."""
+    for c, depth in zip(cfg.dims[:2], cfg.depths[:2]):
+        saved.in_blocks += depth * FLOAT32 * (2 * cfg.window - 1) ** 2 * (CPB_HIDDEN + c // cfg.head_dim)
+    for s, c in enumerate(cfg.dims[:3]):
+        if not all(cfg.merges(name)[s] for name in cfg.modalities):
+            saved.fixed += size * 2 * c * c
+
+
 def _swin_block(cfg: ModelConfig, c: int, side: int, i: int, size: int, fused: bool) -> float:
     """Bytes of a SwinV2 block on one image."""
-    window, padded, _ = axis_windows(side, cfg.window, cfg.window // 2 if i % 2 else 0)
+    window, padded, roll = axis_windows(side, cfg.window, cfg.window // 2 if i % 2 else 0)
     tokens, in_windows, span = side * side, padded * padded, window * window
     heads = c // cfg.head_dim
-    units = tokens * c * (1 + 1 + 1 + 4 + 4 + 1)  # x, norm1's input, x', fc1, gelu, norm2's input
-    units += in_windows * c * (3 + 1 + 1)  # qkv, normalised q, projection's input
-    units += in_windows * heads * 4  # norms of q and k
+    units = tokens * c * (1 + 1 + 1 + 1 + 4 + 4 + 1)  # x, projection's input, norm1's, x', fc1, gelu, norm2's input
+    units += in_windows * c * (3 + 2)  # qkv; q and k normalised
+    units += in_windows * heads * 4  # norms of q and k, twice
     total: float = size * units + 4 * FLOAT32 * tokens
     if fused:
-        total += size * in_windows * c * 3 + FLOAT32 * in_windows * heads  # q, k, output, log-sum-exp
+        total += size * in_windows * c * 4 + FLOAT32 * in_windows * heads  # q, k, v, output, log-sum-exp
     else:
         total += FLOAT32 * in_windows * (3 * c + heads * span)  # q, k, v and the probabilities, in float32
-    return total + in_windows * span  # mask
+    count = padded // window
+    if i == 1 and roll:  # masks of the windows at the border, shared by the blocks
+        total += (count**2 - (count - 1) ** 2) * span * span
+    return total
 
 
 def _block(tokens: int, c: int, heads: int, size: int, rotary: bool, experts: int, top_k: int) -> float:
@@ -148,7 +159,7 @@ def _block(tokens: int, c: int, heads: int, size: int, rotary: bool, experts: in
         1 + 1 + 3 + 1 + 1 + 1 + (2 if rotary else 0)
     )  # x, norm1(x), qkv, output, projection's input, x', rotated q and k
     if experts:
-        units += 2 + 10 * top_k  # rows in and out; per choice: sorted rows, hidden x4 twice, output
+        units += 1 + 10 * top_k  # the router's rows; per choice: sorted rows, hidden x4 twice, output
     else:
         units += 1 + 4 + 4  # norm2(x'), fc1, gelu
     total: float = size * tokens * c * units
@@ -159,24 +170,33 @@ def _block(tokens: int, c: int, heads: int, size: int, rotary: bool, experts: in
 
 
 def _fusion(saved: Saved, cfg: ModelConfig, view: ViewSize, size: int) -> None:
-    f, depth = cfg.fusion_dim, cfg.fusion_depth
-    frames, cells, total = 0, 0, 0
+    if cfg.fuses_cells:
+        cells = cell_sizes(cfg, view)
+        queries, rows = sum(q for q, _ in cells), sum(q + t for q, t in cells)
+        saved.add("fusion", FLOAT32 * (rows * (cfg.fusion_dim // cfg.fusion_heads) + queries * cfg.query_side**2))
+        _fusion_blocks(saved, cfg, rows, queries, size, rotary=True)
+        return
+    frames, places, total = 0, 0, 0
     for name in cfg.modalities:
         side_px, dates = canvas(view, name)
         tokens = stage_sides(side_px, cfg.patch, cfg.merges(name))[3] ** 2
         if cfg.upscale(name) > 1:
-            total += dates * tokens * f  # the unfolding's input
-        frames, cells = frames + dates, max(cells, tokens)
+            total += dates * tokens * cfg.fusion_dim  # the unfolding's input
+        frames, places = frames + dates, max(places, tokens)
     saved.add("fusion", size * total)
-    if not depth:
-        return
-    rows = cells * (frames + 1)
-    block = _block(rows, f, cfg.fusion_heads, size, False, 0, 0)
-    for _ in range(depth - 1):
+    if cfg.fusion_depth:
+        _fusion_blocks(saved, cfg, places * (frames + 1), places, size, rotary=False)
+
+
+def _fusion_blocks(saved: Saved, cfg: ModelConfig, rows: int, queries: int, size: int, rotary: bool) -> None:
+    f = cfg.fusion_dim
+    block = _block(rows, f, cfg.fusion_heads, size, rotary, 0, 0)
+    for _ in range(cfg.fusion_depth - 1):
         saved.add_block("fusion", block, size * rows * f)
-    last = size * (rows * f * (1 + 1 + 2) + cells * f * 16)  # x, norm1(x), keys and values; the extra token's own
+    # x, norm1(x), keys and values (and keys as they were before they were turned); the queries' own
+    last = size * (rows * f * (1 + 1 + 2 + rotary) + queries * f * 14)
     saved.add_block("fusion", last, size * rows * f)
-    saved.add("fusion", size * cells * f)
+    saved.add("fusion", size * queries * f)
 
 
 def _rows(saved: Saved, cfg: ModelConfig, objective: ObjectiveConfig, view: ViewSize, size: int) -> None:

@@ -10,8 +10,10 @@ Legend: B sites · P parameters · C bands · H, W canvas.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -85,23 +87,29 @@ def _mix(a: Tensor, b: Tensor, factor: Tensor) -> Tensor:
 def _luma(x_BCHW: Tensor) -> Tensor:
     if x_BCHW.shape[1] < 3:
         return x_BCHW.mean(dim=1, keepdim=True)
-    weight = torch.tensor(LUMA, dtype=x_BCHW.dtype, device=x_BCHW.device)
-    return (x_BCHW[:, :3] * weight[:, None, None]).sum(dim=1, keepdim=True)
+    red, green, blue = x_BCHW[:, :3].split(1, dim=1)
+    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 
 
 def _rotate_hue(rgb_B3HW: Tensor, turns_B111: Tensor) -> Tensor:
     """Keeps luma, turns the chroma plane by 2π·turns (YIQ)."""
-    to_yiq = torch.tensor(
-        [LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)], dtype=torch.float64, device=rgb_B3HW.device
-    )
-    angle_B = turns_B111[:, 0, 0, 0].to(torch.float64) * 2 * torch.pi
-    turn_B33 = torch.zeros(len(angle_B), 3, 3, dtype=torch.float64, device=rgb_B3HW.device)
-    turn_B33[:, 0, 0] = 1
-    turn_B33[:, 1, 1] = turn_B33[:, 2, 2] = angle_B.cos()
-    turn_B33[:, 1, 2], turn_B33[:, 2, 1] = -angle_B.sin(), angle_B.sin()
-    matrix_B33 = (torch.linalg.inv(to_yiq) @ turn_B33 @ to_yiq).to(rgb_B3HW.dtype)
+    keep_33, even_33, odd_33 = _yiq_parts(rgb_B3HW.device)
+    angle_B11 = turns_B111[:, 0].to(torch.float64) * 2 * torch.pi
+    matrix_B33 = (keep_33 + angle_B11.cos() * even_33 + angle_B11.sin() * odd_33).to(rgb_B3HW.dtype)
     turned = torch.einsum("bij,bjhw->bihw", matrix_B33, rgb_B3HW)
     return torch.where(turns_B111 == 0, rgb_B3HW, turned)
+
+
+@functools.lru_cache(maxsize=16)
+def _yiq_parts(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """float64 [3, 3] each: back from YIQ after a turn of the chroma plane is constant + cos · even + sin · odd. Made once."""
+    to_yiq = np.array([LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])
+    back = np.linalg.inv(to_yiq)
+    y, i, q = ((back[:, k, None], to_yiq[None, k]) for k in range(3))
+    parts = (y[0] * y[1], i[0] * i[1] + q[0] * q[1], q[0] * i[1] - i[0] * q[1])
+    with torch.inference_mode(False):  # what inference makes first, training must be able to use
+        constant, even, odd = (torch.from_numpy(part).to(device) for part in parts)
+    return constant, even, odd
 
 
 def _blur(x_BCHW: Tensor, valid_B1HW: Tensor, sigma_B: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
 """The backbone: tokenizers, two SwinV2 stages, two transformer stages, adaptive merging between them, one set of weights for all
-modalities.
+modalities. All images of a call, of whatever modality, view and size, go through it together (`model.plan`).
 
-Dimension legend: N images (dates folded in) · C bands · H, W pixels · h, w tokens · L = h·w · P prompts · J = P + L · D channels.
+Dimension legend: N images of a set · C bands · H, W pixels · h, w tokens · T packed rows · R tokens of all grids · D channels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
@@ -16,29 +18,47 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from model.config import ModelConfig
 from model.droppath import keep_factors
 from model.merging import AdaptivePatchMerging
-from model.moe.balance import CallStats
-from model.positions import LearnedPosition, rotary_table, token_centres_m, window_layouts
+from model.moe.balance import MoEStats
+from model.plan import ImageSet, Stage, TrunkPlan, plan_trunk, present
+from model.positions import LearnedPosition, rotary_table
 from model.prompts import Prompts
+from model.rows import take
 from model.swin import SwinBlock
 from model.tokenizers import Tokenizer
-from model.transformer import Block, Layout, build_block
+from model.transformer import Block, build_block
+from model.validity import patch_validity
+
+
+class Images(NamedTuple):
+    """N images of one modality. x_NCHW: normalised pixels; where not valid they may be anything, NaN included. gsd_N: metres per
+    pixel. seed_N: int64, drop-path seed per image (`model.droppath.image_seeds`); None: no drop-path. merges: merge or keep at
+    the three transitions, whatever it was trained with: no other weights are involved.
+    """
+
+    modality: str
+    x_NCHW: Tensor
+    valid_NHW: Tensor
+    gsd_N: Tensor
+    seed_N: Tensor | None
+    merges: tuple[bool, bool, bool]
 
 
 @dataclass
 class Tokens:
-    """Result of one backbone call.
+    """Result for one set of images.
 
     Attributes:
-        feat_NhwD: final-stage tokens, normalised. valid_Nhw: bool.
+        feat_NhwD: final-stage tokens, normalised, zero where not valid. valid_Nhw: bool; host_valid: the same on the host.
         stride: pixels per token side.
-        moe: router sums per mixture-of-experts block, in order.
+        moe: router sums per mixture-of-experts block, in order, of the whole call.
         pyramid: (features, validity) after each of the four stages, if asked for.
     """
 
     feat_NhwD: Tensor
     valid_Nhw: Tensor
     stride: int
-    moe: list[CallStats]
+    moe: list[MoEStats]
+    host_valid: np.ndarray
     pyramid: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
@@ -51,7 +71,7 @@ class Backbone(nn.Module):
         names = cfg.modalities if modalities is None else modalities
         dims, depths = cfg.dims, cfg.depths
         self.tokenizers = nn.ModuleDict(
-            {name: Tokenizer(name, dims[0], cfg.patch, cfg.token_min_valid, cfg.tokenizer_bias) for name in names}
+            {name: Tokenizer(name, dims[0], cfg.patch, cfg.tokenizer_bias) for name in names}
         )
         self.embed_norm = nn.LayerNorm(dims[0])
         experts = cfg.moe.placed(depths[2] + depths[3])
@@ -62,7 +82,7 @@ class Backbone(nn.Module):
                 shifted = i % 2 == 1
                 heads = dims[s] // cfg.head_dim
                 if s < 2:
-                    blocks.append(SwinBlock(dims[s], heads, shifted))
+                    blocks.append(SwinBlock(dims[s], heads, shifted, cfg.window))
                     continue
                 place = i if s == 2 else depths[2] + i
                 moe = (cfg.moe.experts, cfg.moe.top_k, cfg.moe.grouped) if place in experts else None
@@ -77,74 +97,93 @@ class Backbone(nn.Module):
             self.positions.extend(LearnedPosition(cfg.learned_grid, dims[s], extent_m) for s in (2, 3))
         self.norm = nn.LayerNorm(dims[3])
 
-    def forward(
-        self,
-        modality: str,
-        x_NCHW: Tensor,
-        valid_NHW: Tensor,
-        gsd_N: Tensor,
-        seed_N: Tensor | None = None,
-        merges: tuple[bool, bool, bool] | None = None,
-        pyramid: bool = False,
-    ) -> Tokens:
-        """Features of N images of one modality.
+    def forward(self, images: Sequence[Images], plan: TrunkPlan | None = None, pyramid: bool = False) -> list[Tokens]:
+        """Features of several sets of images in one pass, one result per set.
 
-        Args:
-            x_NCHW: normalised pixels; where not valid they may be anything, NaN included.
-            gsd_N: metres per pixel, for rotary positions.
-            seed_N: int64, drop-path seed per image (`model.droppath.image_seeds`); None: no drop-path.
-            merges: merge or keep at the three transitions; None: as configured. No other weights are involved.
+        plan: `plan_of` these images, if it is known already.
         """
-        merges = self.cfg.merges(modality) if merges is None else merges
-        x_NHWD, valid_NHW = self.tokenizers[modality](x_NCHW, valid_NHW)
-        x_NHWD = self.embed_norm(x_NHWD)
-        # One look at the data per call instead of one mask per block: most crops are wholly valid.
-        all_valid = not torch.compiler.is_compiling() and not valid_NHW.is_meta and bool(valid_NHW.all())
-        tokens = Tokens(x_NHWD, valid_NHW, self.cfg.patch, [])
-        for s in range(4):
+        plan = self.plan_of(images) if plan is None else plan
+        x_TC = self.embed_norm(self._tokenize(images, plan))
+        keep, moe, maps = self._keep(images, plan), [], []
+        gsd_N = torch.cat([part.gsd_N for part in images]).float()
+        for s, stage in enumerate(plan.stages):
             if s:
-                merge = merges[s - 1]
-                tokens.feat_NhwD, tokens.valid_Nhw = self.merges[s - 1](tokens.feat_NhwD, tokens.valid_Nhw, merge)
-                tokens.stride *= 2 if merge else 1
+                x_TC = self.merges[s - 1](x_TC, plan.transitions[s - 1])
             if s < 2:
-                self._swin_stage(s, tokens, all_valid, seed_N)
+                x_TC = self._swin(s, x_TC, stage, keep[s])
             else:
-                self._transformer_stage(s, modality, tokens, all_valid, gsd_N, seed_N)
+                x_TC, stats = self._transform(s, x_TC, stage, keep[s], gsd_N, present(self.cfg, plan.sets))
+                moe.extend(stats)
             if pyramid:
-                tokens.pyramid.append((tokens.feat_NhwD, tokens.valid_Nhw))
-        tokens.feat_NhwD = self.norm(tokens.feat_NhwD)
-        return tokens
+                maps.append(take(x_TC, plan.dense(s)))
+        final_RD = take(self.norm(x_TC), plan.dense(3))
+        return _unpack(self.cfg, plan, final_RD, maps, moe)
 
-    def _swin_stage(self, s: int, tokens: Tokens, all_valid: bool, seed_N: Tensor | None) -> None:
-        layouts = window_layouts(tokens.valid_Nhw, all_valid, self.cfg.window)
+    def plan_of(self, images: Sequence[Images]) -> TrunkPlan:
+        """Where every token of these images stands; the host asks the device for their validity, once."""
+        patched = [patch_validity(p.valid_NHW, self.cfg.patch, self.cfg.token_min_valid) for p in images]
+        flat = torch.cat([valid.flatten() for valid in patched])
+        host = np.ones(flat.shape, bool) if flat.is_meta else flat.cpu().numpy()
+        ends = np.cumsum([valid.numel() for valid in patched])[:-1]
+        grids = [part.reshape(valid.shape) for part, valid in zip(np.split(host, ends), patched)]
+        sets = [ImageSet(p.modality, grid, p.merges) for p, grid in zip(images, grids)]
+        weight = self.norm.weight
+        dtype = (
+            torch.get_autocast_dtype(weight.device.type)
+            if torch.is_autocast_enabled(weight.device.type)
+            else weight.dtype
+        )
+        return plan_trunk(self.cfg, sets, flat.device, dtype)
+
+    def _tokenize(self, images: Sequence[Images], plan: TrunkPlan) -> Tensor:
+        """Rows of the first stage, set by set; sets of one modality (they are neighbours) share a product."""
+        rows: list[Tensor] = []
+        for name in dict.fromkeys(part.modality for part in images):
+            wanted = []
+            for part, kept, members in zip(images, plan.kept, plan.members):
+                if part.modality == name:
+                    x, valid = part.x_NCHW, part.valid_NHW
+                    if kept is not None:
+                        x, valid = x.index_select(0, kept), valid.index_select(0, kept)
+                    wanted.append((x, valid, members))
+            rows.append(self.tokenizers[name](wanted))
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def _swin(self, s: int, x_TC: Tensor, stage: Stage, keep: Tensor | None) -> Tensor:
         for i, block in enumerate(self._blocks(s)):
-            tokens.feat_NhwD = self._run(block, tokens.feat_NhwD, layouts, self._keep(s, i, seed_N))
+            x_TC = self._run(block, x_TC, stage.windows, None if keep is None else keep[i])
+        return x_TC
 
-    def _transformer_stage(
-        self, s: int, modality: str, tokens: Tokens, all_valid: bool, gsd_N: Tensor, seed_N: Tensor | None
-    ) -> None:
-        height, width = tokens.feat_NhwD.shape[1:3]
-        x_NLD, valid_NL = tokens.feat_NhwD.flatten(1, 2), tokens.valid_Nhw.flatten(1, 2)
-        num_prompts = self.cfg.prompts
-        centres_NL2 = token_centres_m(height, width, tokens.stride, gsd_N)
-        if self.cfg.position == "learned":
-            x_NLD = x_NLD + self.positions[s - 2](centres_NL2).to(x_NLD.dtype)
+    def _transform(
+        self, s: int, x_TC: Tensor, stage: Stage, keep: Tensor | None, gsd_N: Tensor, names: list[str]
+    ) -> tuple[Tensor, list[MoEStats]]:
+        cfg, enter, sequences = self.cfg, stage.enter, stage.sequences
+        assert enter is not None
+        if cfg.position == "learned":
+            metres_E2 = stage.entry_centre_E2 * gsd_N.index_select(0, stage.entry_image_E)[:, None]
+            x_TC = x_TC + self.positions[s - 2](metres_E2).to(x_TC.dtype)
+        if cfg.prompts:
+            x_TC = torch.cat([x_TC, self.prompts[s - 2](stage.prompt_KM, names).to(x_TC.dtype)])
         rotary = None
-        if self.cfg.position == "rotary_m":
-            cfg = self.cfg
-            rotary = rotary_table(centres_NL2, cfg.head_dim, cfg.rotary_base, cfg.reference_m, num_prompts)
-        any_N1 = valid_NL.any(1, keepdim=True)
-        valid_NJ = torch.cat([any_N1.expand(-1, num_prompts), valid_NL], dim=1)
-        windows = None
-        if self.cfg.attention == "window":
-            windows = window_layouts(tokens.valid_Nhw, all_valid, self.cfg.window)
-        layout = Layout((height, width), num_prompts, valid_NJ, all_valid, rotary, windows)
-        x_NJD = self.prompts[s - 2](modality, x_NLD)
+        if cfg.position == "rotary_m":
+            metres_T2 = stage.centre_T2 * gsd_N.index_select(0, stage.image_T)[:, None]
+            rotary = rotary_table(metres_T2, cfg.head_dim, cfg.rotary_base, cfg.reference_m)
+        x_TC, found = take(x_TC, enter), []
         for i, block in enumerate(self._blocks(s)):
-            x_NJD, stats = self._run(block, x_NJD, layout, self._keep(s, i, seed_N))
+            x_TC, stats = self._run(block, x_TC, sequences, rotary, None if keep is None else keep[i])
             if stats is not None:
-                tokens.moe.append(stats)
-        tokens.feat_NhwD = x_NJD[:, num_prompts:].unflatten(1, (height, width))
+                found.append(stats)
+        return x_TC, found
+
+    def _keep(self, images: Sequence[Images], plan: TrunkPlan) -> list[Tensor | None]:
+        """Drop-path factors by stage, [blocks, 2, T]; the rate grows linearly with depth from 0 to `drop_path`."""
+        depths = self.cfg.depths
+        seeds = [part.seed_N for part in images if part.seed_N is not None]
+        if self.cfg.drop_path == 0.0 or len(seeds) < len(images):
+            return [None] * 4
+        rates = [self.cfg.drop_path * layer / max(sum(depths) - 1, 1) for layer in range(sum(depths))]
+        by_stage = keep_factors(torch.cat(seeds), rates).split(depths)
+        return [table.index_select(2, stage.image_T) for table, stage in zip(by_stage, plan.stages)]
 
     def _blocks(self, s: int) -> list[nn.Module]:
         return list(self.stages[s].children())
@@ -156,15 +195,6 @@ class Backbone(nn.Module):
         with set_checkpoint_early_stop(False):
             return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
 
-    def _keep(self, s: int, i: int, seed_N: Tensor | None) -> Tensor | None:
-        """Drop-path factors of block i of stage s; the rate grows linearly with depth from 0 to `drop_path`."""
-        depths = self.cfg.depths
-        layer = sum(depths[:s]) + i
-        rate = self.cfg.drop_path * layer / max(sum(depths) - 1, 1)
-        if seed_N is None or rate == 0.0:
-            return None
-        return keep_factors(seed_N, layer, rate)
-
     def compile_blocks(self, **options: Any) -> None:
         """Compiles every block in place (`nn.Module.compile`): parameter names and checkpoints stay as they are.
 
@@ -175,6 +205,24 @@ class Backbone(nn.Module):
                 block.compile_in_place(**options) if isinstance(block, Block) else block.compile(**options)
 
 
+def _unpack(
+    cfg: ModelConfig, plan: TrunkPlan, final_RD: Tensor, maps: list[Tensor], moe: list[MoEStats]
+) -> list[Tokens]:
+    """All tokens of all grids to one result per set."""
+    found = []
+    at = [0] * (len(maps) + 1)
+    for images, valid in zip(plan.sets, plan.valid):
+        levels = []
+        for s, rows in enumerate([*maps, final_RD]):
+            grid = valid[min(s, 3)] if maps else valid[3]
+            levels.append(rows[at[s] : at[s] + grid.size].unflatten(0, grid.shape))
+            at[s] += grid.size
+        masks = [torch.from_numpy(v).to(final_RD.device, non_blocking=True) for v in (valid if maps else valid[3:])]
+        stride = cfg.patch * 2 ** sum(images.merges)
+        found.append(Tokens(levels[-1], masks[-1], stride, moe, valid[3], list(zip(levels[:-1], masks))))
+    return found
+
+
 class SeparateBackbones(nn.Module):
     """The predecessor's design, as a baseline: a backbone of its own for every modality."""
 
@@ -182,8 +230,18 @@ class SeparateBackbones(nn.Module):
         super().__init__()
         self.each = nn.ModuleDict({name: Backbone(cfg, (name,)) for name in cfg.modalities})
 
-    def forward(self, modality: str, *args: Any, **kwargs: Any) -> Tokens:
-        return self.each[modality](modality, *args, **kwargs)
+    def forward(self, images: Sequence[Images], plan: None = None, pyramid: bool = False) -> list[Tokens]:
+        found: dict[int, Tokens] = {}
+        moe: list[MoEStats] = []
+        for name, backbone in self.each.items():
+            mine = [i for i, part in enumerate(images) if part.modality == name]
+            if mine:
+                results = backbone([images[i] for i in mine], pyramid=pyramid)
+                moe.extend(results[0].moe)
+                found.update(zip(mine, results))
+        for tokens in found.values():
+            tokens.moe = moe
+        return [found[i] for i in range(len(images))]
 
     def compile_blocks(self, **options: Any) -> None:
         for backbone in self.each.values():

@@ -74,10 +74,13 @@ class MoEConfig:
 class FusionConfig:
     """Multi-modal temporal fusion; None takes the size's default. depth 0 averages the valid frames instead.
 
-    upscale: how many cells per side one token of a modality is unfolded into by the learned pixel shuffle; None derives
+    kind: one sequence per cell of the ground, the footprint of the coarsest sensor's token (`model.cell_fusion`), or one per place of
+    the finest grid over frames unfolded to it (the predecessor's, `model.fusion`; ten times the arithmetic at full size).
+    upscale (frames): how many cells per side one token of a modality is unfolded into by the learned pixel shuffle; None derives
     it per modality from the nominal token sizes on the ground (4 for 40 m tokens beside 9.6 m ones).
     """
 
+    kind: Literal["cell", "frames"] = "cell"
     depth: int | None = None
     dim: int | None = None
     heads: int | None = None
@@ -135,6 +138,10 @@ class ModelConfig:
             raise ValueError(f"rotary positions need a head dim divisible by 4, found {self.head_dim}")
         if self.fusion_dim % self.fusion_heads:
             raise ValueError(f"fusion.dim {self.fusion_dim} is no multiple of fusion.heads {self.fusion_heads}")
+        if self.fuses_cells and self.fusion_dim // self.fusion_heads % 4:
+            raise ValueError(
+                f"fusion.dim / fusion.heads must be divisible by 4 (rotary positions), found {self.fusion_dim} / {self.fusion_heads}"
+            )
         blocks = self.depths[2] + self.depths[3]
         wrong = [i for i in self.moe.placed(blocks) if not 0 <= i < blocks]
         if wrong:
@@ -183,9 +190,22 @@ class ModelConfig:
         """
         if self.fusion.upscale is not None:
             return self.fusion.upscale.get(modality, 1)
-        token_m = {m: self.stride(m) * MODALITIES[m].gsd_m for m in self.modalities}
-        factor = round(token_m[modality] / min(token_m.values()))
+        factor = round(self._tokens_m[modality] / min(self._tokens_m.values()))
         return factor if factor <= 8 else 1
+
+    @property
+    def fuses_cells(self) -> bool:
+        return self.fusion.kind == "cell" and self.fusion_depth > 0
+
+    @property
+    def query_side(self) -> int:
+        """Side of the table of query places in a cell: as many as the finest tokens have room in the coarsest one, at most 8."""
+        return min(round(max(self._tokens_m.values()) / min(self._tokens_m.values())), 8)
+
+    @property
+    def _tokens_m(self) -> dict[str, float]:
+        """Nominal side on the ground of each modality's final tokens."""
+        return {m: self.stride(m) * MODALITIES[m].gsd_m for m in self.modalities}
 
 
 def run_samples(span: float, total: int) -> float:

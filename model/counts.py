@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from data_prep.schema import MODALITIES
 from model.config import ModelConfig, ObjectiveConfig
-from model.grids import axis_windows, stage_sides
+from model.grids import TokenGrid, axis_windows, coarsest, finest, stage_sides, tokens_under
 from model.objective_plan import count_parameters, head_dims, prediction_flops
 
 CPB_HIDDEN = 512
@@ -99,9 +99,12 @@ def _position(cfg: ModelConfig) -> int:
 def _fusion(cfg: ModelConfig) -> int:
     f, depth = cfg.fusion_dim, cfg.fusion_depth
     total = cfg.dims[3] * f + f + 2 * f
-    total += sum((f + 1) * f * r * r for r in map(cfg.upscale, cfg.modalities) if r > 1)
+    if cfg.fuses_cells:
+        total += cfg.query_side**2 * f
+    else:
+        total += sum((f + 1) * f * r * r for r in map(cfg.upscale, cfg.modalities) if r > 1) + (f if depth else 0)
     if depth:
-        total += depth * (4 * f * f + 4 * f + _ffn(f) + 4 * f) + NUM_DAYS * f + f
+        total += depth * (4 * f * f + 4 * f + _ffn(f) + 4 * f) + NUM_DAYS * f
     return total
 
 
@@ -143,16 +146,18 @@ def _block(cfg: ModelConfig, s: int, i: int, c: int, side: int, moe: bool) -> in
     ffn = 16 * tokens * c * c
     if moe:
         ffn = cfg.moe.top_k * ffn + 2 * tokens * c * cfg.moe.experts
-    if s >= 2 and cfg.attention == "global":
+    if s >= 2:  # windows, an ablation of stages 3-4, are a mask over the same scores
         scores = 4 * tokens * tokens * c
     else:
         window, padded, _ = axis_windows(side, cfg.window, cfg.window // 2 if i % 2 else 0)
-        scores = 4 * padded**2 * (window**2 + p) * c + 4 * p * tokens * c
+        scores = 4 * padded**2 * window**2 * c
     return 8 * tokens * c * c + scores + ffn
 
 
 def fusion_flops(cfg: ModelConfig, view: ViewSize) -> int:
-    """Fusion forward of one site. The last block is computed for the extra token only."""
+    """Fusion forward of one site. The last block is computed for the queries only."""
+    if cfg.fuses_cells:
+        return _cell_fusion_flops(cfg, view)
     f, depth = cfg.fusion_dim, cfg.fusion_depth
     total, frames, cells = 0, 0, 0
     for name in cfg.modalities:
@@ -166,6 +171,36 @@ def fusion_flops(cfg: ModelConfig, view: ViewSize) -> int:
         total += cells * (depth - 1) * (24 * j * f * f + 4 * j * j * f)
         total += cells * (20 * f * f + 4 * j * f * f + 4 * j * f)
     return total
+
+
+def _cell_fusion_flops(cfg: ModelConfig, view: ViewSize) -> int:
+    f, depth = cfg.fusion_dim, cfg.fusion_depth
+    cells = cell_sizes(cfg, view)
+    queries, tokens = sum(q for q, _ in cells), sum(t for _, t in cells)
+    slots, squares = queries + tokens, sum((q + t) ** 2 for q, t in cells)
+    total = 2 * tokens * cfg.dims[3] * f + 2 * queries * cfg.query_side**2 * f
+    total += (depth - 1) * (24 * slots * f * f + 4 * squares * f)
+    return total + 20 * queries * f * f + 4 * slots * f * f + 4 * sum(q * (q + t) for q, t in cells) * f
+
+
+def cell_sizes(cfg: ModelConfig, view: ViewSize) -> list[tuple[int, int]]:
+    """(queries, tokens of all sensors and dates) of every cell of a view, everything present and valid."""
+    grids, dates = {}, {}
+    for name in cfg.modalities:
+        side_px, dates[name] = canvas(view, name)
+        side = stage_sides(side_px, cfg.patch, cfg.merges(name))[3]
+        grids[name] = TokenGrid((side, side), (side_px, side_px), cfg.stride(name))
+    coarse = grids[coarsest(grids)]
+
+    def along(grid: TokenGrid) -> list[int]:
+        under = tokens_under(grid, coarse, 0)
+        return [under.count(cell) for cell in range(coarse.hw[0])]
+
+    counts = {name: along(grid) for name, grid in grids.items()}
+    lead, side = counts[finest(grids)], range(coarse.hw[0])
+    return [
+        (lead[a] * lead[b], sum(dates[name] * n[a] * n[b] for name, n in counts.items())) for a in side for b in side
+    ]
 
 
 def head_flops(cfg: ModelConfig, objective: ObjectiveConfig, view: ViewSize) -> int:

@@ -4,10 +4,13 @@ Each draw is a hash of (image seed, layer, branch). The image seed comes from th
 sample is dropped in the same layers whatever rank, micro-batch or place in the batch it has, recomputation under
 activation checkpointing repeats it, and no generator state has to be saved.
 
-Dimension legend: B sites · N images · K branches.
+Dimension legend: B sites · N images · T rows · K branches of a block · X layers times branches.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +18,7 @@ from torch import Tensor
 _LOW32 = 0xFFFFFFFF
 
 
-def mix(value: Tensor, salt: int) -> Tensor:
+def mix(value: Tensor, salt: int | Tensor) -> Tensor:
     """A 32-bit hash (two multiply-xorshift rounds, as in MurmurHash3's finaliser) of int64 values and a salt."""
     x = (value ^ (salt * 0x9E3779B1 & _LOW32)) & _LOW32
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _LOW32
@@ -30,15 +33,21 @@ def image_seeds(seed_B: Tensor, modality: int, num_dates: int) -> Tensor:
     return mix(folded_B[:, None] ^ mix(dates_T, 0x77), 0x1F)
 
 
-def keep_factors(seed_N: Tensor, layer: int, rate: float, branches: int = 2) -> Tensor:
-    """float32 [N, K]: 0 with probability `rate`, otherwise 1 / (1 - rate)."""
-    columns = [mix(mix(seed_N, layer * branches + k + 1), 0xA5) for k in range(branches)]
-    uniform_NK = torch.stack(columns, dim=1).to(torch.float64) / 2.0**32
-    return (uniform_NK >= rate).to(torch.float32) / (1.0 - rate)
+def keep_factors(seed_N: Tensor, rates: Sequence[float], branches: int = 2) -> Tensor:
+    """float32 [layers, K, N]: 0 with probability `rates[layer]`, otherwise 1 / (1 - rate). The whole step's draws in one table."""
+    salts_X = torch.arange(1, len(rates) * branches + 1, device=seed_N.device)
+    draw_XN = mix(mix(seed_N[None], salts_X[:, None]), 0xA5).to(torch.float64) / 2.0**32
+    rate_L11 = _rates(tuple(rates), seed_N.device)
+    return ((draw_XN.unflatten(0, (-1, branches)) >= rate_L11) / (1.0 - rate_L11)).float()
 
 
-def drop(x: Tensor, keep_N2: Tensor | None, branch: int) -> Tensor:
-    """Multiplies each image's branch output by its factor; None: unchanged."""
-    if keep_N2 is None:
-        return x
-    return x * keep_N2[:, branch].to(x.dtype).view(-1, *(1,) * (x.ndim - 1))
+@functools.lru_cache(maxsize=16)
+def _rates(rates: tuple[float, ...], device: torch.device) -> Tensor:
+    """[layers, 1, 1] on the device; sent there once."""
+    with torch.inference_mode(False):  # what inference makes first, training must be able to use
+        return torch.tensor(rates, dtype=torch.float64, device=device)[:, None, None]
+
+
+def drop(x_TD: Tensor, keep_KT: Tensor | None, branch: int) -> Tensor:
+    """Multiplies every row of a branch by its image's factor; None: unchanged."""
+    return x_TD if keep_KT is None else x_TD * keep_KT[branch, :, None].to(x_TD.dtype)

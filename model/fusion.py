@@ -1,5 +1,6 @@
-"""Multi-modal temporal fusion: all frames of all modalities on one token grid, and per ground location a transformer over
-[extra token ‖ every frame]; the extra token's output is the fused feature.
+"""Multi-modal temporal fusion as the predecessor has it (`fusion.kind: frames`; the default is `model.cell_fusion`): all frames of all
+modalities on one token grid, and per ground location a transformer over [extra token ‖ every frame]; the extra token's output is the
+fused feature.
 
 The order of the two linear steps is ours: project to the fusion dim first, then unfold (the predecessor unfolded at full width, four
 times the parameters for the same grid).
@@ -10,10 +11,11 @@ channels · S frames of all modalities · X ground locations of all sites · J =
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,33 +23,30 @@ from torch.utils.checkpoint import checkpoint
 
 from model.batch import View
 from model.config import ModelConfig
-from model.transformer import Block, FeedForward, Layout, key_bias
+from model.grids import TokenGrid, cell_under, finest
+from model.plan import MASKED, Sequences
+from model.transformer import Block, FeedForward
 from model.validity import dense_validity
 
 NUM_DAYS = 367  # 1-366, and 0 for a date that is unknown
 
 
-@dataclass(frozen=True)
-class TokenGrid:
-    """Token grid of one modality over a view. hw: rows, columns of tokens; canvas: of pixels; stride: pixels per token side."""
-
-    hw: tuple[int, int]
-    canvas: tuple[int, int]
-    stride: int
-
-
 @dataclass
 class Frames:
-    """Final-stage tokens of one modality of one view. shown_B: sites whose fusion sees this modality; None: all."""
+    """Final-stage tokens of one modality of one view. host_valid: `valid_BThw` on the host; gsd_B: metres per pixel; shown_B: sites
+    whose fusion sees this modality, None: all.
+    """
 
     feat_BThwD: Tensor
     valid_BThw: Tensor
     doy_BT: Tensor
     grid: TokenGrid
+    host_valid: np.ndarray
+    gsd_B: Tensor
     shown_B: Tensor | None = None
 
 
-class Fusion(nn.Module):
+class FrameFusion(nn.Module):
     """Fusion of the configured modalities. Missing dates, modalities and cloudy tokens are masked keys, never numbers."""
 
     def __init__(self, cfg: ModelConfig) -> None:
@@ -79,7 +78,10 @@ class Fusion(nn.Module):
             nn.init.trunc_normal_(self.extra_F, std=0.02)
         self.norm.reset_parameters()
 
-    def forward(self, frames: dict[str, Frames]) -> tuple[Tensor, Tensor]:
+    def forward(self, views: Sequence[dict[str, Frames]]) -> list[tuple[Tensor, Tensor]]:
+        return [self.fuse(frames) for frames in views]
+
+    def fuse(self, frames: dict[str, Frames]) -> tuple[Tensor, Tensor]:
         """Returns fused_ByxF and fused_valid_Byx: a location is valid if any frame is valid there."""
         cells = fusion_cells({name: item.grid for name, item in frames.items()}, self.factors)
         x_BSyxF = torch.cat([self._place(name, item, cells[name]) for name, item in frames.items()], dim=1)
@@ -122,11 +124,12 @@ class Fusion(nn.Module):
         if columns is not None:
             x_XSF, valid_XS = x_XSF.index_select(1, columns), valid_XS.index_select(1, columns)
         x_XJF = torch.cat([self.extra_F.to(x_XSF.dtype).expand(x_XSF.shape[0], 1, -1), x_XSF], dim=1)
-        valid_XJ = F.pad(valid_XS, (1, 0), value=True)
-        layout = Layout((0, 0), 1, valid_XJ, bool(valid_XS.all()))
+        bias = None if bool(valid_XS.all()) else key_bias(F.pad(valid_XS, (1, 0), value=True), x_XJF.dtype)
+        sequences = Sequences.dense(*x_XJF.shape[:2], bias)
+        x_TF = x_XJF.flatten(0, 1)
         for block in self.blocks[:-1]:
-            x_XJF, _ = self._run(block, x_XJF, layout)
-        fused_XF = self._run(first_token_block, self.blocks[-1], x_XJF, layout)
+            x_TF, _ = self._run(block, x_TF, sequences)
+        fused_XF = self._run(block_of_queries, self.blocks[-1], x_TF, sequences)
         if rows is not None:
             fused_XF = fused_XF.new_zeros(num_locations, self.dim).index_copy(0, rows, fused_XF)
         return fused_XF
@@ -153,27 +156,20 @@ def only_shown(valid_BSyx: Tensor, frames: Mapping[str, Frames]) -> Tensor:
     return torch.where(left_BSyx.any(1, keepdim=True), left_BSyx, valid_BSyx)
 
 
-def first_token_block(block: Block, x_XJF: Tensor, layout: Layout) -> Tensor:
-    """The last block, computed for the extra token alone: nobody reads the other outputs."""
-    attention, dim = block.attention, x_XJF.shape[-1]
-    weight, bias = attention.qkv.weight, attention.qkv.bias
-    n_XJF = block.norm1(x_XJF)
-    q = F.linear(n_XJF[:, :1], weight[:dim], bias[:dim]).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-    k, v = F.linear(n_XJF, weight[dim:], bias[dim:]).unflatten(-1, (2, attention.heads, -1)).permute(2, 0, 3, 1, 4)
-    mask = None if layout.all_valid else key_bias(layout.valid_NJ, q.dtype)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(1)
-    x_XF = x_XJF[:, 0] + attention.proj(out)
-    return x_XF + block.ffn(block.norm2(x_XF))
+def key_bias(valid_XJ: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 for valid keys, MASKED for others, [X, 1, 1, J]."""
+    zero = torch.zeros((), dtype=dtype, device=valid_XJ.device)
+    return torch.where(valid_XJ, zero, MASKED)[:, None, None, :]
 
 
-def fusion_leader(grids: Mapping[str, TokenGrid]) -> str:
-    """The modality whose token grid is the fusion grid: the finest; among equals the first configured."""
-    return max(grids, key=lambda name: grids[name].hw[0] * grids[name].hw[1])
+def block_of_queries(block: Block, x_TF: Tensor, sequences: Sequences, num: int = 1) -> Tensor:
+    """The last block, for the queries alone: nobody reads the other outputs."""
+    return block.of_queries(x_TF, sequences, num)
 
 
 def fusion_cells(grids: Mapping[str, TokenGrid], factors: Mapping[str, int]) -> dict[str, tuple[list[int], list[int]]]:
     """Per modality, rows and columns of its unfolded grid that lie under the fusion grid's cells."""
-    leader = grids[fusion_leader(grids)]
+    leader = grids[finest(grids)]
     found = {}
     for name, grid in grids.items():
         rows, columns = (
@@ -212,18 +208,7 @@ def fused_validity(cfg: ModelConfig, view: View) -> tuple[Tensor, str]:
         hw = valid[name].shape[2:]
         grids[name] = TokenGrid((hw[0], hw[1]), (canvas[0], canvas[1]), cfg.stride(name))
     factors = {name: cfg.upscale(name) for name in cfg.modalities}
-    return place_validity(valid, fusion_cells(grids, factors), factors).any(1), fusion_leader(grids)
-
-
-def cell_under(count: int, lead_stride: int, lead_canvas: int, r: int, stride: int, canvas: int) -> list[int]:
-    """For each of `count` fusion cells along an axis, the cell of another modality (tokens unfolded r-fold) under its centre.
-
-    All canvases show the same ground, so the fraction of the canvas is the common measure; whole numbers, no rounding.
-    Centre of cell i: (2i + 1) · lead_stride / (2 · lead_canvas) of the canvas; cells of the other are stride / (r · canvas) of it.
-    Centres beyond the canvas (padding) are held at its last cell; the leader has no valid token of its own only there.
-    """
-    last = -(-canvas // stride) * r - 1
-    return [min((2 * i + 1) * lead_stride * r * canvas // (2 * lead_canvas * stride), last) for i in range(count)]
+    return place_validity(valid, fusion_cells(grids, factors), factors).any(1), finest(grids)
 
 
 def at_least_one(keep_X: Tensor) -> Tensor | None:

@@ -5,6 +5,7 @@ Legend: B sites · T dates · C bands · H, W canvas.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -50,4 +51,11 @@ def _column(name: str, values: Any, device: torch.device) -> Tensor:
         raise UsageError(
             f"statistics of {name} have {len(values)} bands, the schema has {len(bands)} ({', '.join(bands)})"
         )
-    return torch.tensor(list(values), dtype=torch.float32).to(device)[:, None, None]
+    return _constants(tuple(map(float, values)), device)
+
+
+@functools.lru_cache(maxsize=256)
+def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[C, 1, 1] on the device; sent there once."""
+    with torch.inference_mode(False):  # what inference makes first, training must be able to use
+        return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]

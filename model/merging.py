@@ -1,6 +1,6 @@
 """Adaptive Patch Merging: halve the grid or keep it, with the same weights, chosen at every call.
 
-Dimension legend: N images · H, W tokens · C channels (2C after the transition).
+Dimension legend: R rows before · X rows that are read, four per merged token · C channels (2C after the transition).
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.validity import merge_validity
+from model.plan import Transition
+from model.rows import take
 
 
 class AdaptivePatchMerging(nn.Module):
@@ -30,24 +31,21 @@ class AdaptivePatchMerging(nn.Module):
         nn.init.trunc_normal_(self.reduction.weight, std=0.02)
         self.norm.reset_parameters()
 
-    def forward(self, x_NHWC: Tensor, valid_NHW: Tensor, merge: bool) -> tuple[Tensor, Tensor]:
-        """A merged token is valid if one of its four is; invalid ones (odd edges included) contribute nothing."""
-        if merge:
-            x_NHWC, valid_NHW = merge_neighbours(x_NHWC, valid_NHW)
-            return self.norm(self.reduction(x_NHWC)), valid_NHW
-        return self.norm(F.linear(x_NHWC, keep_weight(self.reduction.weight))), valid_NHW
+    def forward(self, x_RC: Tensor, transition: Transition) -> Tensor:
+        """Rows of the next stage. Of a merged token's four neighbours the invalid ones (odd edges included) contribute nothing."""
+        rows_XC = take(x_RC, transition.take)
+        outs, at = [], 0
+        for merge, count in transition.parts:
+            part = rows_XC[at : at + count]
+            at += count
+            outs.append(
+                self.reduction(part.view(-1, self.reduction.in_features))
+                if merge
+                else F.linear(part, keep_weight(self.reduction.weight))
+            )
+        return self.norm(outs[0] if len(outs) == 1 else torch.cat(outs))
 
 
 def keep_weight(weight: Tensor) -> Tensor:
     """[2C, 4C] → [2C, C]: mean of the four C-blocks."""
     return weight.unflatten(1, (4, -1)).mean(1)
-
-
-def merge_neighbours(x_NHWC: Tensor, valid_NHW: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, H, W, C] → [N, ⌈H/2⌉, ⌈W/2⌉, 4C] and its validity."""
-    odd_h, odd_w = x_NHWC.shape[1] % 2, x_NHWC.shape[2] % 2
-    x_NHWC = torch.where(valid_NHW[..., None], x_NHWC, 0)
-    if odd_h or odd_w:
-        x_NHWC = F.pad(x_NHWC, (0, 0, 0, odd_w, 0, odd_h))
-    corners = [x_NHWC[:, i::2, j::2] for j in (0, 1) for i in (0, 1)]
-    return torch.cat(corners, dim=-1), merge_validity(valid_NHW)

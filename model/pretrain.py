@@ -12,7 +12,7 @@ Loss and metrics follow the convention of `model.losses.reduce`: their mean over
 Metric names: `loss`; `loss/mgcl_<modality|fused>` (sum of the granularities); `loss/qsacl`; `loss/ita`; `loss/balance`,
 `loss/z` (means over layers); `loss/cross_<modality>`, `loss/{restore,site,koleo}_<modality|fused>`, `loss/masked_<modality>`,
 `loss/labels` (`model.prediction`); `targets/entropy` (of the teacher's
-targets, as a share of log K, mean over groups: 1 = they say nothing, 0 = one prototype each); `feature/effective_rank`, `feature/std` (`model.collapse`); from `finish_step`: `moe/…`
+targets, as a share of log K, mean over groups: 1 = they say nothing, 0 = one prototype each); `feature/effective_rank`, `feature/std` (`model.collapse`); `work/share` (`model.useful`); from `finish_step`: `moe/…`
 (`model.moe.balance.describe`), `prototypes/usage` and `prototypes/usage_<head>`.
 
 Dimension legend: B sites · T dates · h, w tokens · D final dim · F fused dim · N rows · L layers with experts · E experts.
@@ -23,7 +23,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +45,7 @@ from model.losses.ita import IGNORE, token_classes
 from model.losses.mgcl import ViewTokens, pair_views, pool_student
 from model.losses.reduce import Reduce
 from model.losses.router import router_terms
+from model.losses.sinkhorn import memberships
 from model.moe.balance import MoEStats, add_stats, describe, reduce_stats
 from model.objective_plan import cross_heads, head_dims, head_of, uses_ita
 from model.prediction import Prediction, gather
@@ -52,8 +53,9 @@ from model.restore import on_cells
 from model.skysense import Features, SkySense
 from model.targets import Rows, TeacherScores, TeacherTargets, center
 from model.text import TextAlignment, load_embeddings
+from model.useful import useful_share
 from model.validity import routed_tokens
-from model.view_tokens import Validity, view_tokens, view_validity
+from model.view_tokens import features_validity, view_tokens, view_validity
 
 log = logging.getLogger(__name__)
 
@@ -146,10 +148,14 @@ class Student(nn.Module):
         where they are the target of masked tokens)."""
         views = [batch.v, *(batch.local if self.decoder else [])]
         needed = bool(self.head_of_group) or self.prediction.needs_teacher
-        features = [self.features(view) for view in views] if needed else []
+        latent = bool(self.objective.masked_weight) and self.objective.masked_target == "teacher"
+        views = views * needed + [batch.u] * latent
+        features = self.features(views, [None] * len(views)) if views else []
+        whole_u = features.pop() if latent else None
         features, context = self._teacher_context(batch, features)
         seen = hide(self.model, self.objective, batch)
-        valid_u, valid_v = view_validity(self.model, seen.u), view_validity(self.model, batch.v)
+        valid_u = view_validity(self.model, seen.u)
+        valid_v = features_validity(features[0]) if needed else view_validity(self.model, batch.v)
         rows: dict[str, Rows] = {}
         pairings = {}
         for name, view in self._contrasted(seen).items():
@@ -173,8 +179,6 @@ class Student(nn.Module):
             rows["query"] = self._teacher_queries(batch, features, valid_u.fused)
         tokens_KL = torch.stack([routed_tokens(self.model, view) for view in self._student_views(seen)])
         tokens_L = tokens_KL.sum(0).to(batch.position_B.device)
-        latent = self.objective.masked_weight and self.objective.masked_target == "teacher"
-        whole_u = self.features(batch.u) if latent else None
         prediction = self.prediction.scores(batch, features[0] if features else None, valid_u, whole_u)
         return TeacherScores(rows, pairings, self._classes(batch.u, valid_u.fused), tokens_L, context, prediction)
 
@@ -241,15 +245,14 @@ class Student(nn.Module):
         kept_BM = fused_sensors(
             self.model, self.objective.modality_dropout if self.training else 0.0, seen.u, batch.position_B
         )
-        features = [
-            self.features(view, _seeds(batch, targets.samples_seen, number), kept_BM if number == 0 else None)
-            for number, view in enumerate(self._student_views(seen))
-        ]
+        views = self._student_views(seen)
+        seeds = [_seeds(batch, targets.samples_seen, number) for number in range(len(views))]
+        features = self.features(views, seeds, [kept_BM] + [None] * (len(views) - 1))
         features = [self._in_context(f, targets.context_BPF) for f in features]
         u, local = features[0], features[1:]
-        valid_u = view_validity(self.model, seen.u)
+        valid_u = features_validity(u)
         metrics: dict[str, Tensor] = {}
-        loss = self._contrast(seen, valid_u, u, local, targets, metrics)
+        loss = self._contrast(seen, u, local, targets, metrics)
         if self.prediction.is_on:
             assert targets.prediction is not None
             whole = replace(batch, u=normalise(batch.u, self.statistics))
@@ -266,23 +269,26 @@ class Student(nn.Module):
         metrics["loss"] = loss.detach()
         if diagnose:
             metrics.update(collapse.feature_metrics(u.fused.detach(), u.fused_valid))
+            metrics["work/share"] = useful_share(self.model, views, features)
         return loss, metrics
 
-    def features(self, view: View, seed_B: Tensor | None = None, fused_BM: Tensor | None = None) -> Features:
-        """SkySense's features of a raw view: photometric augmentation, normalisation, network.
+    def features(
+        self, views: Sequence[View], seeds: Sequence[Tensor | None], fused_BM: Sequence[Tensor | None] | None = None
+    ) -> list[Features]:
+        """SkySense's features of raw views, in one pass: photometric augmentation, normalisation, network.
 
-        seed_B: decides drop-path in training; a function of samples, not of ranks. fused_BM: sensors that the fusion sees.
+        Per view: seeds decide drop-path in training, a function of samples, not of ranks; fused_BM: sensors that the fusion sees.
         """
-        return self.skysense(normalise(photometric(view), self.statistics), seed_B, fused_BM=fused_BM)
+        views = [normalise(photometric(view), self.statistics) for view in views]
+        return self.skysense.views(views, seeds, fused_BM=fused_BM)
 
     def _contrast(
-        self, batch: Batch, valid_u: Validity, u: Features, local: list[Features], targets: TeacherTargets,
-        metrics: dict[str, Tensor],
-    ) -> Tensor:  # fmt: skip
+        self, batch: Batch, u: Features, local: list[Features], targets: TeacherTargets, metrics: dict[str, Tensor]
+    ) -> Tensor:
         """MGCL, cross-sensor prediction and QSACL: rows of every group to their head, one call per head."""
         rows: dict[str, Tensor] = {}
         for (name, view), features in zip(self._contrasted(batch).items(), (u, *local)):
-            valid = valid_u if name == "" else view_validity(self.model, view)
+            valid = features_validity(features)
             for space in self.spaces:
                 tokens = view_tokens(self.model, view, space, valid, features)
                 pooled = pool_student(tokens, targets.pairings[space + name])
@@ -302,28 +308,30 @@ class Student(nn.Module):
                 targets.prototypes_frozen,
             )
             loss = loss + out.loss * (self.objective.qsacl_weight if name == "query" else self.objective.mgcl_weight)
-            self._note_hits(name, out.best_N[target.weight_N > 0], head)
-            for i, group in enumerate(groups):
-                weight_N = target.weight_N * (target.group_N == i)
+            self._note_hits(name, out.best_N, target.weight_N, head)
+            weight_GN = memberships(target.group_N, len(groups), target.weight_N > 0) * target.weight_N
+            totals_G2 = weight_GN @ torch.stack([out.ce_N, out.entropy_N], 1).to(weight_GN.dtype)
+            for group, ce in zip(groups, totals_G2[:, 0].unbind()):
                 key = "loss/qsacl" if group == "query" else f"loss/mgcl_{group.split('/')[0]}"
-                metrics[key] = metrics.get(key, 0.0) + (out.ce_N * weight_N).sum()
-                share = (out.entropy_N * weight_N).sum() / (
-                    len(self.head_of_group) * math.log(self.objective.prototypes)
-                )
-                metrics["targets/entropy"] = metrics.get("targets/entropy", 0.0) + share
-        return self._cross(u, targets, loss, metrics)
+                metrics[key] = metrics[key] + ce if key in metrics else ce
+            share = totals_G2[:, 1].sum() / (len(self.head_of_group) * math.log(self.objective.prototypes))
+            metrics["targets/entropy"] = metrics.get("targets/entropy", 0.0) + share
+        if self.cross:
+            fused = view_tokens(self.model, batch.u, "fused", valid_u)
+            loss = loss + self.objective.cross_weight * self._cross(fused, u, targets, metrics)
+        return loss
 
-    def _cross(self, u: Features, targets: TeacherTargets, loss: Tensor, metrics: dict[str, Tensor]) -> Tensor:
+    def _cross(self, fused: ViewTokens, u: Features, targets: TeacherTargets, metrics: dict[str, Tensor]) -> Tensor:
         """Cross-sensor prediction: every sensor's tokens of u, dates averaged, on the fused grid, against the teacher's targets of
         the fused features of v, by heads of their own. A mean over all fused rows: a sensor that is not there counts 0.
         """
-        if not self.cross:
-            return loss
+        loss = u.fused.new_zeros((), dtype=torch.float32)
         pairing = targets.pairings["fused"]
         cells = (u.fused_valid.shape[1], u.fused_valid.shape[2])
         for space in self.model.modalities:
             x_BhwD, ok_Bhw = on_cells(u.dense[space], u.dense_valid[space], cells)
-            pooled = pool_student(ViewTokens(ok_Bhw[:, None], None, None, x_BhwD[:, None]), pairing)
+            tokens = replace(fused, valid_BThw=ok_Bhw[:, None], features_BThwD=x_BhwD[:, None])
+            pooled = pool_student(tokens, pairing)
             any_B1 = ok_Bhw.flatten(1).any(1)[:, None]
             ok = {
                 "pixel": torch.gather(ok_Bhw.flatten(1)[:, None], 2, pairing.index_BTP),
@@ -346,13 +354,13 @@ class Student(nn.Module):
                 total = total + head(rows_ND, aim, self.objective.student_temperature, targets.prototypes_frozen).loss
             assert isinstance(total, Tensor)
             metrics[f"loss/cross_{space}"] = total.detach()
-            loss = loss + self.objective.cross_weight * total
+            loss = loss + total
         return loss
 
     def _router(self, features: list[Features], targets: TeacherTargets, metrics: dict[str, Tensor]) -> Tensor | float:
         if not self.num_routers:
             return 0.0
-        stats = add_stats([f.moe for f in features])
+        stats = features[0].moe
         if self.training:
             self._step_stats.append([MoEStats(*(x.detach() for x in layer)) for layer in stats])
         balance_L, z_L = router_terms(stats, self.load_LE, targets.router_tokens_L, targets.parts, targets.reduce)
@@ -360,21 +368,22 @@ class Student(nn.Module):
         return self.model.moe.balance_weight * balance_L.sum() + self.model.moe.z_weight * z_L.sum()
 
     @torch.no_grad()
-    def finish_step(self, reduce: Reduce) -> dict[str, Tensor]:
+    def finish_step(self, reduce: Reduce) -> dict[str, float]:
         """Once per optimiser step, on all ranks: sums loads and prototype hits over the step; metrics `moe/…`, `prototypes/…`."""
-        metrics: dict[str, Tensor] = {}
+        metrics: dict[str, float] = {}
         if self._step_stats:
             stats = reduce_stats(add_stats(self._step_stats), reduce)
             self.load_LE.copy_(torch.stack([layer.load_ME.sum(0) for layer in stats]).round().long())
             metrics.update(describe(stats, self.model.modalities))
+        usage = []
         for name, head in self._heads().items():
             hits = self._step_hits.get(name)
             hits = torch.zeros_like(head.prototypes.age_K) if hits is None else hits
-            metrics[f"prototypes/usage_{name}"] = collapse.update_age(head.prototypes.age_K, reduce.sum(hits) > 0)
-        if self.heads:
-            metrics["prototypes/usage"] = torch.stack(
-                [metrics[f"prototypes/usage_{name}"] for name in self.heads]
-            ).mean()
+            usage.append(collapse.update_age(head.prototypes.age_K, reduce.sum(hits) > 0))
+        if usage:
+            shares = torch.stack(usage).tolist()
+            metrics.update({f"prototypes/usage_{name}": share for name, share in zip(self._heads(), shares)})
+            metrics["prototypes/usage"] = sum(shares) / len(shares)
         self._step_stats, self._step_hits = [], {}
         return metrics
 
@@ -399,9 +408,10 @@ class Student(nn.Module):
     def _head(self, group: str) -> ProjectionHead:
         return self._heads()[self.head_of_group[group]]
 
-    def _note_hits(self, name: str, best_N: Tensor, head: ProjectionHead) -> None:
+    def _note_hits(self, name: str, best_N: Tensor, weight_N: Tensor, head: ProjectionHead) -> None:
+        """Marks the best matches of rows that count."""
         hits = self._step_hits.setdefault(name, torch.zeros_like(head.prototypes.age_K))
-        hits[best_N] = 1
+        hits.scatter_reduce_(0, best_N, (weight_N > 0).to(hits.dtype), "amax")
 
 
 LOCAL = "/local"

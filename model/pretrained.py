@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from cluster.config import from_dict, to_dict
 from cluster.errors import UsageError
 from data_prep.schema import MODALITIES
+from model.backbone import Images
 from model.batch import ModalityView, View
 from model.config import ModelConfig
 from model.inputs import normalise
@@ -98,16 +99,11 @@ class Pretrained(nn.Module):
         part = self._modality(modality, images_BCHW, valid_BHW, None, gsd_m)
         view = normalise(View({modality: part}, part.gsd_B.new_zeros(0), None, part.gsd_B), self.statistics)
         x, ok = view.modalities[modality].x_BTCHW, view.modalities[modality].valid_BTHW
-        dates = ok.shape[1]
-        tokens = self.skysense.backbone(
-            modality,
-            x.flatten(0, 1),
-            ok.flatten(0, 1),
-            part.gsd_B.repeat_interleave(dates),
-            merges=merges,
-            pyramid=True,
-        )
-        return [torch.where(v[..., None], f, 0).permute(0, 3, 1, 2).contiguous() for f, v in tokens.pyramid]
+        merges = self.cfg.merges(modality) if merges is None else merges
+        gsd_N = part.gsd_B.repeat_interleave(ok.shape[1])
+        images = Images(modality, x.flatten(0, 1), ok.flatten(0, 1), gsd_N, None, merges)
+        [tokens] = self.skysense.backbone([images], pyramid=True)
+        return [level.permute(0, 3, 1, 2).contiguous() for level, _ in tokens.pyramid]
 
     def view(
         self,
@@ -128,13 +124,31 @@ class Pretrained(nn.Module):
                 pick = [(given or {}).get(name) for given in (valid, doy)]
                 parts[name] = self._modality(name, images[name], pick[0], pick[1], (gsd_m or {}).get(name))
             else:
-                side = self.cfg.stride(name)
-                blank = torch.zeros(sites, 1, len(MODALITIES[name].bands), side, side, device=device)
+                shape = (sites, 1, len(MODALITIES[name].bands), *self._blank_sides(name, images, gsd_m))
+                blank = torch.zeros(shape, device=device)
                 parts[name] = self._modality(
                     name, blank, torch.zeros_like(blank[:, :, 0], dtype=torch.bool), None, None
                 )
         lead = next(iter(parts.values()))
         return normalise(View(parts, lead.gsd_B.new_zeros(sites, 0), None, lead.gsd_B), self.statistics)
+
+    def _blank_sides(
+        self, name: str, images: Mapping[str, Tensor], gsd_m: Mapping[str, float] | None
+    ) -> tuple[int, int]:
+        """Rows and columns in pixels of a sensor that is missing: as many tokens as it would have on this ground, but no more than the
+        coarsest sensor that is there. So neither the cells nor the places of the fusion are its own doing.
+        """
+        sides = []
+        for axis in (-2, -1):
+            ground_m = max(x.shape[axis] * self._gsd(given, gsd_m) for given, x in images.items())
+            fewest = min(-(-x.shape[axis] // self.cfg.stride(given)) for given, x in images.items())
+            tokens = round(ground_m / (self.cfg.stride(name) * self._gsd(name, gsd_m)))
+            sides.append(self.cfg.stride(name) * min(max(tokens, 1), fewest))
+        return sides[0], sides[1]
+
+    @staticmethod
+    def _gsd(name: str, gsd_m: Mapping[str, float] | None) -> float:
+        return (gsd_m or {}).get(name) or MODALITIES[name].gsd_m
 
     def _modality(
         self, name: str, x: Tensor, valid: Tensor | None, doy_BT: Tensor | None, gsd_m: float | None
@@ -190,7 +204,9 @@ def load_backbone(path: str, device: str | torch.device = "cpu") -> Pretrained:
         raise UsageError(
             f"{path} is no exported backbone (format {metadata.get('format')!r}); use python -m pipeline export"
         )
-    cfg = from_dict(ModelConfig, json.loads(metadata["config"]), path)
+    tree = json.loads(metadata["config"])
+    tree.setdefault("fusion", {}).setdefault("kind", "frames")  # files from before there was another
+    cfg = from_dict(ModelConfig, tree, path)
     with torch.device("meta"):
         model = Pretrained(cfg, json.loads(metadata["statistics"]), json.loads(metadata["facts"]))
     try:

@@ -1,9 +1,11 @@
 """Modality prompt tokens: a few learnable tokens per modality in front of the image tokens of stages 3 and 4.
 
-Dimension legend: N images · P prompt tokens · L image tokens · D channels.
+Dimension legend: K images · M modalities · P prompt tokens · D channels · X = P · D.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +26,8 @@ class Prompts(nn.Module):
         for tokens_PD in self.tokens.values():
             nn.init.trunc_normal_(tokens_PD, std=0.02)
 
-    def forward(self, modality: str, x_NLD: Tensor) -> Tensor:
-        """[N, L, D] → [N, P + L, D]."""
-        if not self.num:
-            return x_NLD
-        front_NPD = self.tokens[modality].to(x_NLD.dtype).expand(x_NLD.shape[0], -1, -1)
-        return torch.cat([front_NPD, x_NLD], dim=1)
+    def forward(self, member_KM: Tensor, names: Sequence[str]) -> Tensor:
+        """[K · P, D]: the prompts of K images, from the one-hot modality (of `names`) of each; a product, so that the gradient is
+        one too."""
+        table_MX = torch.stack([self.tokens[name].flatten() for name in names])
+        return (member_KM.to(table_MX.dtype) @ table_MX).unflatten(1, (self.num, -1)).flatten(0, 1)

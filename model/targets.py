@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.geo_context import ContextSums
 from model.heads import HeadTargets, unit_rows
 from model.losses.mgcl import Pairing
 from model.losses.reduce import Reduce
-from model.losses.sinkhorn import prototype_scaling
+from model.losses.sinkhorn import memberships, prototype_scaling
 from model.prediction import PredictionScores, PredictionTargets
 
 
@@ -153,7 +152,7 @@ def group_means(y_Nd: Tensor, group_N: Tensor, valid_N: Tensor, num_groups: int,
     targets are uniform over the prototypes, and student and teacher agree on saying nothing (measured: the entropy of
     targets reached log K within 60 steps). Taken off in the bottleneck, on both sides, by a constant to autograd.
     """
-    member_GN = F.one_hot(group_N, num_groups).T.double() * valid_N
+    member_GN = memberships(group_N, num_groups, valid_N).double()
     total = reduce.sum(
         torch.cat([member_GN @ torch.where(valid_N[:, None], y_Nd, 0).double(), member_GN.sum(1, keepdim=True)], 1)
     )

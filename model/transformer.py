@@ -1,13 +1,11 @@
-"""Stages 3-4: pre-norm transformer blocks, attention over the whole image (or, as an ablation, over windows), FFN dense or
-mixture of experts.
+"""Stages 3-4 and fusion: pre-norm transformer blocks on packed sequences, FFN dense or mixture of experts.
 
-Dimension legend: N images · P prompt tokens · L image tokens · J = P + L · D channels · A heads · H head channels · X windows of
-all images · S tokens per window.
+Dimension legend: T rows of all sequences · N sequences of a bucket · J slots of a sequence · Q its queries · D channels · A heads · H head
+channels.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,32 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.droppath import drop
-from model.moe.balance import CallStats
+from model.moe.balance import MoEStats
 from model.moe.layer import MoELayer
-from model.positions import MASKED, WindowLayout, from_windows, rotate, to_windows
+from model.plan import Bucket, Routed, Sequences
+from model.positions import rotate
 
-
-@dataclass
-class Layout:
-    """What the blocks of a stage share in one call.
-
-    Attributes:
-        grid: rows, columns of image tokens. prompts: P.
-        valid_NJ: prompts are valid where the image has any valid token. all_valid: nothing is masked.
-        rotary: cosines and sines of the tokens' angles (`model.positions.rotary_table`), None without rotary positions.
-        windows: layouts of unshifted and shifted blocks; None: attention is global.
-    """
-
-    grid: tuple[int, int]
-    prompts: int
-    valid_NJ: Tensor
-    all_valid: bool
-    rotary: tuple[Tensor, Tensor] | None = None
-    windows: tuple[WindowLayout, WindowLayout] | None = None
+Rotary = tuple[Tensor, Tensor]  # cosines and sines of the rows' angles (`model.positions.rotary_table`)
 
 
 class Attention(nn.Module):
-    """Multi-head attention; queries and keys of image tokens are rotated by their place on the ground."""
+    """Multi-head attention within sequences; queries and keys are rotated by their place on the ground."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -48,51 +30,51 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x_NJD: Tensor, layout: Layout, shifted: bool = False) -> Tensor:
-        q, k, v = self.qkv(x_NJD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if layout.rotary is not None:
-            q, k = rotate(q, layout.rotary), rotate(k, layout.rotary)
-        if layout.windows is not None:
-            out_NAJH = windowed_attention(q, k, v, layout, layout.windows[shifted])
-        else:
-            mask = None if layout.all_valid else key_bias(layout.valid_NJ, q.dtype)
-            out_NAJH = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.proj(out_NAJH.transpose(1, 2).flatten(2))
+    def forward(self, x_TD: Tensor, buckets: tuple[Bucket, ...], rotary: Rotary | None = None) -> Tensor:
+        qkv_TAH = self.qkv(x_TD).unflatten(-1, (3 * self.heads, -1))
+        qk_TAH, v_TAH = qkv_TAH.split([2 * self.heads, self.heads], dim=1)
+        if rotary is not None:
+            qk_TAH = rotate(qk_TAH, rotary)
+        outs, at = [], 0
+        for bucket in buckets:
+            rows = slice(at, at + bucket.count * bucket.length)
+            at = rows.stop
+            qk, v = (t[rows].unflatten(0, (bucket.count, bucket.length)).transpose(1, 2) for t in (qk_TAH, v_TAH))
+            q, k = qk.split(self.heads, dim=1)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bucket.bias_N1JJ)
+            outs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
+        return self.proj(outs[0] if len(outs) == 1 else torch.cat(outs))
+
+    def of_queries(self, x_TD: Tensor, buckets: tuple[Bucket, ...], num_queries: int, rotary: Rotary | None) -> Tensor:
+        """The same for the first `num_queries` slots of every sequence alone, [sequences · Q, D]."""
+        dim, heads = x_TD.shape[-1], self.heads
+        weight, bias = self.qkv.weight, self.qkv.bias
+        kv_TAH = F.linear(x_TD, weight[dim:], bias[dim:]).unflatten(-1, (2 * heads, -1))
+        q_TAH = F.linear(first_slots(x_TD, buckets, num_queries), weight[:dim], bias[:dim]).unflatten(-1, (heads, -1))
+        k_TAH, v_TAH = kv_TAH.split(heads, dim=1)
+        if rotary is not None:
+            k_TAH = rotate(k_TAH, rotary)
+            cos, sin = (first_slots(t, buckets, num_queries) for t in rotary)
+            q_TAH = rotate(q_TAH, (cos, sin))
+        outs, at, at_q = [], 0, 0
+        for bucket in buckets:
+            rows, rows_q = bucket.count * bucket.length, bucket.count * num_queries
+            k, v = (t[at : at + rows].unflatten(0, (bucket.count, -1)).transpose(1, 2) for t in (k_TAH, v_TAH))
+            q = q_TAH[at_q : at_q + rows_q].unflatten(0, (bucket.count, -1)).transpose(1, 2)
+            at, at_q = at + rows, at_q + rows_q
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bucket.bias_N1JJ)
+            outs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
+        return self.proj(outs[0] if len(outs) == 1 else torch.cat(outs))
 
 
-def key_bias(valid_NJ: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 for valid keys, MASKED for others, [N, 1, 1, J]; finite, so that an image without valid keys gives no NaN."""
-    zero = torch.zeros((), dtype=dtype, device=valid_NJ.device)
-    return torch.where(valid_NJ, zero, MASKED)[:, None, None, :]
-
-
-def windowed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, windowed: WindowLayout) -> Tensor:
-    """q, k, v [N, A, J, H]. An image token sees the prompts and its (shifted) window; a prompt sees everything."""
-    p, (height, width) = layout.prompts, layout.grid
-    n, heads = q.shape[:2]
-    plan, see = windowed
-    parts = []
-    for t in (q, k, v):
-        grid = t[:, :, p:].transpose(1, 2).flatten(2).unflatten(1, (height, width))
-        parts.append(to_windows(grid, plan).unflatten(-1, (heads, -1)).transpose(1, 2))
-    q_XASH, k_XASH, v_XASH = parts
-    per_image = q_XASH.shape[0] // n
-    if p:
-        k_XASH, v_XASH = (
-            torch.cat([t[:, :, :p].repeat_interleave(per_image, 0), w], 2) for t, w in ((k, k_XASH), (v, v_XASH))
-        )
-    bias = None
-    if see is not None:
-        see = see.repeat(q_XASH.shape[0] // see.shape[0], 1, 1, 1)
-        bias = F.pad(torch.where(see, torch.zeros((), dtype=q.dtype, device=q.device), MASKED), (p, 0))
-    image = F.scaled_dot_product_attention(q_XASH, k_XASH, v_XASH, attn_mask=bias)
-    image = from_windows(image.transpose(1, 2).flatten(2), plan, height, width).flatten(1, 2)
-    image_NALH = image.unflatten(-1, (heads, -1)).transpose(1, 2)
-    if not p:
-        return image_NALH
-    mask = None if layout.all_valid else key_bias(layout.valid_NJ, q.dtype)
-    front_NAPH = F.scaled_dot_product_attention(q[:, :, :p], k, v, attn_mask=mask)
-    return torch.cat([front_NAPH, image_NALH], dim=2)
+def first_slots(x_TD: Tensor, buckets: tuple[Bucket, ...], num: int) -> Tensor:
+    """Rows of the first `num` slots of every sequence, in order."""
+    outs, at = [], 0
+    for bucket in buckets:
+        rows = bucket.count * bucket.length
+        outs.append(x_TD[at : at + rows].unflatten(0, (bucket.count, -1))[:, :num].flatten(0, 1))
+        at += rows
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 class FeedForward(nn.Module):
@@ -107,8 +89,8 @@ class FeedForward(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-def call_experts(ffn: nn.Module, x_NJD: Tensor, valid_NJ: Tensor) -> tuple[Tensor, CallStats]:
-    return ffn(x_NJD, valid_NJ)
+def call_experts(ffn: nn.Module, x_TD: Tensor, routed: Routed) -> tuple[Tensor, MoEStats]:
+    return ffn(x_TD, routed)
 
 
 class Block(nn.Module):
@@ -143,15 +125,25 @@ class Block(nn.Module):
             self.call_experts = torch.compiler.disable(call_experts)
         self.compile(**options)
 
-    def forward(self, x_NJD: Tensor, layout: Layout, keep_N2: Tensor | None = None) -> tuple[Tensor, CallStats | None]:
-        """Returns the tokens and, of a mixture of experts, the router's sums over the valid tokens."""
-        x_NJD = x_NJD + drop(self.attention(self.norm1(x_NJD), layout, self.shifted), keep_N2, 0)
+    def forward(
+        self, x_TD: Tensor, sequences: Sequences, rotary: Rotary | None = None, keep_2T: Tensor | None = None
+    ) -> tuple[Tensor, MoEStats | None]:
+        """keep_2T: drop-path factors of the two branches (`model.droppath`). Also the router's sums, where there is a router."""
+        x_TD = x_TD + drop(self.attention(self.norm1(x_TD), sequences.buckets[self.shifted], rotary), keep_2T, 0)
         stats = None
         if isinstance(self.ffn, FeedForward):
-            y_NJD = self.ffn(self.norm2(x_NJD))
+            y_TD = self.ffn(self.norm2(x_TD))
         else:  # a MoELayer, or what expert parallelism put in its place
-            y_NJD, stats = self.call_experts(self.ffn, self.norm2(x_NJD), layout.valid_NJ)
-        return x_NJD + drop(y_NJD, keep_N2, 1), stats
+            assert sequences.routed is not None
+            y_TD, stats = self.call_experts(self.ffn, self.norm2(x_TD), sequences.routed)
+        return x_TD + drop(y_TD, keep_2T, 1), stats
+
+    def of_queries(self, x_TD: Tensor, sequences: Sequences, num: int, rotary: Rotary | None = None) -> Tensor:
+        """The block for the first `num` slots of every sequence alone, where nobody reads the others: [sequences · num, D]."""
+        buckets = sequences.buckets[self.shifted]
+        out_QD = self.attention.of_queries(self.norm1(x_TD), buckets, num, rotary)
+        x_QD = first_slots(x_TD, buckets, num) + out_QD
+        return x_QD + self.ffn(self.norm2(x_QD))
 
 
 def build_block(dim: int, heads: int, moe: tuple[int, int, bool | None] | None, shifted: bool) -> Block:

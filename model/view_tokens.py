@@ -31,6 +31,11 @@ def view_validity(model: ModelConfig, view: View) -> Validity:
     return Validity(dense_validity(model, view), *fused_validity(model, view))
 
 
+def features_validity(features: Features) -> Validity:
+    """The same of a view that has been through the network."""
+    return Validity(features.dense_valid, features.fused_valid, features.fused_like)
+
+
 def view_tokens(
     model: ModelConfig, view: View, space: str, validity: Validity, features: Features | None = None
 ) -> ViewTokens:
@@ -56,8 +61,11 @@ def view_affine(view: View, name: str) -> Tensor:
     height, width = view.modalities[name].valid_BTHW.shape[2:]
     affine_B23 = view.modalities[name].affine_B23.to(torch.float64)
     for other in view.modalities.values():
-        ratio = [other.valid_BTHW.shape[3] / width, other.valid_BTHW.shape[2] / height, 1.0]
-        scaled_B23 = other.affine_B23.to(torch.float64) * affine_B23.new_tensor(ratio)
+        if other is view.modalities[name]:
+            continue
+        x_B2, y_B2, shift_B2 = other.affine_B23.to(torch.float64).unbind(-1)
+        columns, rows = other.valid_BTHW.shape[3] / width, other.valid_BTHW.shape[2] / height
+        scaled_B23 = torch.stack([x_B2 * columns, y_B2 * rows, shift_B2], -1)
         known_B = (affine_B23[:, :, :2] != 0).flatten(1).any(1)
         affine_B23 = torch.where(known_B[:, None, None], affine_B23, scaled_B23)
     return affine_B23

@@ -138,11 +138,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """zero_stage 0-3; ep: expert-parallel degree, divides the ranks; offload: optimizer state in CPU memory."""
+    """zero_stage 0-3; ep: expert-parallel degree, divides the ranks; offload: optimizer state in CPU memory. reduce: precision in
+    which gradients are summed over ranks with bf16 weights (fp32 doubles that traffic, and loses nothing over many ranks).
+    """
 
     zero_stage: int = 2
     ep: int = 1
     offload: bool = False
+    reduce: Literal["fp32", "bf16"] = "fp32"
 
 
 @dataclass(frozen=True)
@@ -173,13 +176,19 @@ class ProbeConfig:
     """In-loop probes on labels that ride in the shards. every: steps, 0 = off. samples: at most, per split.
 
     label: scalar label of `knn` and `linear`; raster: label raster of `segment` (None: the only one there is).
+    views: what a probe sees of a site; None: the whole site with all its dates, see `pipeline.probes.sites.whole_view`.
+    pool: a site's features are the mean over its valid tokens and dates, or mean and standard deviation side by side.
+    stage: the backbone's features after its last norm, after one of the four stages, or after all four side by side.
     """
 
     every: int = 0
-    tasks: tuple[str, ...] = ("knn",)
+    tasks: tuple[str, ...] = ("knn", "linear")
     samples: int = 512
     label: str = "scene"
     raster: str | None = None
+    views: ViewConfig | None = None
+    pool: Literal["mean", "mean_std"] = "mean_std"
+    stage: Literal["last", 1, 2, 3, 4, "all"] = "last"
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,8 @@ def deepspeed_config(config: PretrainConfig, layout: Layout) -> dict[str, Any]:
     }  # fmt: skip
     if layout.precision == "bf16":
         settings["bf16"] = {"enabled": True}
+        # accumulation in fp32 is each rank's own; DeepSpeed would sum over ranks in the weights' precision
+        settings["communication_data_type"] = config.parallel.reduce
         if (
             layout.zero_stage != 1
         ):  # ZeRO-1 with this setting becomes another optimizer class, without our masters' layout
@@ -121,8 +123,12 @@ class Engine:
         self.teacher = Teacher(teacher.to(device), self.state)
         self.total_samples = config.train.steps * layout.batch
 
-    def step(self, micro_batches: list[Any], samples: int, beat: Heartbeat | None = None) -> StepResult:
-        """One update. samples: seen before this step; schedules are evaluated at the step's end."""
+    def step(
+        self, micro_batches: list[Any], samples: int, beat: Heartbeat | None = None, diagnose: bool = True
+    ) -> StepResult:
+        """One update. samples: seen before this step; schedules are evaluated at the step's end. diagnose: also the figures that
+        cost time of their own (`model.collapse`); the same on all ranks.
+        """
         after = samples + self.layout.batch
         lr = self._set_rates(after)
         student, teacher = self.student, self.teacher.module
@@ -131,12 +137,14 @@ class Engine:
         targets = teacher.center(scores, samples, self.reduce, self.total_samples)
         _at(beat, "student")
         self.deepspeed.train()
-        sums: dict[str, Tensor] = {}
+        names: list[str] = []
+        sums = torch.zeros(0, dtype=torch.float64, device=self.device)
         for index, (batch, target) in enumerate(zip(micro_batches, targets)):
-            loss, metrics = self.deepspeed(batch, target)
+            loss, metrics = self.deepspeed(batch, target, diagnose)
             self.deepspeed.backward(loss)
-            for name, value in {**metrics, "loss": loss}.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().double()
+            found = {**metrics, "loss": loss}
+            packed = torch.stack([value.detach().reshape(()).double() for value in found.values()])
+            names, sums = list(found), packed if index == 0 else sums + packed
             if index < len(micro_batches) - 1:
                 self.deepspeed.step()
         _at(beat, "update")
@@ -146,8 +154,8 @@ class Engine:
         grad_norm = float(self.deepspeed.get_global_grad_norm() or 0.0) if norm is None else norm
         if applied:
             self.teacher.update(teacher_momentum(self.config.objective, after, self.total_samples, self.layout.batch))
-        figures = self._average(sums, len(micro_batches))
-        figures.update({name: float(value) for name, value in student.finish_step(self.reduce).items()})
+        figures = self._average(names, sums, len(micro_batches))
+        figures.update(student.finish_step(self.reduce))
         return StepResult(figures.pop("loss"), figures, grad_norm, lr, applied)
 
     def _set_rates(self, samples: int) -> float:
@@ -156,10 +164,9 @@ class Engine:
         set_rates(self.state.optimizer.param_groups, lr, weight_decay(samples, total, *config.weight_decay))
         return lr
 
-    def _average(self, sums: dict[str, Tensor], parts: int) -> dict[str, float]:
+    def _average(self, names: list[str], sums: Tensor, parts: int) -> dict[str, float]:
         """Mean over micro-batches and ranks, in one collective; names must be the same on all ranks."""
-        names = sorted(sums)
-        packed = torch.stack([sums[name].reshape(()) for name in names]).to(torch.float64) / parts
+        packed = sums / parts
         if self.layout.world > 1:
             dist.all_reduce(packed)
             packed /= self.layout.world

@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cluster.errors import UsageError
+from model.heads import Prototypes
+from model.moe.experts import Experts
+from model.moe.router import Router
+from model.swin import PositionBias
 from pipeline.config import OptimizerConfig
 
-# Last name components that are never decayed whatever their shape: learned tokens and scales (method.md section 4).
-NO_DECAY_NAMES = ("prompt", "queries", "query", "logit_scale", "position", "doy", "extra_token", "temperature")
+# What is decayed: matrices that multiply activations. All else is a scale, an offset, or a learned vector that stands for itself
+# (prompt, query, day, position table): decay would pull what it says to zero (method.md section 4).
+MATRICES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
+    (nn.Linear, ("weight",)), (nn.Conv2d, ("weight",)), (Prototypes, ("weight",)), (Router, ("weight_ED",)),
+    (Experts, ("w1_EDF", "w2_EFD")),
+)  # fmt: skip
+POSITIONS = (PositionBias,)  # their layers compute a table of positions, not features
 
 
-def kind_of(name: str, parameter: Tensor) -> str:
-    """Which group a parameter belongs to: "experts", "no_decay_experts", "router", "no_decay" or "decay"."""
-    parts = name.split(".")
-    vector = parameter.ndim - ("experts" in parts) < 2
-    undecayed = vector or any(word in part for part in parts[-2:] for word in NO_DECAY_NAMES)
-    if "experts" in parts:
-        return "no_decay_experts" if undecayed else "experts"
-    if "router" in parts:
-        return "router"
-    return "no_decay" if undecayed else "decay"
+def kinds(module: nn.Module) -> dict[str, str]:
+    """Group of every parameter by name: "experts", "no_decay_experts", "router", "no_decay" or "decay".
+
+    Decided by the layer that owns the parameter and its role there, never by how a name happens to end.
+    """
+    found: dict[str, str] = {}
+    inside = [name for name, part in module.named_modules() if isinstance(part, POSITIONS)]
+    for path, layer in module.named_modules():
+        roles = [names for kind, names in MATRICES if isinstance(layer, kind)]
+        is_position = any(f"{path}.".startswith(f"{name}.") for name in inside)
+        for own, _ in layer.named_parameters(recurse=False):
+            decayed = any(own in names for names in roles) and not is_position
+            if isinstance(layer, Experts):
+                kind = "experts" if decayed else "no_decay_experts"
+            elif isinstance(layer, Router) and decayed:
+                kind = "router"
+            else:
+                kind = "decay" if decayed else "no_decay"
+            found[f"{path}.{own}" if path else own] = kind
+    return found
 
 
-def parameter_groups(named: Iterable[tuple[str, Tensor]], config: OptimizerConfig) -> list[dict[str, Any]]:
-    """AdamW groups holding every trainable parameter exactly once, in a deterministic order.
+def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """AdamW groups holding every trainable parameter of `module` exactly once, in a deterministic order.
 
     Expert-parallel parameters (those DeepSpeed must not average over all ranks) get `moe`/`name` keys: its own marks. A group
     holds parameters of one kind, one learning-rate scale and one sharding.
@@ -38,13 +56,14 @@ def parameter_groups(named: Iterable[tuple[str, Tensor]], config: OptimizerConfi
     """
     groups: dict[tuple[str, float, str], dict[str, Any]] = {}
     unused = set(config.lr_scale)
-    for name, parameter in named:
+    kind_of = kinds(module)
+    for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         prefix = max((p for p in config.lr_scale if _matches(name, p)), key=len, default=None)
         scale = config.lr_scale[prefix] if prefix else 1.0
         unused.discard(prefix or "")
-        kind = kind_of(name, parameter)
+        kind = kind_of[name]
         sharding = getattr(parameter, "group_name", "") if not getattr(parameter, "allreduce", True) else ""
         group = groups.setdefault((kind, scale, sharding), {"params": [], "kind": kind, "lr_scale": scale})
         if sharding:
@@ -62,7 +81,7 @@ def _matches(name: str, prefix: str) -> bool:
 
 def adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over `module`. Rates start at 0: `set_rates` decides them before every step."""
-    groups = parameter_groups(module.named_parameters(), config)
+    groups = parameter_groups(module, config)
     for group in groups:
         group.update(lr=0.0, weight_decay=0.0)
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=0.0, foreach=True)

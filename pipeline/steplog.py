@@ -35,7 +35,8 @@ class StepLog:
     """Counts time and samples on every rank; writes on the first. Figures of a step are the step's own, rates the window's.
 
     Args:
-        flops_per_sample: useful forward + backward FLOPs of one sample, teacher included (0: unknown, no MFU).
+        flops_per_sample: forward + backward FLOPs of one sample that has everything, teacher included (0: unknown, no MFU); MFU counts
+            the share of it that this step's samples really asked for.
         device_hours: spent before this start of the run.
     """
 
@@ -82,7 +83,8 @@ class StepLog:
             "time": time.time(), "gpu_hours": self.device_hours, "eta_s": self._steps_left * self.layout.batch / rate if rate else 0.0, **self._system.sample(), **more,
         }  # fmt: skip
         if self.peak:
-            figures["mfu"] = rate * self.flops_per_sample / (self.peak * self.layout.world)
+            useful = self.flops_per_sample * result.metrics.get("work/share", 1.0)
+            figures["mfu"] = rate * useful / (self.peak * self.layout.world)
         self._watch_experts(step, figures)
         self.tracker.log(step, samples, self.rundir.append_metrics(figures))
 

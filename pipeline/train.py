@@ -77,13 +77,19 @@ def loop(run: Run, stop: StopFlag) -> int:
     """The loop. Everything that happens between two steps stands here, in order."""
     config, spikes, batches = run.config, SpikeWatch(), iter(run.reader)
     last, stopping = config.train.steps, False
+    if run.probing and run.step == 0:  # the untrained network: what every later score is measured against
+        run.beat.at("probe")
+        probe(run)
     while run.step < last and not stopping:
         run.beat.at("data", run.step + 1)
         began = time.monotonic()
         micro_batches, keys = next_batches(run, batches)
         waited = time.monotonic() - began
 
-        result = run.engine.step(micro_batches, run.samples, run.beat)
+        number = run.step + 1
+        probing = run.probing and due(number, config.probe.every, last)
+        logging_step = probing or number == 1 or due(number, config.train.log_every, last)
+        result = run.engine.step(micro_batches, run.samples, run.beat, diagnose=logging_step)
         run.step, run.samples = run.step + 1, run.samples + run.layout.batch
         check_step(run.step, result, keys, run.ranks)
         run.log.count(waited, result)
@@ -98,11 +104,9 @@ def loop(run: Run, stop: StopFlag) -> int:
             )
 
         run.beat.at("probe")
-        # after the first step the teacher is all but untrained: what every later score is measured against
-        probing = run.probing and (run.step == 1 or due(run.step, config.probe.every, last))
         scores = probe(run) if probing else {}
         run.beat.at("log")
-        if scores or run.step == 1 or due(run.step, config.train.log_every, last):
+        if logging_step:
             run.log.write(run.step, run.samples, result, {**run.reader.metrics(), **scores})
         stopping = stop.agreed(run.device)
         run.beat.at("save")

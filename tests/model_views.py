@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data_prep.schema import MODALITIES
+from model.backbone import Images
 from model.batch import ModalityView, View
+from model.config import ModelConfig
+from model.plan import Transition, WindowPlan, halve, number_rows, plan_transition, plan_windows
 
 
 def random_view(
@@ -49,3 +53,24 @@ def randomise(module: torch.nn.Module, seed: int = 0, std: float = 0.2) -> torch
             noise: Tensor = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             parameter.add_(std * noise)
     return module
+
+
+def window_plans(valid_NHW: Tensor, window: int) -> tuple[WindowPlan, WindowPlan]:
+    """Unshifted and shifted windows of the valid tokens of one grid, packed in their order."""
+    grids = number_rows([valid_NHW.numpy()])
+    first, second = (plan_windows(window, grids, shift, torch.device("cpu")) for shift in (0, window // 2))
+    return first, second
+
+
+def transition(valid_NHW: Tensor, merge: bool) -> tuple[Transition, Tensor]:
+    """From the valid tokens of one grid to those of the next stage, and these as a mask."""
+    valid = valid_NHW.numpy()
+    after = halve(valid) if merge else valid
+    grids = [number_rows([grid]) for grid in (valid, after)]
+    plan = plan_transition([merge], *grids, int(np.sum(valid)), torch.device("cpu"))
+    return plan, torch.from_numpy(after)
+
+
+def images_of(cfg: ModelConfig, modality: str, part: ModalityView) -> Images:
+    """The first date of every site."""
+    return Images(modality, part.x_BTCHW[:, 0], part.valid_BTHW[:, 0], part.gsd_B, None, cfg.merges(modality))

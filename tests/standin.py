@@ -55,15 +55,15 @@ class StandIn(Network):
         scale = reduce.world * len(targets) / count
         return [(t - total / count + torch.sin(7 * rows.x_BLD[..., :5]), scale) for t, rows in targets]
 
-    def forward(self, rows: Rows, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, rows: Rows, target: Any, diagnose: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         aim_BLC, scale = target
         square_BL = F.mse_loss(Network.forward(self, rows).float(), aim_BLC, reduction="none").mean(-1)
         loss = (square_BL * rows.valid_BL).sum() * scale
         return loss, {"loss": loss.detach(), "loss/mse": loss.detach()}
 
-    def finish_step(self, reduce: Any) -> dict[str, Tensor]:
+    def finish_step(self, reduce: Any) -> dict[str, float]:
         self.steps_seen += 1
-        return {"moe/steps": self.steps_seen.float()}
+        return {"moe/steps": float(self.steps_seen)}
 
 
 def make_batch(step: int, batch: int, tokens: int = 6) -> Rows:

@@ -27,7 +27,7 @@ def payload_bytes(model: Model, layout: Layout) -> dict[str, float]:
     moved = _shared(model, layout)
     if layout.zero_stage == 3:
         return {**volumes, **_zero3(model, layout)}
-    volumes["gradient_all_reduce"] = width * moved["reduced"] * reductions
+    volumes["gradient_all_reduce"] = layout.reduce_bytes * moved["reduced"] * reductions
     if layout.zero_stage:
         volumes["weight_all_gather"] = width * moved["own"]
         volumes["teacher_all_gather"] = width * moved["own"]
@@ -52,7 +52,7 @@ def _zero3(model: Model, layout: Layout) -> dict[str, float]:
     width, own = layout.compute_bytes, model.parameters / layout.world
     passes = 3 if layout.checkpointing else 2
     return {
-        "gradient_all_reduce": width * model.parameters * layout.accumulation,
+        "gradient_all_reduce": layout.reduce_bytes * model.parameters * layout.accumulation,
         "weight_all_gather": width * own * passes * layout.accumulation,
         "teacher_all_gather": width * own, "loss_all_reduce": float(model.centring_bytes),
     }  # fmt: skip

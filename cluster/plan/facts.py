@@ -65,6 +65,7 @@ class Layout:
     precision: str
     checkpointing: bool
     offload: bool = False
+    reduce: str = "fp32"
 
     @property
     def world(self) -> int:
@@ -81,6 +82,11 @@ class Layout:
     @property
     def compute_bytes(self) -> int:
         return BYTES[self.precision]
+
+    @property
+    def reduce_bytes(self) -> int:
+        """What one gradient weighs on the wire (`parallel.reduce`)."""
+        return max(self.compute_bytes, BYTES[self.reduce])
 
     @property
     def gradient_bytes(self) -> int:
@@ -150,7 +156,7 @@ def configured_layout(resolved: Mapping[str, Any], nodes: int, per_node: int) ->
     micro = min(train["micro_batch"] or per_rank, per_rank)
     return Layout(
         nodes, per_node, parallel["zero_stage"], parallel["ep"], micro, max(per_rank // micro, 1), train["precision"],
-        resolved["model"]["activation_checkpointing"], parallel["offload"],
+        resolved["model"]["activation_checkpointing"], parallel["offload"], parallel.get("reduce", "fp32"),
     )  # fmt: skip
 
 

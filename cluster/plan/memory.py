@@ -56,5 +56,5 @@ def _activations(model: Model, layout: Layout, hardware: Hardware) -> float:
 def _buffers(layout: Layout, hardware: Hardware) -> float:
     if layout.zero_stage == 0:
         return 0.0
-    bucket = BUCKET_ELEMENTS * layout.compute_bytes
+    bucket = BUCKET_ELEMENTS * layout.reduce_bytes
     return bucket * (1 if hardware.is_cpu else 2)

@@ -46,17 +46,17 @@ def locate(ground_BL2: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
     inside: the point lies on the grid's canvas. A degenerate affine (all zero, an absent modality) is nowhere.
     """
-    affine_B23 = grid.affine_B23.to(torch.float64)
-    linear_B22 = affine_B23[:, :, :2]
-    usable_B = torch.linalg.det(linear_B22).abs() > 1e-12
-    linear_B22 = torch.where(
-        usable_B[:, None, None], linear_B22, torch.eye(2, dtype=torch.float64, device=linear_B22.device)
+    (a_B1, b_B1, tx_B1), (c_B1, d_B1, ty_B1) = (
+        row.unbind(-1) for row in grid.affine_B23.double()[..., None, :].unbind(1)
     )
-    pixel_BL2 = torch.linalg.solve(linear_B22, (ground_BL2 - affine_B23[:, None, :, 2]).transpose(1, 2)).transpose(1, 2)
-    size_2 = torch.tensor([grid.canvas[1], grid.canvas[0]], dtype=torch.float64, device=pixel_BL2.device)
-    inside_BL = ((pixel_BL2 >= 0) & (pixel_BL2 <= size_2)).all(dim=-1) & usable_B[:, None]
-    stride_2 = torch.tensor(grid.stride, dtype=torch.float64, device=pixel_BL2.device)
-    return pixel_BL2 / stride_2 - 0.5, inside_BL
+    det_B1 = a_B1 * d_B1 - b_B1 * c_B1
+    usable_B1 = det_B1.abs() > 1e-12
+    det_B1 = torch.where(usable_B1, det_B1, 1.0)
+    east_BL, south_BL = ground_BL2[..., 0] - tx_B1, ground_BL2[..., 1] - ty_B1
+    x_BL, y_BL = (d_B1 * east_BL - b_B1 * south_BL) / det_B1, (a_B1 * south_BL - c_B1 * east_BL) / det_B1
+    height, width = grid.canvas
+    inside_BL = (x_BL >= 0) & (x_BL <= width) & (y_BL >= 0) & (y_BL <= height) & usable_B1
+    return torch.stack([x_BL / grid.stride[0] - 0.5, y_BL / grid.stride[1] - 0.5], dim=-1), inside_BL
 
 
 def bilinear_taps(token_BL2: Tensor, hw: tuple[int, int]) -> tuple[Tensor, Tensor]:

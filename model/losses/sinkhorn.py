@@ -34,7 +34,7 @@ def prototype_scaling(
     """
     chunk = chunk or chunk_rows(prototypes_KD.shape[0])
     log_v_GK = torch.zeros(num_groups, prototypes_KD.shape[0], device=z_ND.device, dtype=work_dtype(z_ND))
-    member_GN = F.one_hot(group_N, num_groups).T.to(log_v_GK.dtype) * valid_N.to(log_v_GK.dtype)
+    member_GN = memberships(group_N, num_groups, valid_N).to(log_v_GK.dtype)
     for iteration in range(iterations):
         total_GK = torch.zeros_like(log_v_GK)
         for start in range(0, z_ND.shape[0], chunk):
@@ -48,6 +48,11 @@ def prototype_scaling(
         log_v_GK = log_v_GK - torch.log(reduce.sum(total_GK).clamp_min(TINY))
         log_v_GK = log_v_GK - log_v_GK.mean(dim=-1, keepdim=True)  # a row's softmax does not see a constant
     return log_v_GK
+
+
+def memberships(group_N: Tensor, num_groups: int, valid_N: Tensor) -> Tensor:
+    """bool [G, N]: the row is of the group, and valid. (`one_hot` looks at the data, and the host waits.)"""
+    return (group_N == torch.arange(num_groups, device=group_N.device)[:, None]) & valid_N
 
 
 def chunk_rows(num_prototypes: int) -> int:

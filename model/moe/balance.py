@@ -16,24 +16,14 @@ from torch import Tensor
 from model.moe.router import Routing
 
 
-class CallStats(NamedTuple):
-    """Sums over the valid tokens of one call of one layer.
+class MoEStats(NamedTuple):
+    """Sums over the valid tokens of one layer, by modality (first dimension M, in `ModelConfig.modalities` order).
 
     Attributes:
-        load_E: float32, assignments per expert (sums to T·K); no gradient.
-        prob_E: Σ_t softmax probability of each expert.
-        z: Σ_t logsumexp(logits_t)². entropy: Σ_t entropy of the gate, nats; no gradient. tokens: T; no gradient.
+        load_ME: float32, assignments per expert (sums to T·K); no gradient.
+        prob_ME: Σ_t softmax probability of each expert.
+        z_M: Σ_t logsumexp(logits_t)². entropy_M: Σ_t entropy of the gate, nats; no gradient. tokens_M: T; no gradient.
     """
-
-    load_E: Tensor
-    prob_E: Tensor
-    z: Tensor
-    entropy: Tensor
-    tokens: Tensor
-
-
-class MoEStats(NamedTuple):
-    """The same sums of one layer per modality (first dimension M, in `ModelConfig.modalities` order)."""
 
     load_ME: Tensor
     prob_ME: Tensor
@@ -48,22 +38,22 @@ class SumReduce(Protocol):
     def sum(self, value: Tensor) -> Tensor: ...
 
 
-def call_stats(routing: Routing) -> CallStats:
-    """Sums of one routing decision, in the router's precision."""
+def routing_stats(routing: Routing, member_TM: Tensor) -> MoEStats:
+    """Sums of one routing decision, in the router's precision: one product with the tokens' one-hot modality."""
     logits_TE, probs_TE, _, expert_TK = routing
-    num_experts = logits_TE.shape[-1]
-    load_E = torch.zeros(num_experts, dtype=probs_TE.dtype, device=probs_TE.device)
-    chosen = expert_TK.flatten()
-    load_E = load_E.index_add(0, chosen, torch.ones_like(chosen, dtype=load_E.dtype))
-    with torch.no_grad():
-        entropy = torch.special.entr(probs_TE).sum()
-    tokens = torch.full((), float(logits_TE.shape[0]), dtype=probs_TE.dtype, device=probs_TE.device)
-    return CallStats(load_E, probs_TE.sum(0), logits_TE.logsumexp(-1).square().sum(), entropy, tokens)
-
-
-def stack_modalities(per_modality: list[CallStats]) -> MoEStats:
-    """One `CallStats` per modality, in config order, to the per-modality table of the layer."""
-    return MoEStats(*(torch.stack(column) for column in zip(*per_modality)))
+    num_experts, dtype = logits_TE.shape[-1], probs_TE.dtype
+    with torch.autocast(probs_TE.device.type, enabled=False):
+        member_MT = member_TM.to(dtype).T
+        z_T1 = logits_TE.logsumexp(-1, keepdim=True).square()
+        prob_ME, z_M1 = (member_MT @ torch.cat([probs_TE, z_T1], 1)).split([num_experts, 1], 1)
+        with torch.no_grad():
+            experts_E = torch.arange(num_experts, device=expert_TK.device)
+            load_TE = (expert_TK[..., None] == experts_E).sum(1, dtype=dtype)
+            entropy_T1 = torch.special.entr(probs_TE).sum(-1, keepdim=True)
+            load_ME, entropy_M1, tokens_M1 = (
+                member_MT @ torch.cat([load_TE, entropy_T1, torch.ones_like(entropy_T1)], 1)
+            ).split([num_experts, 1, 1], 1)
+    return MoEStats(load_ME, prob_ME, z_M1[:, 0], entropy_M1[:, 0], tokens_M1[:, 0])
 
 
 def add_stats(several: list[list[MoEStats]]) -> list[MoEStats]:
@@ -102,7 +92,7 @@ def z_term(local: MoEStats, total: MoEStats) -> Tensor:
     return local.z_M.sum() / total.tokens_M.detach().sum().clamp_min(1)
 
 
-def describe(stats: list[MoEStats], modalities: tuple[str, ...]) -> dict[str, Tensor]:
+def describe(stats: list[MoEStats], modalities: tuple[str, ...]) -> dict[str, float]:
     """Metrics of all layers: per modality the share of each expert (mean over layers) and the gate's entropy in nats;
     over all modalities the largest share over layers and experts (1/E when uniform) and the dead (unused) experts.
 
@@ -111,18 +101,20 @@ def describe(stats: list[MoEStats], modalities: tuple[str, ...]) -> dict[str, Te
     """
     if not stats:
         return {}
-    load_LME = torch.stack([layer.load_ME.detach() for layer in stats])
-    entropy_LM = torch.stack([layer.entropy_M / layer.tokens_M.clamp_min(1) for layer in stats])
-    share_LME = load_LME / load_LME.sum(-1, keepdim=True).clamp_min(1)
-    total_LE = load_LME.sum(1)
+    load_LME = torch.stack([layer.load_ME.detach() for layer in stats]).double()
+    entropy_LM1 = torch.stack([layer.entropy_M / layer.tokens_M.clamp_min(1) for layer in stats])[..., None]
+    table = torch.cat([load_LME, entropy_LM1.to(load_LME.dtype)], -1).cpu().numpy()  # the host waits once
+    loads, entropies = table[..., :-1], table[..., -1].mean(0)
+    total_LE = loads.sum(1)
     metrics = {
-        "moe/max_share": (total_LE / total_LE.sum(-1, keepdim=True).clamp_min(1)).max(),
-        "moe/dead_experts": (total_LE == 0).sum().to(torch.float32),
+        "moe/max_share": float((total_LE / total_LE.sum(-1, keepdims=True).clip(1)).max()),
+        "moe/dead_experts": float((total_LE == 0).sum()),
     }
+    share_LME = loads / loads.sum(-1, keepdims=True).clip(1)
     for m, name in enumerate(modalities):
-        metrics[f"moe/entropy/{name}"] = entropy_LM[:, m].mean()
-        for e in range(load_LME.shape[-1]):
-            metrics[f"moe/load/{name}/{e}"] = share_LME[:, m, e].mean()
-            for layer, share_ME in enumerate(share_LME):
-                metrics[f"moe/layer{layer}/load/{name}/{e}"] = share_ME[m, e]
+        metrics[f"moe/entropy/{name}"] = float(entropies[m])
+        for e, mean in enumerate(share_LME[:, m].mean(0).tolist()):
+            metrics[f"moe/load/{name}/{e}"] = mean
+            for layer, share in enumerate(share_LME[:, m, e].tolist()):
+                metrics[f"moe/layer{layer}/load/{name}/{e}"] = share
     return metrics

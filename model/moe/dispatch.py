@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model.moe.experts import Experts
 from model.moe.router import Routing
+from model.rows import inverse_of, permute
 
 
 class Dispatch(Protocol):
@@ -28,26 +29,32 @@ class LocalDispatch:
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
         order_A, counts_E = sort_by_expert(routing.expert_TK, experts.num_experts)
-        sorted_AD = x_TD.index_select(0, order_A // routing.expert_TK.shape[1])
-        return combine(experts(sorted_AD, counts_E), order_A, routing.gate_TK)
+        inverse_A = inverse_of(order_A)
+        sorted_AD = permute(spread(x_TD, routing.expert_TK.shape[1]), order_A, inverse_A)
+        return combine(experts(sorted_AD, counts_E), order_A, inverse_A, routing.gate_TK)
+
+
+def spread(x_TD: Tensor, top_k: int) -> Tensor:
+    """Every row K times, one per assignment."""
+    return x_TD if top_k == 1 else x_TD[:, None].expand(-1, top_k, -1).flatten(0, 1)
 
 
 def sort_by_expert(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Order of the flattened assignments by expert (stable: by token within an expert), and assignments per expert."""
     flat_A = expert_TK.flatten()
-    return flat_A.argsort(stable=True), torch.bincount(flat_A, minlength=num_experts)
+    # not bincount: on CUDA the host would wait for it
+    counts_E = (flat_A[:, None] == torch.arange(num_experts, device=flat_A.device)).sum(0)
+    return flat_A.argsort(stable=True), counts_E
 
 
-def combine(out_AD: Tensor, order_A: Tensor, gate_TK: Tensor) -> Tensor:
+def combine(out_AD: Tensor, order_A: Tensor, inverse_A: Tensor, gate_TK: Tensor) -> Tensor:
     """Undoes `sort_by_expert` on expert outputs and sums them per token, weighed by the gate.
 
-    A gather through the inverse permutation, not a scatter-add: the sum's order, hence its bits, never varies.
+    Gathers both ways, no scatter-add: the sums' order, hence their bits, never varies.
     """
-    num_tokens, top_k = gate_TK.shape
-    inverse_A = torch.empty_like(order_A)
-    inverse_A[order_A] = torch.arange(order_A.shape[0], device=order_A.device)
-    out_TKD = out_AD.index_select(0, inverse_A).unflatten(0, (num_tokens, top_k))
-    return (out_TKD * gate_TK[..., None].to(out_TKD.dtype)).sum(1)
+    out_TKD = permute(out_AD, inverse_A, order_A).unflatten(0, gate_TK.shape)
+    weighed_TKD = out_TKD * gate_TK[..., None].to(out_TKD.dtype)
+    return weighed_TKD[:, 0] if gate_TK.shape[1] == 1 else weighed_TKD.sum(1)
 
 
 def moe_reference(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:

@@ -1,6 +1,12 @@
-"""Whole optimizer steps (teacher, student, update, average) by ZeRO stage in one process, beside a plain torch loop.
+"""Whole optimizer steps (teacher, student, update, average) in one process: the ladder of optimisations in a plain torch loop, a row each,
+then the engine by ZeRO stage.
 
-One batch of the shard set is used again and again, so that reading is not measured.
+One batch of the shard set is used again and again, so that reading is not measured. --operations counts, in one more step, what torch
+dispatches and how often the host would wait for an accelerator: figures that no load of the machine changes.
+
+examples:
+  python -m pipeline bench step pipeline/runs/demo.yaml data.url=demo_out/shards parallel.ep=1
+  python -m pipeline bench step pipeline/runs/demo.yaml data.url=demo_out/shards parallel.ep=1 --operations --ladder --json
 """
 
 from __future__ import annotations
@@ -14,7 +20,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file of a run")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--operations", action="store_true", help="also operations and host synchronisations of a step")
+    parser.add_argument("--ladder", action="store_true", help="only the plain loop, one row per optimisation")
     parser.add_argument("--json", action="store_true")
+
+
+# name → overrides: what each row changes against the one that is used
+LADDER: dict[str, list[str]] = {
+    "as_configured": [],
+    "fusion_frames": ["model.fusion.kind=frames"],
+    "experts_loop": ["model.moe.grouped=false"],
+    "experts_grouped": ["model.moe.grouped=true"],
+    "checkpointing": ["model.activation_checkpointing=true"],
+}
 
 
 def main(args: argparse.Namespace) -> int:
@@ -31,6 +49,7 @@ def main(args: argparse.Namespace) -> int:
     from model.counts import table
     from model.losses.reduce import SingleProcess
     from model.pretrain import Student, make_teacher
+    from pipeline.bench.operations import Operations
     from pipeline.config import PretrainConfig
     from pipeline.engine import Engine
     from pipeline.launch import free_port
@@ -51,17 +70,33 @@ def main(args: argparse.Namespace) -> int:
     peak = peak_flops(device, config.train.precision)
     figures: dict[str, dict[str, float]] = {}
 
-    def report(name: str, seconds: float) -> None:
+    def report(name: str, step: Any, useful: float = flops) -> None:
+        loss = step()
+        seconds = _best(step, args.steps)
         rate = config.train.batch / seconds
-        figures[name] = {"step_s": seconds, "samples_per_s": rate, "mfu": rate * flops / peak}
-        print(f"{name:<12}{seconds:>9.3f} s/step{rate:>10.2f} samples/s{rate * flops / peak:>8.1%} MFU", flush=True)
+        figures[name] = {"step_s": seconds, "samples_per_s": rate, "mfu": rate * useful / peak, "loss": loss}
+        line = (
+            f"{name:<16}{seconds:>9.3f} s/step{rate:>10.2f} samples/s{rate * useful / peak:>8.1%} MFU  loss {loss:.5f}"
+        )
+        if args.operations:
+            with Operations() as found:
+                step()
+            figures[name] |= {"operations": found.count, "synchronisations": found.synchronisations}
+            line += f"{found.count:>8} operations{found.synchronisations:>5} synchronisations"
+        print(line, flush=True)
 
-    def student() -> Any:
+    def student(run: PretrainConfig = config) -> Any:
         torch.manual_seed(0)
-        return Student(config.model, config.objective, statistics, reader.classes)
+        return Student(run.model, run.objective, statistics, reader.classes)
 
-    model = student().to(device)
-    report("plain_torch", _plain(model, make_teacher(model), batch, args.steps))
+    for name, overrides in LADDER.items() if args.ladder else [("plain_torch", [])]:
+        run = replace(load(PretrainConfig, args.config, [*args.overrides, *overrides]), parallel=config.parallel)
+        model = student(run).to(device)
+        report(name, _plain(model, make_teacher(model), batch), table(run)["flops_per_sample"]["train"])
+    if args.ladder:
+        if args.json:
+            print_json({"step": figures})
+        finish()
     for stage in (0, 1, 2, 3):
         if config.train.precision == "bf16" and stage == 0:
             continue
@@ -69,24 +104,25 @@ def main(args: argparse.Namespace) -> int:
         model, layout = student(), Layout.of(run, ranks)
         engine = Engine(model, make_teacher(model), run, layout, device, SingleProcess())
         parts = [batch.part(i, i + layout.micro_batch) for i in range(0, layout.batch_per_rank, layout.micro_batch)]
-        report(f"zero_{stage}", _best(lambda: engine.step(parts, 0), args.steps))  # noqa: B023  (called here and now)
+        report(f"zero_{stage}", lambda: engine.step(parts, 0, diagnose=False).loss)  # noqa: B023  (called here and now)
         engine.deepspeed.destroy()
     if args.json:
         print_json({"step": figures})
     finish()
 
 
-def _plain(student: Any, teacher: Any, batch: Any, steps: int) -> float:
-    """What one would write without DeepSpeed: AdamW over all parameters, average in place."""
+def _plain(student: Any, teacher: Any, batch: Any) -> Any:
+    """What one would write without DeepSpeed: AdamW over all parameters, average in place. Returns the step, which returns its loss."""
     import torch
 
     from model.losses.reduce import SingleProcess
 
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, foreach=True)
+    student.train()
 
-    def step() -> None:
+    def step() -> float:
         targets = teacher.center([teacher.teacher_forward(batch)], 0, SingleProcess())
-        loss, _ = student(batch, targets[0])
+        loss, _ = student(batch, targets[0], diagnose=False)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 3.0)
         optimizer.step()
@@ -94,8 +130,9 @@ def _plain(student: Any, teacher: Any, batch: Any, steps: int) -> float:
         with torch.no_grad():
             torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 0.01)
         student.finish_step(SingleProcess())
+        return float(loss.detach())
 
-    return _best(step, steps)
+    return step
 
 
 def _best(step: Any, steps: int) -> float:

@@ -21,10 +21,11 @@ from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from model.moe.dispatch import combine, sort_by_expert
+from model.moe.dispatch import combine, sort_by_expert, spread
 from model.moe.experts import Experts
 from model.moe.layer import MoELayer
 from model.moe.router import Routing
+from model.rows import inverse_of, permute
 from pipeline.parallel.layout import Layout
 
 
@@ -65,7 +66,8 @@ class AllToAllDispatch:
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
         order_A, counts_E = sort_by_expert(routing.expert_TK, self.num_experts)
-        sorted_AD = x_TD.index_select(0, order_A // routing.expert_TK.shape[1])
+        inverse_A = inverse_of(order_A)
+        sorted_AD = permute(spread(x_TD, routing.expert_TK.shape[1]), order_A, inverse_A)
         counts_PL, sent_P = self._exchange_counts(counts_E)
         received_P = counts_PL.sum(1).tolist()
         rows_RD = exchange(sorted_AD, received_P, sent_P, self.group)
@@ -73,11 +75,10 @@ class AllToAllDispatch:
         expert_R = torch.arange(experts.num_experts, device=x_TD.device).repeat(counts_PL.shape[0])
         expert_R = expert_R.repeat_interleave(counts_PL.flatten())
         by_expert_R = expert_R.argsort(stable=True)
-        out_RD = experts(rows_RD.index_select(0, by_expert_R), counts_PL.sum(0))
-        inverse_R = torch.empty_like(by_expert_R)
-        inverse_R[by_expert_R] = torch.arange(by_expert_R.shape[0], device=x_TD.device)
-        out_AD = exchange(out_RD.index_select(0, inverse_R), sent_P, received_P, self.group)
-        return combine(out_AD, order_A, routing.gate_TK)
+        inverse_R = inverse_of(by_expert_R)
+        out_RD = experts(permute(rows_RD, by_expert_R, inverse_R), counts_PL.sum(0))
+        out_AD = exchange(permute(out_RD, inverse_R, by_expert_R), sent_P, received_P, self.group)
+        return combine(out_AD, order_A, inverse_A, routing.gate_TK)
 
     def _exchange_counts(self, counts_E: Tensor) -> tuple[Tensor, list[int]]:
         """(rows this rank receives per source rank and local expert, rows it sends per rank)."""

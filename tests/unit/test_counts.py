@@ -15,13 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from data_prep.schema import MODALITIES
 from model import counts
 from model.config import SIZES, FusionConfig, ModelConfig, MoEConfig, ObjectiveConfig
-from model.fusion import Frames, TokenGrid
+from model.fusion import Frames
+from model.grids import TokenGrid
 from model.objective_plan import DAY_WAVES, PLACE_WAVES, prediction_flops
 from model.prediction import Prediction
 from model.pretrain import Student
 from model.skysense import SkySense
 from pipeline.config import PretrainConfig, ViewConfig
-from tests.model_views import random_view
+from tests.model_views import images_of, random_view
 
 FULL = ModelConfig(size="skysense_v2")
 
@@ -57,6 +58,7 @@ VARIANTS = {
     "listed": ModelConfig(moe=MoEConfig(experts=2, placement="list", indices=(0, 4))),
     "no_prompts_learned": ModelConfig(prompts=0, position="learned"),
     "separate": ModelConfig(separate=True),
+    "frames": ModelConfig(fusion=FusionConfig(kind="frames")),
     "series_only": ModelConfig(modalities=("s2", "s1"), fusion=FusionConfig(depth=0, dim=24, heads=2)),
     "window_keep": ModelConfig(attention="window", merge={"hr": (True, False, False)}),
 }
@@ -89,7 +91,9 @@ def test_parameters_equal_the_model_on_meta(name: str) -> None:
 )
 @pytest.mark.parametrize("modality", ["hr", "s1"])
 def test_backbone_flops_equal_torchs_counter(cfg: ModelConfig, modality: str) -> None:
-    """Of a third and fourth image: what a call costs once, like the position bias tables, is left out of the formula."""
+    """Of a third and fourth image: what a call costs once, like the position bias tables, is left out of the formula, and so are
+    products with one-hot matrices (prompts to images, router sums): less than half a percent even here.
+    """
     torch.manual_seed(0)
     model = SkySense(replace(cfg, drop_path=0.0))
     side = {"hr": 72, "s1": 20}[modality]
@@ -97,15 +101,17 @@ def test_backbone_flops_equal_torchs_counter(cfg: ModelConfig, modality: str) ->
     def measured(images: int) -> int:
         part = random_view(images, hr=side, series=side, s1_dates=1).modalities[modality]
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model.backbone(modality, part.x_BTCHW[:, 0], part.valid_BTHW[:, 0], part.gsd_B)
+            model.backbone([images_of(cfg, modality, part)])
         return counter.get_total_flops()
 
-    assert measured(4) - measured(2) == 2 * sum(counts.image_flops(cfg, modality, side).values())
+    expected = 2 * sum(counts.image_flops(cfg, modality, side).values())
+    assert measured(4) - measured(2) == pytest.approx(expected, rel=5e-3)
 
 
+@pytest.mark.parametrize("kind", ["cell", "frames"])
 @pytest.mark.parametrize("depth", [0, 1, 3])
-def test_fusion_flops_equal_torchs_counter(depth: int) -> None:
-    cfg = ModelConfig(size="debug", fusion=FusionConfig(depth=depth))
+def test_fusion_flops_equal_torchs_counter(kind: str, depth: int) -> None:
+    cfg = ModelConfig(size="debug", fusion=FusionConfig(kind=kind, depth=depth))
     view = ViewConfig(hr_px=64, series_px=8, s2_dates=3, s1_dates=2)
     fusion = SkySense(cfg).fusion
     frames = {}
@@ -114,9 +120,10 @@ def test_fusion_flops_equal_torchs_counter(depth: int) -> None:
         tokens = side // cfg.stride(name)
         valid = torch.ones(1, dates, tokens, tokens, dtype=torch.bool)
         grid = TokenGrid((tokens, tokens), (side, side), cfg.stride(name))
-        frames[name] = Frames(torch.randn(1, dates, tokens, tokens, cfg.dims[3]), valid, torch.zeros(1, dates), grid)
+        feat = torch.randn(1, dates, tokens, tokens, cfg.dims[3])
+        frames[name] = Frames(feat, valid, torch.zeros(1, dates), grid, valid.numpy(), torch.tensor([80.0 / side]))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        fusion(frames)
+        fusion([frames])
     assert counter.get_total_flops() == counts.fusion_flops(cfg, view)
 
 
@@ -166,7 +173,11 @@ def test_table_has_the_agreed_shape() -> None:
     keys = {"tokenizers", "backbone", "moe_increment", "prompts", "fusion", "heads", "total", "active"}
     assert keys <= set(result["parameters"])
     flops = result["flops_per_sample"]
-    assert flops["fusion"] == pytest.approx(4.8e12, rel=0.05)  # method.md section 3: about 5 TFLOP at 256 x 32
+    assert flops["train"] <= 14e12  # what 3.8 samples/s of the paper leave an H20 at 36 % MFU
+    assert flops["fusion_share"] <= 0.25
+    frames = PretrainConfig(model=replace(FULL, fusion=FusionConfig(kind="frames")))
+    before = counts.table(frames)["flops_per_sample"]["fusion"]
+    assert before == pytest.approx(4.8e12, rel=0.05)  # method.md section 3: about 5 TFLOP at 256 x 32
     assert flops["backbone_by_modality"]["hr"] == pytest.approx(1.3e12, rel=0.02)  # and 1.3 for an hr crop of 512
     assert counts.parameters(FULL, ObjectiveConfig())["heads"] > 0
 

@@ -26,6 +26,9 @@ def test_batch_figures_agree() -> None:
     assert found["train_micro_batch_size_per_gpu"] * found["gradient_accumulation_steps"] * 2 == 16
     assert found["bf16"]["enabled"]
     assert found["data_types"]["grad_accum_dtype"] == "fp32"
+    assert found["communication_data_type"] == "fp32"  # else the sum over ranks is bfloat16's
+    narrow = replace(CONFIG, parallel=replace(CONFIG.parallel, reduce="bf16"))
+    assert settings(narrow)["communication_data_type"] == "bf16"
 
 
 def test_extra_is_merged_last_and_refuses_collisions() -> None:

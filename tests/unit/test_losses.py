@@ -272,7 +272,7 @@ def test_mgcl_and_qsacl_equal_the_formula(twins, seed: int) -> None:
     batch = make_batch(3, seed=seed, local_views=2, missing=0.3)
     target = teacher.center([teacher.teacher_forward(batch)], 10, SingleProcess())[0]
     _, metrics = student(batch, target)
-    u, v = student.features(batch.u), teacher.features(batch.v)
+    [u], [v] = student.features([batch.u], [None]), teacher.features([batch.v], [None])
     for space in ("hr", "s2", "s1", "fused"):
         name = u.fused_like if space == "fused" else space
         fu, vu, fv, vv = (
@@ -297,7 +297,7 @@ def test_mgcl_and_qsacl_equal_the_formula(twins, seed: int) -> None:
         assert twin.decoder is not None
         return twin.decoder(features.fused, features.fused_valid)
 
-    lu, lv = [student.features(x) for x in batch.local], [teacher.features(x) for x in batch.local]
+    lu, lv = (m.features(batch.local, [None] * len(batch.local)) for m in (student, teacher))
     rows = []
     for j in range(2):
         for a, fa, b, fb in (

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.backbone import Backbone
+from model.backbone import Backbone, Images
 from model.batch import ModalityView, View
 from model.config import FusionConfig, ModelConfig, MoEConfig
 from model.fusion import cell_under, fused_validity
@@ -139,8 +139,9 @@ def test_any_size_equals_the_same_pixels_in_a_larger_canvas(modality: str, heigh
     valid[:, :height, :width] = True
     gsd = torch.tensor([0.3])
     with torch.no_grad():
-        small = backbone(modality, x, torch.ones(1, height, width, dtype=torch.bool), gsd)
-        big = backbone(modality, large, valid, gsd)
+        all_valid, merges = torch.ones(1, height, width, dtype=torch.bool), cfg.merges(modality)
+        [small] = backbone([Images(modality, x, all_valid, gsd, None, merges)])
+        [big] = backbone([Images(modality, large, valid, gsd, None, merges)])
     rows, columns = small.valid_Nhw.shape[1:]
     assert bool(small.valid_Nhw.all())
     assert int(big.valid_Nhw.sum()) == rows * columns

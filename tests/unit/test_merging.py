@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from model.backbone import Backbone
+from model.backbone import Backbone, Images
 from model.config import ModelConfig
-from model.merging import AdaptivePatchMerging, keep_weight, merge_neighbours
+from model.merging import AdaptivePatchMerging, keep_weight
 from model.skysense import SkySense
-from tests.model_views import random_view, randomise
+from tests.model_views import random_view, randomise, transition
 
 
 def layer(dim: int = 6) -> AdaptivePatchMerging:
@@ -17,19 +17,24 @@ def layer(dim: int = 6) -> AdaptivePatchMerging:
     return merging
 
 
+def run(merging: AdaptivePatchMerging, x_NHWC: torch.Tensor, valid_NHW: torch.Tensor, merge: bool) -> torch.Tensor:
+    """Rows of the valid tokens after the transition."""
+    plan, _ = transition(valid_NHW, merge)
+    return merging(x_NHWC[valid_NHW], plan)
+
+
 def test_keep_equals_merge_of_four_equal_neighbours() -> None:
     merging = layer()
     x_NHWC = torch.randn(2, 3, 5, 6, dtype=torch.float64)
     valid = torch.ones(2, 3, 5, dtype=torch.bool)
     doubled = x_NHWC.repeat_interleave(2, 1).repeat_interleave(2, 2)
     # before the norm the sum of four equal contributions is four times their mean, exactly …
-    four, _ = merge_neighbours(doubled, valid.repeat_interleave(2, 1).repeat_interleave(2, 2))
     kept = torch.nn.functional.linear(x_NHWC, keep_weight(merging.reduction.weight))
-    torch.testing.assert_close(merging.reduction(four), 4 * kept, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(merging.reduction(x_NHWC.repeat(1, 1, 1, 4)), 4 * kept, rtol=1e-12, atol=1e-12)
     # … and the norm takes the factor out (up to its epsilon, made negligible here)
     merging.norm.eps = 1e-30
-    out_keep, _ = merging(x_NHWC, valid, merge=False)
-    out_merge, _ = merging(doubled, torch.ones(2, 6, 10, dtype=torch.bool), merge=True)
+    out_keep = run(merging, x_NHWC, valid, merge=False)
+    out_merge = run(merging, doubled, torch.ones(2, 6, 10, dtype=torch.bool), merge=True)
     torch.testing.assert_close(out_keep, out_merge, rtol=1e-10, atol=1e-10)
 
 
@@ -43,14 +48,14 @@ def test_keep_is_the_mean_of_the_four_blocks_and_has_no_parameters_of_its_own() 
 
 def test_invalid_neighbours_contribute_nothing() -> None:
     merging = layer()
-    x_NHWC = torch.randn(1, 4, 4, 6, dtype=torch.float64)
-    valid = torch.rand(1, 4, 4, generator=torch.Generator().manual_seed(0)) > 0.5
+    x_NHWC = torch.randn(1, 4, 5, 6, dtype=torch.float64)
+    valid = torch.rand(1, 4, 5, generator=torch.Generator().manual_seed(0)) > 0.5
     valid[:, :2, :2] = False
-    poisoned = torch.where(valid[..., None], x_NHWC, torch.nan)
-    out, merged_valid = merging(poisoned, valid, merge=True)
-    zeroed, _ = merging(torch.where(valid[..., None], x_NHWC, 0), torch.ones_like(valid), merge=True)
-    assert not merged_valid[0, 0, 0]
-    torch.testing.assert_close(out, zeroed)
+    out, (_, merged) = run(merging, x_NHWC, valid, merge=True), transition(valid, True)
+    assert not merged[0, 0, 0]
+    zeroed = torch.where(valid[..., None], x_NHWC, 0)
+    whole = run(merging, zeroed, torch.ones_like(valid), merge=True).view(1, 2, 3, -1)
+    torch.testing.assert_close(out, whole[merged])
 
 
 def test_merging_switches_per_call_and_per_transition_without_new_weights() -> None:
@@ -61,7 +66,7 @@ def test_merging_switches_per_call_and_per_transition_without_new_weights() -> N
     sides = {}
     with torch.no_grad():
         for merges in [(True, True, True), (True, False, True), (False, True, False), (False, False, False)]:
-            tokens = backbone("hr", part.x_BTCHW[:, 0], part.valid_BTHW[:, 0], part.gsd_B, merges=merges)
+            [tokens] = backbone([Images("hr", part.x_BTCHW[:, 0], part.valid_BTHW[:, 0], part.gsd_B, None, merges)])
             sides[merges] = tokens.feat_NhwD.shape[1]
             assert tokens.stride == 64 // sides[merges]
     assert sides == {

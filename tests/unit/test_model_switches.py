@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.config import from_dict
@@ -15,11 +15,15 @@ from cluster.errors import UsageError
 from model.backbone import Backbone
 from model.config import ModelConfig, MoEConfig
 from model.droppath import image_seeds, keep_factors
-from model.fusion import first_token_block
-from model.positions import MASKED, axis_windows, plan_windows, rotary_table, rotate, token_centres_m, window_layouts
+from model.fusion import key_bias
+from model.grids import axis_windows
+from model.plan import MASKED, Bucket, ImageSet, Sequences, plan_trunk
+from model.positions import rotary_table, rotate
+from model.rows import take
 from model.skysense import SkySense
-from model.transformer import Attention, Block, FeedForward, Layout
-from tests.model_views import random_view, randomise
+from model.transformer import Block, FeedForward
+from model.windows import window_cells
+from tests.model_views import images_of, random_view, randomise
 
 DEBUG = ModelConfig(size="debug", window=4)
 
@@ -42,7 +46,7 @@ def loss_of(model: SkySense, seed_B: Tensor | None = None, sites: int = 2) -> Te
 def test_prompts_get_gradients_and_leave_no_output_tokens() -> None:
     model = build(DEBUG)
     part = random_view(2).modalities["s2"]
-    tokens = model.backbone("s2", part.x_BTCHW[:, 0], part.valid_BTHW[:, 0], part.gsd_B)
+    [tokens] = model.backbone([images_of(DEBUG, "s2", part)])
     assert tokens.feat_NhwD.shape == (2, 4, 4, DEBUG.dims[3])
     tokens.feat_NhwD.square().sum().backward()
     for stage in model.backbone.prompts:
@@ -76,29 +80,27 @@ def test_prompts_off() -> None:
 @pytest.mark.parametrize("shift", [0, 2])
 @pytest.mark.parametrize("prompts", [0, 3])
 @pytest.mark.parametrize("grid", [(8, 8), (3, 4), (7, 10)])
-def test_window_attention_equals_masked_global_attention(shift: int, prompts: int, grid: tuple[int, int]) -> None:
-    """Image tokens see prompts and their window, prompts see everything: the same as one big mask over global attention."""
-    torch.manual_seed(0)
-    attention = Attention(8, 2).double()
-    num = grid[0] * grid[1]
-    valid = torch.rand(2, prompts + num) > 0.2
-    valid[:, :prompts] = True
-    windows = window_layouts(valid[:, prompts:].unflatten(1, grid), False, 4)
-    layout = Layout(grid, prompts, valid, False, windows=windows)
-    x = torch.randn(2, prompts + num, 8, dtype=torch.float64)
-    out = attention(x, layout, shifted=shift > 0)
-
-    def window(i: int, length: int) -> int:
-        return i // 4 if not shift else (i + 4 - shift) // 4
-
-    cells = [(window(i, grid[0]), window(j, grid[1])) for i in range(grid[0]) for j in range(grid[1])]
-    same = torch.tensor([[a == b for b in cells] for a in cells])
-    see = torch.ones(prompts + num, prompts + num, dtype=torch.bool)
-    see[prompts:, prompts:] = same
-    mask = torch.where(see & valid[:, None], 0.0, MASKED).double()[:, None]
-    q, k, v = attention.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
-    expected = attention.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(out[valid], expected[valid], rtol=1e-10, atol=1e-10)
+def test_windowed_attention_sees_prompts_and_its_window(shift: int, prompts: int, grid: tuple[int, int]) -> None:
+    """Image tokens see prompts and their window, prompts see everything; invalid tokens are seen by nobody."""
+    cfg = replace(DEBUG, attention="window", prompts=prompts)
+    valid = np.random.default_rng(0).random((2, *grid)) > 0.2
+    plan = plan_trunk(cfg, [ImageSet("s2", valid, (False,) * 3)], torch.device("cpu"), torch.float64)
+    stage = plan.stages[2]
+    assert stage.sequences is not None
+    at = 0
+    for bucket in stage.sequences.buckets[shift > 0]:
+        for n in range(bucket.count):
+            image = int(stage.image_T[at])
+            where = {int(row) - at: cell for cell, row in np.ndenumerate(stage.grids[0][image]) if row >= 0}
+            at += bucket.length
+            bias = torch.zeros(bucket.length, bucket.length) if bucket.bias_N1JJ is None else bucket.bias_N1JJ[n, 0]
+            for i in [*range(prompts), *where]:
+                for j in range(bucket.length):
+                    is_key = j < prompts or j in where
+                    together = i < prompts or j < prompts or (
+                        is_key and all((where[i][a] - shift) // 4 == (where[j][a] - shift) // 4 for a in (0, 1))
+                    )  # fmt: skip
+                    assert float(bias[i, j]) == (0.0 if is_key and together else MASKED), (i, j)
 
 
 def test_attention_switch_is_one_key_with_the_same_weights() -> None:
@@ -129,8 +131,7 @@ def test_windows_depend_on_the_place_and_not_on_the_length(length: int, window: 
 
 
 def test_shape_tables_are_built_once() -> None:
-    device = torch.device("cpu")
-    assert plan_windows(9, 7, 4, 2, device) is plan_windows(9, 7, 4, 2, device)
+    assert window_cells(9, 7, 4, 2) is window_cells(9, 7, 4, 2)
 
 
 def test_tables_first_made_in_inference_mode_serve_training() -> None:
@@ -140,13 +141,20 @@ def test_tables_first_made_in_inference_mode_serve_training() -> None:
     loss_of(model).backward()
 
 
-def test_last_fusion_block_for_the_extra_token_equals_the_whole_block() -> None:
-    block = randomise(Block(12, 3, FeedForward(12)).double())
-    x = torch.randn(5, 7, 12, dtype=torch.float64)
+@pytest.mark.parametrize("rotary", [False, True])
+def test_a_block_for_its_queries_equals_the_whole_block(rotary: bool) -> None:
+    block = randomise(Block(16, 2, FeedForward(16)).double())
+    x = torch.randn(5 * 7 + 2 * 4, 16, dtype=torch.float64)
     valid = torch.rand(5, 7) > 0.4
     valid[:, 0] = True
-    layout = Layout((0, 0), 1, valid, False)
-    torch.testing.assert_close(first_token_block(block, x, layout), block(x, layout)[0][:, 0], rtol=1e-12, atol=1e-12)
+    buckets = (Bucket(5, 7, key_bias(valid, x.dtype)), Bucket(2, 4, None))
+    table = rotary_table(torch.randn(len(x), 2), 8, 100.0, 10.0) if rotary else None
+    sequences = Sequences((buckets, buckets))
+    whole = block(x, sequences, table)[0]
+    expected = torch.cat(
+        [whole[:35].view(5, 7, 16)[:, :2].flatten(0, 1), whole[35:].view(2, 4, 16)[:, :2].flatten(0, 1)]
+    )
+    torch.testing.assert_close(block.of_queries(x, sequences, 2, table), expected, rtol=1e-12, atol=1e-12)
 
 
 # --- positions ----------------------------------------------------------------------------------------------------------
@@ -154,12 +162,12 @@ def test_last_fusion_block_for_the_extra_token_equals_the_whole_block() -> None:
 
 def test_rotary_depends_on_metres_between_tokens_only() -> None:
     """The same ground offset gives the same score whether it is one 40 m token or four 10 m tokens, wherever it is."""
-    q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
+    q, k = torch.randn(2, 1, 1, 16, dtype=torch.float64)
 
     def score(stride: int, gsd: float, a: int, b: int) -> Tensor:
-        centres = token_centres_m(1, 12, stride, torch.tensor([gsd]))
-        cos, sin = rotary_table(centres, 16, 100.0, 10.0, prompts=0)
-        turned = (rotate(x, (cos[:, :, i : i + 1], sin[:, :, i : i + 1])) for x, i in ((q, a), (k, b)))
+        columns = (torch.arange(12) + 0.5) * stride * gsd
+        cos, sin = rotary_table(torch.stack([torch.full((12,), 0.5 * stride * gsd), columns], 1), 16, 100.0, 10.0)
+        turned = (rotate(x, (cos[i : i + 1], sin[i : i + 1])) for x, i in ((q, a), (k, b)))
         return torch.stack(list(turned)).prod(0).sum()
 
     torch.testing.assert_close(score(4, 10.0, 0, 1), score(4, 2.5, 3, 7), rtol=1e-6, atol=1e-6)
@@ -173,12 +181,12 @@ def test_position_kinds(position: str) -> None:
     cfg = replace(DEBUG, position=position, prompts=0, moe=MoEConfig(experts=0))
     model = build(cfg).backbone.double().eval()
     block_in = torch.randn(1, 4, 4, cfg.dims[2], dtype=torch.float64)
-    from model.backbone import Tokens
+    everything = np.ones((1, 4, 4), bool)
+    plan = plan_trunk(cfg, [ImageSet("s2", everything, (False,) * 3)], torch.device("cpu"), torch.float64)
 
     def stage(x: Tensor) -> Tensor:
-        tokens = Tokens(x, torch.ones(1, 4, 4, dtype=torch.bool), 4, [])
-        model._transformer_stage(2, "s2", tokens, True, torch.tensor([10.0]), None)
-        return tokens.feat_NhwD
+        rows, _ = model._transform(2, x.flatten(0, 2), plan.stages[2], None, torch.tensor([10.0]), ["s2"])
+        return take(rows, plan.dense(2)).view_as(x)
 
     same = torch.allclose(stage(block_in.flip(1)), stage(block_in).flip(1), atol=1e-10)
     assert same == (position == "none")
@@ -189,11 +197,11 @@ def test_gsd_moves_features_and_reference_cancels() -> None:
     backbone = build(cfg).backbone.eval()
     other = Backbone(replace(cfg, reference_m=20.0)).eval()
     other.load_state_dict(backbone.state_dict())
-    part = random_view(1).modalities["s2"]
-    x, valid = part.x_BTCHW[:, 0], part.valid_BTHW[:, 0]
-    base = backbone("s2", x, valid, torch.tensor([10.0])).feat_NhwD
-    torch.testing.assert_close(other("s2", x, valid, torch.tensor([20.0])).feat_NhwD, base, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(backbone("s2", x, valid, torch.tensor([20.0])).feat_NhwD, base, atol=1e-5)
+    images = images_of(cfg, "s2", random_view(1).modalities["s2"])
+    far = images._replace(gsd_N=torch.tensor([20.0]))
+    base = backbone([images])[0].feat_NhwD
+    torch.testing.assert_close(other([far])[0].feat_NhwD, base, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(backbone([far])[0].feat_NhwD, base, atol=1e-5)
 
 
 # --- separate backbones, pyramid ----------------------------------------------------------------------------------------
@@ -211,7 +219,7 @@ def test_separate_backbones_share_nothing() -> None:
 def test_pyramid_gives_the_four_stages() -> None:
     backbone = build(DEBUG).backbone.eval()
     part = random_view(1).modalities["hr"]
-    tokens = backbone("hr", part.x_BTCHW[:, 0], part.valid_BTHW[:, 0], part.gsd_B, pyramid=True)
+    [tokens] = backbone([images_of(DEBUG, "hr", part)], pyramid=True)
     assert [(f.shape[1], f.shape[3]) for f, _ in tokens.pyramid] == list(zip((16, 8, 4, 2), DEBUG.dims))
 
 
@@ -237,7 +245,7 @@ def test_drop_path_belongs_to_the_sample() -> None:
 
 def test_drop_path_rate_and_independence() -> None:
     seeds = image_seeds(torch.arange(4000), 1, 2).flatten()
-    kept = torch.stack([keep_factors(seeds, layer, 0.3) for layer in range(6)], 1).flatten(1)
+    kept = keep_factors(seeds, [0.3] * 6).flatten(0, 1).T
     assert abs(float((kept == 0).float().mean()) - 0.3) < 0.01
     assert torch.equal(kept.unique(), torch.tensor([0.0, 1 / 0.7]))
     correlation = torch.corrcoef(kept.T) - torch.eye(12)

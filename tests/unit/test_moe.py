@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import ModelConfig, MoEConfig
 from model.moe.balance import (
-    CallStats,
     MoEStats,
     add_stats,
     balance_term,
-    call_stats,
     describe,
     reduce_stats,
-    stack_modalities,
+    routing_stats,
     z_term,
 )
 from model.moe.dispatch import LocalDispatch, combine, moe_reference, sort_by_expert
-from model.moe.experts import experts_grouped, experts_loop
+from model.moe.experts import experts_grouped, experts_loop, members
 from model.moe.layer import MoELayer
 from model.moe.router import Router, route
+from model.rows import inverse_of
 from tests.model_views import randomise
 
 DIM, HIDDEN = 6, 10
@@ -75,7 +76,7 @@ def test_sort_and_combine_are_inverse(chosen: list[int], top_k: int) -> None:
     rows_AD = torch.arange(expert_TK.numel(), dtype=torch.float64)[:, None]
     gate = torch.ones(expert_TK.shape, dtype=torch.float64)
     expected = rows_AD.view(len(chosen), top_k, 1).sum(1)
-    assert torch.equal(combine(rows_AD[order_A], order_A, gate), expected)
+    assert torch.equal(combine(rows_AD[order_A], order_A, inverse_of(order_A), gate), expected)
 
 
 def test_invalid_tokens_are_neither_routed_nor_counted() -> None:
@@ -89,8 +90,8 @@ def test_invalid_tokens_are_neither_routed_nor_counted() -> None:
     alone, alone_stats = moe(x_NLD[valid_NL][None], torch.ones(1, 3, dtype=torch.bool))
     torch.testing.assert_close(out[valid_NL], alone[0])
     assert all(torch.equal(a, b) for a, b in zip(stats, alone_stats))
-    assert float(stats.tokens) == 3
-    assert float(stats.load_E.sum()) == 6
+    assert float(stats.tokens_M) == 3
+    assert float(stats.load_ME.sum()) == 6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -112,6 +113,45 @@ def test_grouped_product_equals_loop(dtype: torch.dtype) -> None:
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+def test_grouped_product_of_no_rows_reaches_every_parameter() -> None:
+    """A rank of an expert-parallel group may get no row at all."""
+    moe = MoELayer(16, 32, 4, 1, grouped=True)
+    x_TD = torch.zeros(0, 16, requires_grad=True)
+    out = moe.experts(x_TD, torch.zeros(4, dtype=torch.int64))
+    assert out.shape == (0, 16)
+    out.sum().backward()
+    for name, parameter in moe.experts.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+def test_no_scatter_add_in_the_backward_of_experts() -> None:
+    """On CUDA it adds in any order: no bitwise resume."""
+
+    class Names(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: set[str] = set()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.seen.add(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    counts_E, b_ED = torch.tensor([40, 0, 8]), torch.zeros(3, 8)
+    w1, b1, w2, b2 = (p.requires_grad_() for p in (torch.zeros(3, 8, 8), b_ED.clone(), torch.zeros(3, 8, 8), b_ED))
+    with Names() as names:
+        out_TD = experts_grouped(torch.ones(48, 8), counts_E, w1, b1, w2, b2)
+        out_TD.backward(torch.ones_like(out_TD))
+    assert torch.equal(b2.grad, counts_E[:, None].expand(3, 8).float())
+    assert not [name for name in names.seen if "index_add" in name or "scatter" in name or "index_put" in name]
+
+
+def test_every_row_gets_its_experts_bias_exactly() -> None:
+    counts_E, b_ED = torch.tensor([2, 0, 3, 1]), torch.randn(4, 5)
+    found_TD = members(counts_E.cumsum(0), 6, torch.float32) @ b_ED
+    assert torch.equal(found_TD, b_ED.repeat_interleave(counts_E, 0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_router_decides_in_float32(dtype: torch.dtype) -> None:
     router = Router(DIM, 4, 1).to(dtype)
@@ -124,16 +164,21 @@ def test_router_decides_in_float32(dtype: torch.dtype) -> None:
         torch.testing.assert_close(routing.logits_TE.double(), exact, rtol=1e-5, atol=1e-6)
 
 
-def numbers(tokens: int, experts: int, top_k: int, seed: int = 0) -> tuple[Tensor, CallStats]:
-    logits_TE = 2 * torch.randn(tokens, experts, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return logits_TE, call_stats(route(logits_TE, top_k))
+def stats_of(*logits: Tensor, top_k: int = 1) -> MoEStats:
+    """One part per modality."""
+    modality = torch.repeat_interleave(torch.tensor([len(part) for part in logits]))
+    return routing_stats(route(torch.cat(logits), top_k), torch.eye(len(logits))[modality])
+
+
+def numbers(tokens: int, experts: int, seed: int = 0) -> Tensor:
+    return 2 * torch.randn(tokens, experts, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_router_losses_equal_their_formulas(top_k: int) -> None:
     """Switch eq. 4-6 and ST-MoE eq. 5, written out over the tokens of two modalities."""
-    (first, stats_a), (second, stats_b) = numbers(7, 4, top_k, 1), numbers(12, 4, top_k, 2)
-    stats = stack_modalities([stats_a, stats_b])
+    first, second = numbers(7, 4, 1), numbers(12, 4, 2)
+    stats = stats_of(first, second, top_k=top_k)
     rows = torch.cat([first, second]).tolist()
     probs = [[math.exp(v) / sum(map(math.exp, row)) for v in row] for row in rows]
     share, mean = [0.0] * 4, [0.0] * 4
@@ -147,25 +192,25 @@ def test_router_losses_equal_their_formulas(top_k: int) -> None:
     assert float(z_term(stats, stats)) == pytest.approx(z, rel=1e-12)
     entropy = -sum(v * math.log(v) for p in probs for v in p)
     assert float(stats.entropy_M.sum()) == pytest.approx(entropy, rel=1e-12)
+    assert stats.tokens_M.tolist() == [7, 12]
+    for m, part in enumerate((first, second)):
+        alone = stats_of(part, top_k=top_k)
+        assert all(torch.allclose(whole[m], own[0], rtol=1e-12) for whole, own in zip(stats, alone))
 
 
 def test_balance_is_one_when_uniform_and_grows_with_collapse() -> None:
-    even = stack_modalities([call_stats(route(torch.eye(4, dtype=torch.float64) * 1e-9, 1))])
+    even = stats_of(torch.eye(4, dtype=torch.float64) * 1e-9)
     torch.testing.assert_close(balance_term(even, even), torch.tensor(1.0, dtype=torch.float64), rtol=1e-6, atol=1e-6)
-    collapsed = stack_modalities([call_stats(route(torch.tensor([[9.0, 0, 0, 0]] * 8), 1))])
+    collapsed = stats_of(torch.tensor([[9.0, 0, 0, 0]] * 8))
     assert float(balance_term(collapsed, collapsed)) > 3.9
 
 
 def test_parts_of_two_ranks_add_up_to_the_loss_and_its_gradient() -> None:
     logits = [torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (5, 9)]
-
-    def of(part: Tensor) -> MoEStats:
-        return stack_modalities([call_stats(route(part, 1))])
-
-    whole = of(torch.cat(logits))
+    whole = stats_of(torch.cat(logits))
     expected = torch.autograd.grad(balance_term(whole, whole) + z_term(whole, whole), logits)
 
-    parts = [of(p) for p in logits]
+    parts = [stats_of(p) for p in logits]
     total = MoEStats(*(t.detach() for t in add_stats([[p] for p in parts])[0]))
     loss = sum(balance_term(p, total) + z_term(p, total) for p in parts)
     torch.testing.assert_close(loss, balance_term(whole, whole) + z_term(whole, whole))
@@ -174,7 +219,7 @@ def test_parts_of_two_ranks_add_up_to_the_loss_and_its_gradient() -> None:
 
 
 def test_reduction_sums_every_field_of_every_layer_in_one_collective() -> None:
-    layers = [stack_modalities([numbers(3, 4, 1, i)[1], numbers(4, 4, 1, i + 9)[1]]) for i in range(3)]
+    layers = [stats_of(numbers(3, 4, i), numbers(4, 4, i + 9)) for i in range(3)]
     calls = []
 
     class TwoEqualRanks:
@@ -190,9 +235,8 @@ def test_reduction_sums_every_field_of_every_layer_in_one_collective() -> None:
 
 
 def test_metrics_tell_modalities_and_dead_experts_apart() -> None:
-    one = call_stats(route(torch.tensor([[5.0, 0, 0]] * 4), 1))
-    two = call_stats(route(torch.tensor([[0, 5.0, 0]] * 2), 1))
-    metrics = describe([stack_modalities([one, two])], ("hr", "s2"))
+    stats = stats_of(torch.tensor([[5.0, 0, 0]] * 4), torch.tensor([[0, 5.0, 0]] * 2))
+    metrics = describe([stats], ("hr", "s2"))
     assert float(metrics["moe/load/hr/0"]) == 1.0
     assert float(metrics["moe/load/s2/1"]) == 1.0
     assert float(metrics["moe/dead_experts"]) == 1.0

@@ -44,7 +44,7 @@ def test_memory_by_hand() -> None:
 
 def test_communication_by_hand() -> None:
     volumes = payload_bytes(MODEL, dataclasses.replace(LAYOUT, ep=4))
-    assert volumes["gradient_all_reduce"] == 2 * 1.2e9 * 2  # twice: ZeRO-2 reduces every micro-batch
+    assert volumes["gradient_all_reduce"] == 4 * 1.2e9 * 2  # float32, and twice: ZeRO-2 reduces every micro-batch
     assert volumes["weight_all_gather"] == 2 * (0.05e9 + 0.1e9)
     rows = 4 * 2e7 * 2 * 8  # 4 samples; to and fro in teacher, student, recomputation, backward
     assert volumes["expert_all_to_all"] == rows + 2 * 36 * 8 * 8 * 3
@@ -52,7 +52,9 @@ def test_communication_by_hand() -> None:
 
 def test_experts_that_no_other_rank_holds_are_not_reduced() -> None:
     whole = payload_bytes(MODEL, dataclasses.replace(LAYOUT, nodes=1, ep=8))
-    assert whole["gradient_all_reduce"] == 2 * 0.8e9 * 2
+    assert whole["gradient_all_reduce"] == 4 * 0.8e9 * 2
+    narrow = payload_bytes(MODEL, dataclasses.replace(LAYOUT, nodes=1, ep=8, reduce="bf16"))
+    assert narrow["gradient_all_reduce"] == 2 * 0.8e9 * 2
     assert whole["weight_all_gather"] == 2 * 0.1e9
 
 

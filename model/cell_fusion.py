@@ -1,0 +1,106 @@
+"""Multi-modal temporal fusion by cells of the ground: one transformer over [queries ‖ all tokens of all sensors and dates] of a cell; a
+query's output is the fused feature at its place. The predecessor unfolds every frame to the finest grid and runs one sequence per
+place (`model.fusion`): sixteen times the frames for the same answers.
+
+Dimension legend: B sites · T dates · h, w tokens of a sensor · y, x places · D backbone channels · F fusion channels · N tokens of all views ·
+X queries · T rows of all sequences · R side of the table of query places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.cells import CellPlan, Seen, plan_cells
+from model.config import ModelConfig
+from model.fusion import NUM_DAYS, Frames
+from model.positions import rotary_table
+from model.rows import take
+from model.transformer import Block, FeedForward
+
+
+class CellFusion(nn.Module):
+    """Fusion of the configured modalities. Missing sensors, dates and tokens are not there, never numbers."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.cfg, self.dim = cfg, cfg.fusion_dim
+        self.project = nn.Linear(cfg.dims[3], self.dim)
+        self.day = nn.Embedding(NUM_DAYS, self.dim)
+        self.query_RF = nn.Parameter(torch.empty(cfg.query_side**2, self.dim))
+        self.blocks = nn.ModuleList(
+            Block(self.dim, cfg.fusion_heads, FeedForward(self.dim)) for _ in range(cfg.fusion_depth)
+        )
+        self.norm = nn.LayerNorm(self.dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The blocks reset themselves."""
+        nn.init.trunc_normal_(self.project.weight, std=0.02)
+        nn.init.zeros_(self.project.bias)
+        nn.init.trunc_normal_(self.day.weight, std=0.02)
+        nn.init.trunc_normal_(self.query_RF, std=0.02)
+        self.norm.reset_parameters()
+
+    def forward(self, views: Sequence[dict[str, Frames]]) -> list[tuple[Tensor, Tensor]]:
+        """Per view fused_ByxF, zero where not valid, and fused_valid_Byx: a place is valid if any token over it is."""
+        frames = [item for view in views for item in view.values()]
+        feat_ND = torch.cat([item.feat_BThwD.flatten(0, 3) for item in frames])
+        plan = self.plan_of(views, feat_ND.dtype)
+        x_NF = self._with_days(self.project(feat_ND), frames)
+        query_XF = plan.place_XR.to(x_NF.dtype) @ self.query_RF.to(x_NF.dtype)
+        x_TF = take(torch.cat([x_NF, query_XF]), plan.enter)
+        rotary = self._rotary(views, plan)
+        for block in self.blocks[:-1]:
+            x_TF, _ = self._run(block, x_TF, plan.sequences, rotary)
+        fused_XF = self._run(of_queries, self.blocks[-1], x_TF, plan.sequences, plan.num_queries, rotary)
+        fused_XF = take(self.norm(fused_XF), plan.leave)
+        sizes = [valid.size for valid in plan.valid]
+        masks = [torch.from_numpy(valid).to(fused_XF.device, non_blocking=True) for valid in plan.valid]
+        return [(part.unflatten(0, mask.shape), mask) for part, mask in zip(fused_XF.split(sizes), masks)]
+
+    def plan_of(self, views: Sequence[dict[str, Frames]], dtype: torch.dtype) -> CellPlan:
+        first = next(iter(views[0].values()))
+        seen = [
+            {
+                name: Seen(item.host_valid, item.grid, None if item.shown_B is None else item.shown_B.cpu().numpy())
+                for name, item in view.items()
+            }
+            for view in views
+        ]
+        return plan_cells(seen, self.cfg.query_side, first.feat_BThwD.device, dtype)
+
+    def _with_days(self, x_NF: Tensor, frames: list[Frames]) -> Tensor:
+        """Adds to every token the embedding of its date's day of the year."""
+        doy_I = torch.cat([item.doy_BT.flatten() for item in frames]).long().clamp(0, NUM_DAYS - 1)
+        day_IF = self.day(doy_I).to(x_NF.dtype)
+        parts, at = [], 0
+        for item, day in zip(frames, day_IF.split([item.doy_BT.numel() for item in frames])):
+            tokens = item.feat_BThwD[0, 0].shape[0] * item.feat_BThwD[0, 0].shape[1]
+            rows = slice(at, at + len(day) * tokens)
+            parts.append((x_NF[rows].unflatten(0, (len(day), tokens)) + day[:, None]).flatten(0, 1))
+            at = rows.stop
+        return torch.cat(parts)
+
+    def _rotary(self, views: Sequence[dict[str, Frames]], plan: CellPlan) -> tuple[Tensor, Tensor]:
+        """Places in metres: all sensors of a view show the same ground, a share of which is a place on all of them."""
+        width_MB = torch.cat(
+            [torch.stack([item.gsd_B.float() * item.grid.canvas[1] for item in view.values()]) for view in views], 1
+        )
+        ground_B = width_MB.gather(0, plan.ground[None])[0]
+        metres_T2 = plan.share_T2 * ground_B.index_select(0, plan.site_T)[:, None]
+        return rotary_table(metres_T2, self.dim // self.cfg.fusion_heads, self.cfg.rotary_base, self.cfg.reference_m)
+
+    def _run(self, function: Any, *args: Any) -> Any:
+        if self.cfg.activation_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+        return function(*args)
+
+
+def of_queries(block: Block, *args: Any) -> Tensor:
+    """The last block, for the queries alone: nobody reads the other outputs."""
+    return block.of_queries(*args)
