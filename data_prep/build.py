@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -160,7 +161,7 @@ def build_shard(
 
     Raises RunFailure when there is no space left.
     """
-    reading = read or read_site
+    reading = read or functools.partial(read_site, quality=job.config.quality, modalities=job.config.source.modalities)
     url, name, config = job.config.output.url, job.shard.name, job.config
     clock = Stages()
     faults: list[dict[str, str]] = []
@@ -240,8 +241,8 @@ def _add_site(
             members = writer.encode(site)
     except (SourceFault, SampleError) as fault:
         return {"asset": fault.asset, "why": fault.why}
-    except MemoryError:
-        raise RunFailure(f"out of memory while reading {record.key}: a smaller grid.side_m, or fewer workers") from None
+    except MemoryError:  # of this site: the next may be smaller, and a build that stops would stop here again
+        return {"asset": record.assets[0].id, "why": "out of memory: a smaller grid.side_m, or fewer workers"}
     except Exception as error:  # whatever a damaged file makes a library do, it costs this site only, and is named
         if isinstance(error, OSError) and error.errno in FULL:
             raise

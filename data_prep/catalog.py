@@ -14,6 +14,7 @@ from typing import Any
 from cluster.errors import RunFailure, UsageError
 from cluster.progress import progress
 from cluster.storage import exists, is_local, list_names, local_path, upload
+from data_prep.schema import MODALITIES
 from data_prep.sources.records import SourceFault
 
 # Each module has sites(url) -> list of tuples (cheap listing; UsageError for the wrong layout) and item(url, site) -> STAC item.
@@ -26,7 +27,6 @@ LAYOUTS = {
     "geotiff": "data_prep.sources.geotiff",
 }
 THREADS = 4
-IMAGES = ("hr", "s2", "s2_l1c", "s1")
 
 
 @dataclass
@@ -74,7 +74,7 @@ def scan(url: str, layout: str) -> Scan:
 def _drop_lone_labels(found: Scan) -> None:
     """Labels and masks without any image at their place cannot become a site; they are left out and said so."""
     sites = {
-        _site(item) for item in found.items if any(a["geoloom:modality"] in IMAGES for a in item["assets"].values())
+        _site(item) for item in found.items if any(a["geoloom:modality"] in MODALITIES for a in item["assets"].values())
     }
     lone = [item for item in found.items if _site(item) not in sites]
     found.items = [item for item in found.items if _site(item) in sites]

@@ -103,8 +103,11 @@ def test_terramesh_tars_one_per_modality(tmp_path):
     middle = int(records[0].of("s2")[0].member.split(":")[0]) + 3000
     damaged[middle : middle + 400] = b"\0" * 400
     shard.write_bytes(damaged)
+    rest = read_site(records[0], NATIVE)
+    assert set(rest.series) == {"s1"}
+    assert [(loss["modality"], loss["asset"]) for loss in rest.losses] == [("s2", "100U_20L_0_1/S2L2A")]
     with pytest.raises(SourceFault, match="100U_20L_0_1/S2L2A"):
-        read_site(records[0], NATIVE)
+        read_site(records[0], NATIVE, modalities=("s2",))
     read_site(records[1], NATIVE)
 
 
@@ -179,10 +182,12 @@ def test_copernicus_tensors_are_read_without_touching_their_pickle(tmp_path):
     assert detect_layout(str(tmp_path / "set")) == "copernicus"
     make_catalog(str(tmp_path / "set"), str(tmp_path / "c.parquet"), "copernicus")
     records = open_catalog(str(tmp_path / "c.parquet"))
-    assert [(r.key, r.modalities) for r in records] == [("0772176_0", ("s1",)), ("0772176_1", ("s1",))]
+    assert [(r.key, r.modalities) for r in records] == [(f"0772176_{p}", ("s1", "s2_l1c")) for p in range(2)]
     for number, record in enumerate(records):
         site = read_site(record, NATIVE)
-        assert set(site.series) == {"s1"}
+        assert set(site.series) == {"s1"}  # the other half is top of atmosphere, read when asked for
+        asked = read_site(record, NATIVE, modalities=("s2_l1c",)).series["s2_l1c"]
+        assert (asked.pixels_TCHW == s2[number]).all()
         assert (site.series["s1"].pixels_TCHW == s1[number].astype(np.float16)).all()
         assert site.series["s1"].datetimes == ["2021-03-05T00:00:00Z", "2021-09-05T00:00:00Z"]
         assert site.series["s1"].decisions[0]["position"].startswith("assumed")
