@@ -265,7 +265,7 @@ def backscatter(raw_CHW: np.ndarray, unit: str, nodata: float | None) -> tuple[n
     if unit == "linear":
         valid_CHW &= values_CHW > 0
         values_CHW = np.float32(10) * np.log10(np.where(valid_CHW, values_CHW, 1).astype(np.float32))
-    valid_HW = (valid_CHW & (values_CHW >= LOWEST_DB)).all(axis=0)
+    valid_HW = np.asarray((valid_CHW & (values_CHW >= LOWEST_DB)).all(axis=0))
     if unit == "dB":
         valid_HW &= np.any(values_CHW != 0, axis=0)
     valid_HW = _without_border_noise(values_CHW, valid_HW)
@@ -302,7 +302,7 @@ def quantity(raw_CHW: np.ndarray, asset: Asset, nodata: float | None, dtype: str
     if kind.kind in "ui":
         values_CHW = np.rint(np.nan_to_num(values_CHW))
         valid_CHW &= (values_CHW >= np.iinfo(kind).min) & (values_CHW <= np.iinfo(kind).max)
-    valid_HW = valid_CHW.all(axis=0)
+    valid_HW = np.asarray(valid_CHW.all(axis=0))
     values_CHW = np.where(valid_HW, values_CHW, 0)
     return values_CHW.astype(np.float32 if kind.kind == "f" else kind), valid_HW
 

@@ -33,7 +33,10 @@ def _slots(asset: Asset) -> list[tuple[str, ...]]:
         return [("mask", asset.datetime)]
     if asset.modality not in MODALITIES or asset.format not in PER_BAND:
         return []
-    return [(asset.modality, asset.datetime, asset.product_id, asset.orbit, band) for band in asset.bands]
+    spec = MODALITIES[asset.modality]
+    # an analytic product beside a picture is not kept for the sake of bands that nobody reads
+    bands = [band for band in asset.bands if band in spec.bands] if spec.kind == "colour" else asset.bands
+    return [(asset.modality, asset.datetime, asset.product_id, asset.orbit, band) for band in bands]
 
 
 def _rank(asset: Asset) -> tuple[float | int, ...]:

@@ -251,6 +251,8 @@ class RasterCube(Cube):
             return None
         if asset.modality != "hr" and rasterio.enums.MaskFlags.nodata in flags:
             return None  # harmonisation compares with the declared nodata itself, band by band
+        if rasterio.enums.MaskFlags.alpha in flags and not _is_mask(asset):
+            return None
         return _asked(asset, lambda dataset: dataset.dataset_mask(window=_raster_window(window)) > 0, "mask")
 
     def read_cloud(self, date: int, window: Window, quality: QualityConfig) -> np.ndarray:
@@ -276,6 +278,15 @@ class RasterCube(Cube):
 
     def close(self) -> None:
         self._places = {}  # the datasets stay open for the next site of the same scene
+
+
+def _is_mask(asset: Asset) -> bool:
+    """Whether a file's alpha band is one: writers call any fourth band of bytes so, the near infrared of an aerial image too."""
+    dataset = borrow_raster(asset)
+    index = [kind.name for kind in dataset.colorinterp].index("alpha")
+    if asset.bands[index : index + 1] in ((), ("A",), ("",)):
+        return True
+    return bool(np.isin(_small(asset, index + 1), (0, 255)).all())
 
 
 def _small(asset: Asset, index: int) -> np.ndarray:

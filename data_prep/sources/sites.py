@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
@@ -22,10 +23,10 @@ from data_prep.geo import (
     utm_code,
 )
 from data_prep.schema import MODALITIES, default_modalities
+from data_prep.sources.open import open_cube
 from data_prep.sources.raster import open_raster, raster_grid
 from data_prep.sources.records import Asset, SiteRecord, SourceFault
 from data_prep.sources.stac import item_assets, item_classes, item_footprint, item_scalars, site_name
-from data_prep.sources.zarr_cube import ZarrCube
 
 if TYPE_CHECKING:
     from data_prep.config import GridConfig
@@ -93,9 +94,9 @@ def asset_grid(asset: Asset) -> Grid:
     """Where an asset lies: as declared, else as the file says."""
     if asset.grid is not None:
         return asset.grid
-    if asset.format == "zarr":
-        cube = ZarrCube(asset, ())
-        return cube.layers[0].grid
+    if asset.format.startswith("zarr"):
+        with contextlib.closing(open_cube([asset], ())) as cube:
+            return min((layer.grid for layer in cube.layers), key=lambda grid: grid.gsd_m())
     with open_raster(asset.href, asset.id) as dataset:
         return raster_grid(dataset, asset.id)
 

@@ -91,6 +91,16 @@ class ZarrCube(Cube):
         self._held = {}
 
 
+def is_cube(asset: Asset) -> bool:
+    """Whether a Zarr group holds one array of all dates and bands, or is to be refused as such; else it has a variable per band."""
+    group, store = open_group(asset.href, asset.id)
+    arrays = arrays_of(group, store, asset.href, asset.id)
+    if asset.member or "data" in arrays or any(array.ndim >= 4 for array in arrays.values()):
+        return True
+    flat = any(array.ndim in (2, 3) and min(array.shape) > 1 for array in arrays.values())
+    return not flat and not any(True for _ in group.groups())
+
+
 def _with_attributes(asset: Asset, attributes: dict[str, Any]) -> Asset:
     """The asset with what the cube itself says where the catalog is silent: unit (s1), scale and offset (s2)."""
     said: dict[str, Any] = {}
