@@ -1,4 +1,4 @@
-"""From finished shards to a set: parts under `_build/` → `index.parquet`, `faults.jsonl`, `manifest.json`.
+"""From finished shards to a set: parts under `_build/` → `index.parquet`, `faults.jsonl` (sites), `losses.jsonl` (dates), `manifest.json`.
 
 A shard is finished when its part JSON exists; that file is written last, after the tar and the two part tables. The merge
 reads parts only (no tar), in plan order, holds one part at a time, and gives the same bytes however often, by whomever and
@@ -24,7 +24,7 @@ from cluster.errors import RunFailure
 from data_prep import index
 from data_prep.config import SPLITS, BuildConfig
 from data_prep.schema import SCHEMA_VERSION
-from data_prep.shards import FAULTS, INDEX, MANIFEST, ShardWriter
+from data_prep.shards import FAULTS, INDEX, LOSSES, MANIFEST, ShardWriter, statistics_splits
 from data_prep.statistics import Histograms, statistics_json, statistics_sha256
 
 PARTS = "_build"
@@ -55,7 +55,7 @@ def commit_shard(
         "labels": index.label_names(rows.schema), "classes": writer.classes, "radiometry": writer.radiometry,
         "index_sha256": hashlib.sha256(table.getvalue()).hexdigest(),
         "stats_sha256": hashlib.sha256(statistics).hexdigest(),
-        "faults": list(faults),
+        "faults": list(faults), "losses": writer.losses,
     }  # fmt: skip
     storage.write_atomic(part_url(url, name, "index.parquet"), table.getvalue())
     storage.write_atomic(part_url(url, name, "stats.parquet"), statistics)
@@ -102,6 +102,11 @@ def merge_parts(
         )
     faults = [*plan_faults, *(fault for part in parts for fault in part["faults"])]
     storage.write_atomic(storage.join(url, FAULTS), b"".join(dump(fault) for fault in faults))
+    losses = [loss for part in parts for loss in part.get("losses", [])]
+    if losses:
+        storage.write_atomic(storage.join(url, LOSSES), b"".join(dump(loss) for loss in losses))
+    else:
+        storage.remove(storage.join(url, LOSSES))
     kept = [part for part in parts if part["samples"]]
     if not kept:
         raise RunFailure(
@@ -112,6 +117,7 @@ def merge_parts(
     manifest = _manifest(url, kept, config, classes) | dict(extra or {})
     manifest["index"] = {"sha256": index_sha256, "bytes": index_bytes}
     manifest["faults"] = len(faults)
+    manifest["losses"] = {"dates": len(losses), "sites": len({loss["site"] for loss in losses})}
     manifest["plan"] = plan
     storage.write_atomic(storage.join(url, MANIFEST), dump(manifest, indent=1))
     return manifest
@@ -148,8 +154,8 @@ def _manifest(
     url: str, parts: Sequence[Mapping[str, Any]], config: BuildConfig, classes: Mapping[str, list[str]]
 ) -> dict[str, Any]:
     shards = [{key: part[key] for key in ("name", "split", "samples", "bytes", "sha256")} for part in _named(parts)]
-    histograms = Histograms()
-    for data in _ahead(url, parts, "stats.parquet"):
+    histograms, counted = Histograms(), statistics_splits(part["split"] for part in parts)
+    for data in _ahead(url, [part for part in parts if part["split"] in counted], "stats.parquet"):
         histograms.merge(Histograms.from_bytes(data))
     statistics = statistics_json(histograms.finish())
     radiometry: dict[str, int] = {}
@@ -166,6 +172,7 @@ def _manifest(
         "counts": {**_totals(shards), "splits": {split: _totals([s for s in shards if s["split"] == split]) for split in SPLITS}},
         "shards": shards,
         "statistics": statistics,
+        "statistics_splits": list(counted),
         "statistics_sha256": statistics_sha256(statistics),
         "content_sha256": hashlib.sha256(content.encode()).hexdigest(),
         "classes": classes,

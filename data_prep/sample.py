@@ -101,7 +101,7 @@ def decode_members(read: Callable[[str], bytes], suffixes: list[str]) -> tuple[S
     rasters = {name: array(f"label.{name}", [1, 1, *entry["shape"]])[0, 0] for name, entry in info["labels"].items()}
     site = SiteArrays(
         info["key"], info["crs"], tuple(info["bbox_wgs84"]), tuple(info["footprint"]), series, info["cell"],
-        info["scalars"], rasters,
+        info["scalars"], rasters, losses=info.get("losses", []),
     )  # fmt: skip
     return site, info["split"]
 

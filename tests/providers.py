@@ -29,12 +29,16 @@ CORNER = (600000.0, 5800020.0)
 SIDE_M = 600
 
 
-def grid_of(gsd_m: float, corner: tuple[float, float] = CORNER, crs: str = "EPSG:32631", side_m: float = SIDE_M) -> Grid:
+def grid_of(
+    gsd_m: float, corner: tuple[float, float] = CORNER, crs: str = "EPSG:32631", side_m: float = SIDE_M
+) -> Grid:
     pixels = round(side_m / gsd_m)
     return Grid(crs, (gsd_m, 0.0, corner[0], 0.0, -gsd_m, corner[1]), pixels, pixels)
 
 
-def write(path: Path, pixels_CHW: np.ndarray, grid: Grid, nodata: float | None = None, driver: str = "GTiff", **options: Any) -> str:
+def write(
+    path: Path, pixels_CHW: np.ndarray, grid: Grid, nodata: float | None = None, driver: str = "GTiff", **options: Any
+) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     lossless = {"QUALITY": "100", "REVERSIBLE": "YES", "YCBCR420": "NO"} if driver == "JP2OpenJPEG" else {}
     with rasterio.open(
@@ -93,7 +97,9 @@ def projection(gsd_m: float, corner: tuple[float, float] = CORNER) -> dict[str, 
     return {"proj:shape": list(grid.shape), "proj:transform": list(grid.transform), "proj:bbox": list(grid.bounds)}
 
 
-def item(name: str, assets: dict[str, Any], properties: dict[str, Any], collection: str = "", grid: Grid | None = None) -> dict[str, Any]:
+def item(
+    name: str, assets: dict[str, Any], properties: dict[str, Any], collection: str = "", grid: Grid | None = None
+) -> dict[str, Any]:
     west, south, east, north = bbox_wgs84(*(lambda g: (g.crs, g.bounds))(grid or grid_of(10)))
     ring = [[west, south], [east, south], [east, north], [west, north], [west, south]]
     return {
@@ -126,9 +132,25 @@ def stactools(scene: Scene) -> dict[str, Any]:
         }  # fmt: skip
     for name, gsd in (("scl_60m", 60), ("scl", 20)):
         values = scene.scl if gsd == 20 else np.full((10, 10), 9, np.uint8)
-        assets[name] = {"href": scene.file(name, values, gsd), "type": "image/jp2", "roles": ["data"], "gsd": gsd, **projection(gsd, scene.corner)}
-    assets["aot"] = {"href": scene.file("AOT", np.ones((30, 30), np.uint16), 20), "type": "image/jp2", "roles": ["data"], **projection(20)}
-    assets["preview"] = {"href": scene.file("PVI", scene.picture(60), 60), "type": "image/jp2", "roles": ["overview"], **projection(60)}
+        assets[name] = {
+            "href": scene.file(name, values, gsd),
+            "type": "image/jp2",
+            "roles": ["data"],
+            "gsd": gsd,
+            **projection(gsd, scene.corner),
+        }
+    assets["aot"] = {
+        "href": scene.file("AOT", np.ones((30, 30), np.uint16), 20),
+        "type": "image/jp2",
+        "roles": ["data"],
+        **projection(20),
+    }
+    assets["preview"] = {
+        "href": scene.file("PVI", scene.picture(60), 60),
+        "type": "image/jp2",
+        "roles": ["overview"],
+        **projection(60),
+    }
     assets["product_metadata"] = {"href": "MTD_MSIL2A.xml", "type": "application/xml", "roles": ["metadata"]}
     baseline = "05.09" if scene.offset_dn else "02.12"
     properties = {
@@ -149,13 +171,34 @@ def planetary_computer(scene: Scene) -> dict[str, Any]:
         }  # fmt: skip
     rgb = [{"name": band, "common_name": COMMON[band]} for band in ("B04", "B03", "B02")]
     assets = {
-        "AOT": {"href": scene.file("AOT", np.ones((60, 60), np.uint16), 10), "type": COG, "roles": ["data"], "gsd": 10.0},
+        "AOT": {
+            "href": scene.file("AOT", np.ones((60, 60), np.uint16), 10),
+            "type": COG,
+            "roles": ["data"],
+            "gsd": 10.0,
+        },
         **assets,
-        "SCL": {"href": scene.file("SCL", scene.scl, 20), "type": COG, "roles": ["data"], "gsd": 20.0, **projection(20)},
-        "visual": {"href": scene.file("TCI", scene.picture(), 10), "type": COG, "roles": ["data"], "eo:bands": rgb, **projection(10)},
+        "SCL": {
+            "href": scene.file("SCL", scene.scl, 20),
+            "type": COG,
+            "roles": ["data"],
+            "gsd": 20.0,
+            **projection(20),
+        },
+        "visual": {
+            "href": scene.file("TCI", scene.picture(), 10),
+            "type": COG,
+            "roles": ["data"],
+            "eo:bands": rgb,
+            **projection(10),
+        },
         "preview": {"href": scene.file("PVI", scene.picture(60), 60), "type": COG, "roles": ["thumbnail"]},
         "safe-manifest": {"href": "manifest.safe", "type": "application/xml", "roles": ["metadata"]},
-        "tilejson": {"href": "https://planetarycomputer.microsoft.com/x.json", "type": "application/json", "roles": ["tiles"]},
+        "tilejson": {
+            "href": "https://planetarycomputer.microsoft.com/x.json",
+            "type": "application/json",
+            "roles": ["tiles"],
+        },
     }
     properties = {
         "platform": "Sentinel-2B", "constellation": "Sentinel 2", "proj:epsg": 32631, "s2:processing_baseline": "05.09", "sat:relative_orbit": 8,
@@ -174,12 +217,30 @@ def earth_search_v1(scene: Scene, twins: bool = True) -> dict[str, Any]:
             "raster:bands": [{"nodata": 0, "data_type": "uint16", "bits_per_sample": 15, "spatial_resolution": gsd, "scale": 0.0001, "offset": -0.1}],
         }  # fmt: skip
         if twins:
-            assets[f"{common}-jp2"] = about | {"href": f"s3://sentinel-s2-l2a/tiles/31/U/FU/2023/7/1/0/{band}.jp2", "type": "image/jp2"}
+            assets[f"{common}-jp2"] = about | {
+                "href": f"s3://sentinel-s2-l2a/tiles/31/U/FU/2023/7/1/0/{band}.jp2",
+                "type": "image/jp2",
+            }
         assets[common] = about | {"href": scene.file(band, scene.numbers(band, gsd), gsd), "type": COG}
     rgb = [{"name": name, "common_name": name} for name in ("red", "green", "blue")]
-    assets["visual"] = {"href": scene.file("TCI", scene.picture(), 10), "type": COG, "roles": ["visual"], "eo:bands": rgb, **projection(10)}
-    assets["scl"] = {"href": scene.file("SCL", scene.scl, 20), "type": COG, "roles": ["data", "reflectance"], **projection(20)}
-    assets["scl-jp2"] = {"href": "s3://sentinel-s2-l2a/tiles/31/U/FU/2023/7/1/0/SCL.jp2", "type": "image/jp2", "roles": ["data"]}
+    assets["visual"] = {
+        "href": scene.file("TCI", scene.picture(), 10),
+        "type": COG,
+        "roles": ["visual"],
+        "eo:bands": rgb,
+        **projection(10),
+    }
+    assets["scl"] = {
+        "href": scene.file("SCL", scene.scl, 20),
+        "type": COG,
+        "roles": ["data", "reflectance"],
+        **projection(20),
+    }
+    assets["scl-jp2"] = {
+        "href": "s3://sentinel-s2-l2a/tiles/31/U/FU/2023/7/1/0/SCL.jp2",
+        "type": "image/jp2",
+        "roles": ["data"],
+    }
     assets["thumbnail"] = {"href": "https://x/preview.jpg", "type": "image/jpeg", "roles": ["thumbnail"]}
     properties = {
         "platform": "sentinel-2b", "constellation": "sentinel-2", "proj:epsg": 32631, "s2:processing_baseline": "05.09",
@@ -224,10 +285,24 @@ def data_space(scene: Scene) -> dict[str, Any]:
             "bands": [{"name": band, "eo:common_name": COMMON[band]} for band in ("B04", "B03", "B02")], "data_type": "uint8",
             "proj:code": "EPSG:32631", **projection(gsd),
         }  # fmt: skip
-    assets["SCL_60m"] = {"href": scene.file("SCL_60m", np.full((10, 10), 9, np.uint8), 60), "type": "image/jp2", "roles": ["data"], **projection(60)}
-    assets["SCL_20m"] = {"href": scene.file("SCL_20m", scene.scl, 20), "type": "image/jp2", "roles": ["data"], **projection(20)}
+    assets["SCL_60m"] = {
+        "href": scene.file("SCL_60m", np.full((10, 10), 9, np.uint8), 60),
+        "type": "image/jp2",
+        "roles": ["data"],
+        **projection(60),
+    }
+    assets["SCL_20m"] = {
+        "href": scene.file("SCL_20m", scene.scl, 20),
+        "type": "image/jp2",
+        "roles": ["data"],
+        **projection(20),
+    }
     assets["thumbnail"] = {"href": "https://x/t.jpg", "type": "image/jpeg", "roles": ["thumbnail", "overview"]}
-    assets["Product"] = {"href": "https://x/$value", "type": "application/zip", "roles": ["data", "metadata", "archive"]}
+    assets["Product"] = {
+        "href": "https://x/$value",
+        "type": "application/zip",
+        "roles": ["data", "metadata", "archive"],
+    }
     properties = {
         "platform": "sentinel-2b", "constellation": "sentinel-2", "processing:level": "L2", "processing:version": "05.09",
         "product:type": "S2MSI2A", "sat:relative_orbit": 8, "grid:code": "MGRS-31UFU", "eo:cloud_cover": 10.0,
@@ -243,30 +318,54 @@ def rtc(folder: Path, provider: str, db: np.ndarray) -> dict[str, Any]:
     nodata = {"pc": -32768.0, "aws": 0.0, "opera": np.nan}[provider]
     hrefs = [write(folder / f"{name}.tif", plane[None], grid, nodata) for name, plane in zip(("VV", "VH"), power)]
     if provider == "pc":
-        assets = {name: {"href": href, "type": COG, "roles": ["data"], **projection(10)} for name, href in zip(("vh", "vv"), hrefs[::-1])}
+        assets = {
+            name: {"href": href, "type": COG, "roles": ["data"], **projection(10)}
+            for name, href in zip(("vh", "vv"), hrefs[::-1])
+        }
         properties = {
             "platform": "SENTINEL-1A", "constellation": "Sentinel-1", "proj:epsg": 32631, "sar:product_type": "GRD", "sat:orbit_state": "ascending",
             "sat:relative_orbit": 121, "sar:polarizations": ["VV", "VH"],
         }  # fmt: skip
-        return item("S1A_IW_GRDH_1SDV_20200103T233556_20200103T233621_030643_0382F7_rtc", assets, properties, "sentinel-1-rtc")
+        return item(
+            "S1A_IW_GRDH_1SDV_20200103T233556_20200103T233621_030643_0382F7_rtc", assets, properties, "sentinel-1-rtc"
+        )
     if provider == "aws":
         assets = {
             f"gamma0_{name}": {"href": href, "type": COG, "roles": ["data", "gamma0"], "raster:bands": [{"nodata": 0, "sampling": "area", "data_type": "float32"}]}
             for name, href in zip(("vv", "vh"), hrefs)
         }  # fmt: skip
         angle = write(folder / "angle.tif", np.full((1, *grid.shape), 3400, np.uint16), grid, 0)
-        assets["incidence"] = {"href": angle, "type": COG, "roles": ["data", "local-incidence-angle"], "raster:bands": [{"nodata": 0, "scale": 0.01, "unit": "degrees"}]}
+        assets["incidence"] = {
+            "href": angle,
+            "type": COG,
+            "roles": ["data", "local-incidence-angle"],
+            "raster:bands": [{"nodata": 0, "scale": 0.01, "unit": "degrees"}],
+        }
         properties = {
             "constellation": "sentinel-1", "platform": "sentinel-1a", "sar:product_type": "RTC", "sat:orbit_state": "ascending", "proj:epsg": 32631,
             "sat:relative_orbit": 121, "proj:transform": [*grid.transform, 0.0, 0.0, 1.0], "proj:shape": list(grid.shape), "datetime": "2020-01-03T23:36:21Z",
         }  # fmt: skip
         return item("S1A_20200103_17RMJ_ASC", assets, properties)
     assets = {
-        "0_VV": {"href": hrefs[0], "title": "Download VV.tif", "roles": ["data"], "type": "image/tiff; application=geotiff"},
-        "0_VH": {"href": hrefs[1], "title": "Download VH.tif", "roles": ["data"], "type": "image/tiff; application=geotiff"},
+        "0_VV": {
+            "href": hrefs[0],
+            "title": "Download VV.tif",
+            "roles": ["data"],
+            "type": "image/tiff; application=geotiff",
+        },
+        "0_VH": {
+            "href": hrefs[1],
+            "title": "Download VH.tif",
+            "roles": ["data"],
+            "type": "image/tiff; application=geotiff",
+        },
         "0_mask": {"href": hrefs[1], "roles": ["data"], "type": "image/tiff; application=geotiff"},
         "browse": {"href": "https://x/b.png", "type": "image/png", "roles": ["browse"]},
-        "metadata": {"href": "https://cmr.earthdata.nasa.gov/x.json", "type": "application/json", "roles": ["metadata"]},
+        "metadata": {
+            "href": "https://cmr.earthdata.nasa.gov/x.json",
+            "type": "application/json",
+            "roles": ["metadata"],
+        },
     }
     name = "OPERA_L2_RTC-S1_T064-135524-IW2_20231213T121235Z_20231213T184607Z_S1A_30_v1.0"
     return item(name, assets, {"datetime": "2023-12-13T12:12:35Z"}, "OPERA_L2_RTC-S1_V1_1")
@@ -276,7 +375,9 @@ def naip(folder: Path, pixels: np.ndarray, corner: tuple[float, float], name: st
     """A NAIP quad: one file of four bands, Red Green Blue NIR."""
     grid = grid_of(0.6, corner, "EPSG:26911", side_m=36)
     href = write(folder / f"{name}.tif", pixels, grid)
-    listed = [{"name": n, "common_name": c} for n, c in (("Red", "red"), ("Green", "green"), ("Blue", "blue"), ("NIR", "nir"))]
+    listed = [
+        {"name": n, "common_name": c} for n, c in (("Red", "red"), ("Green", "green"), ("Blue", "blue"), ("NIR", "nir"))
+    ]
     assets = {
         "image": {"href": href, "type": COG, "roles": ["data"], "eo:bands": listed},
         "thumbnail": {"href": "https://x/t.jpg", "type": "image/jpeg", "roles": ["thumbnail"]},
@@ -293,15 +394,35 @@ def maxar(folder: Path, pixels: np.ndarray) -> dict[str, Any]:
     """Maxar Open Data (ARD): `visual` of three bytes, `ms_analytic` of eight bands, `pan_analytic`; bands are called BAND_R …"""
     grid = grid_of(0.3, (600000.0, 5800020.0), "EPSG:32631", side_m=30)
     coarse = grid_of(1.2, (600000.0, 5800020.0), "EPSG:32631", side_m=30)
-    rgb = [{"name": f"BAND_{n}", "common_name": c, "description": c} for n, c in (("R", "red"), ("G", "green"), ("B", "blue"))]
+    rgb = [
+        {"name": f"BAND_{n}", "common_name": c, "description": c}
+        for n, c in (("R", "red"), ("G", "green"), ("B", "blue"))
+    ]
     eight = [{"name": f"BAND_{n}", "common_name": c} for n, c in (
         ("C", "coastal"), ("B", "blue"), ("G", "green"), ("Y", "yellow"), ("R", "red"), ("RE", "rededge"), ("N", "nir08"), ("N2", "nir09"))]  # fmt: skip
     ms = write(folder / "ms.tif", np.full((8, *coarse.shape), 500, np.uint16), coarse, 0)
     assets = {
         "ms_analytic": {"href": ms, "type": COG, "roles": ["data"], "eo:bands": eight, "gsd": 1.2},
-        "pan_analytic": {"href": ms, "type": COG, "roles": ["data"], "eo:bands": [{"name": "BAND_P", "description": "Pan"}]},
-        "visual": {"href": write(folder / "visual.tif", pixels, grid), "type": COG, "roles": ["visual"], "eo:bands": rgb, "gsd": 0.3},
+        "pan_analytic": {
+            "href": ms,
+            "type": COG,
+            "roles": ["data"],
+            "eo:bands": [{"name": "BAND_P", "description": "Pan"}],
+        },
+        "visual": {
+            "href": write(folder / "visual.tif", pixels, grid),
+            "type": COG,
+            "roles": ["visual"],
+            "eo:bands": rgb,
+            "gsd": 0.3,
+        },
         "data-mask": {"href": "x.gpkg", "type": "application/geopackage+sqlite3", "roles": ["data-mask"]},
     }
-    properties = {"platform": "WV03", "gsd": 0.3, "datetime": "2022-11-21T03:18:42Z", "proj:epsg": 32631, "catalog_id": "10300100CB626A00"}
+    properties = {
+        "platform": "WV03",
+        "gsd": 0.3,
+        "datetime": "2022-11-21T03:18:42Z",
+        "proj:epsg": 32631,
+        "catalog_id": "10300100CB626A00",
+    }
     return item("48-300020121333-10300100CB626A00", assets, properties, "", grid)

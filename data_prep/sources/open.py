@@ -16,7 +16,11 @@ from data_prep.sources.zarr_cube import ZarrCube, is_cube
 def open_cube(assets: list[Asset], wanted: tuple[str, ...], cloud: Asset | None = None) -> Cube:
     """Opens the files of one acquisition, or one cube of many. Raises SourceFault, ReadFault."""
     first = assets[0]
-    if cloud is not None and first.format in PER_BAND and (cloud.format == "zarr_bands") != (first.format == "zarr_bands"):
+    if (
+        cloud is not None
+        and first.format in PER_BAND
+        and (cloud.format == "zarr_bands") != (first.format == "zarr_bands")
+    ):
         raise SourceFault(cloud.id, f"is {cloud.format}, its image is {first.format}: put both into one format")
     if first.format in ("raster", "parquet_raster"):
         return RasterCube(assets, wanted, cloud)

@@ -79,7 +79,9 @@ class ZarrBandsCube(Cube):
         if missing:
             raise SourceFault(self.asset.id, f"has no band {missing[0]}; it holds {', '.join(sorted(found)) or 'none'}")
         if not found:
-            raise SourceFault(self.asset.id, f"holds no variable with dims y, x (or time, y, x) and a place: {self.asset.href}")
+            raise SourceFault(
+                self.asset.id, f"holds no variable with dims y, x (or time, y, x) and a place: {self.asset.href}"
+            )
         self._variables = {band: found[band] for band in wanted or sorted(found)}
         self._mask_kind = next((kind for kind in MASKS if kind in masks), "")
         self._mask = masks.get(self._mask_kind)
@@ -97,7 +99,9 @@ class ZarrBandsCube(Cube):
         groups: dict[tuple[Any, ...], list[str]] = {}
         for band, variable in self._variables.items():
             if variable.times and len(variable.times) != len(self.dates):
-                raise SourceFault(variable.asset.id, f"band {band} has {len(variable.times)} dates, others {len(self.dates)}")
+                raise SourceFault(
+                    variable.asset.id, f"band {band} has {len(variable.times)} dates, others {len(self.dates)}"
+                )
             said = (variable.asset.scale, variable.asset.offset, str(variable.asset.nodata))
             groups.setdefault((variable.grid, *said), []).append(band)
         return [Layer(tuple(bands), key[0], self._variables[bands[0]].asset) for key, bands in groups.items()]
@@ -175,8 +179,14 @@ def _speaking(asset: Asset, attributes: dict[str, Any]) -> Asset:
         value = next((attributes[name] for name in names if isinstance(attributes.get(name), int | float)), None)
         return None if value is None else float(value)
 
-    said = {"scale": number("scale_factor"), "offset": number("add_offset"), "nodata": number("_FillValue", "fill_value")}
-    return dataclasses.replace(asset, **{name: v for name, v in said.items() if v is not None and getattr(asset, name) is None})  # type: ignore[arg-type]
+    said = {
+        "scale": number("scale_factor"),
+        "offset": number("add_offset"),
+        "nodata": number("_FillValue", "fill_value"),
+    }
+    return dataclasses.replace(
+        asset, **{name: v for name, v in said.items() if v is not None and getattr(asset, name) is None}
+    )  # type: ignore[arg-type]
 
 
 def _times(group: Any) -> tuple[str, ...]:

@@ -185,7 +185,9 @@ def test_one_pass_in_two_tiles_is_one_date_with_equal_pixels(tmp_path):
             side = values.shape[0]
             hidden = np.s_[:, side * 2 // 3 :] if number == 0 else np.s_[:, : side // 3]
             values[hidden] = 0
-        scene.numbers = lambda band, gsd, s=scene: np.where(s.reflectance[band] > 0, s.reflectance[band] + 1000, 0).astype(np.uint16)  # type: ignore[method-assign]
+        scene.numbers = lambda band, gsd, s=scene: np.where(
+            s.reflectance[band] > 0, s.reflectance[band] + 1000, 0
+        ).astype(np.uint16)  # type: ignore[method-assign]
         entry = providers.planetary_computer(scene)
         entry["id"] = entry["id"].replace("T31UFU", tile)
         entry["properties"]["s2:product_uri"] = entry["properties"]["s2:product_uri"].replace("T31UFU", tile)
@@ -209,7 +211,11 @@ def test_the_other_orbit_of_the_same_day_stays_a_date_of_its_own(tmp_path):
     for number, (orbit, hour) in enumerate((("descending", "05"), ("ascending", "17"))):
         entry = providers.rtc(tmp_path / orbit, "pc", rng.normal(-14, 2, (2, 60, 60)))
         entry["id"] = f"S1_{number}"
-        entry["properties"] |= {"sat:orbit_state": orbit, "sat:relative_orbit": 10 + number, "datetime": f"2020-01-03T{hour}:36:21Z"}
+        entry["properties"] |= {
+            "sat:orbit_state": orbit,
+            "sat:relative_orbit": 10 + number,
+            "datetime": f"2020-01-03T{hour}:36:21Z",
+        }
         entries.append(entry)
     series = read_site(record_of(tmp_path, *same_site(*entries)), NATIVE).series["s1"]
     assert series.orbits == ["descending", "ascending"]
@@ -291,7 +297,9 @@ def test_pixels_in_feet_and_stretched_metres_are_measured_on_the_ground():
 def test_a_site_in_web_mercator_is_placed_in_metres(tmp_path):
     grid = Grid("EPSG:3857", (1.2, 0.0, 1_000_000.0, 0.0, -1.2, 8_399_737.9), 400, 400)
     href = providers.write(tmp_path / "x.tif", np.full((3, 400, 400), 9, np.uint8), grid)
-    entry = providers.item("x", {"image": {"href": href, "type": providers.COG, "geoloom:modality": "hr"}}, {}, grid=grid)
+    entry = providers.item(
+        "x", {"image": {"href": href, "type": providers.COG, "geoloom:modality": "hr"}}, {}, grid=grid
+    )
     record = record_of(tmp_path, entry)
     assert record.crs.startswith("EPSG:326")
     assert record.footprint[2] - record.footprint[0] == pytest.approx(240, abs=4)
