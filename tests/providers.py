@@ -85,7 +85,7 @@ class Scene:
         if gsd_m == native:
             return own.astype(np.uint16)
         side = SIDE_M // gsd_m
-        index = np.arange(side) * gsd_m // native if gsd_m >= native else np.arange(side) * gsd_m // native
+        index = np.arange(side) * gsd_m // native
         return (own[np.ix_(index, index)] + 7).astype(np.uint16)
 
     def picture(self, gsd_m: int = 10) -> np.ndarray:

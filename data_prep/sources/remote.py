@@ -48,7 +48,6 @@ AZURE_HOST = ".blob.core.windows.net"
 GDAL_REMOTE = {
     # no listing of the folder, and the header with the first request: 2 requests open a COG
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
-    "CPL_VSIL_CURL_USE_HEAD": "NO",
     "GDAL_INGESTED_BYTES_AT_OPEN": "32768",
     "CPL_VSIL_CURL_CHUNK_SIZE": "16384",
     "GDAL_HTTP_MERGE_CONSECUTIVE_RANGES": "YES",

@@ -179,14 +179,13 @@ def _speaking(asset: Asset, attributes: dict[str, Any]) -> Asset:
         value = next((attributes[name] for name in names if isinstance(attributes.get(name), int | float)), None)
         return None if value is None else float(value)
 
-    said = {
-        "scale": number("scale_factor"),
-        "offset": number("add_offset"),
-        "nodata": number("_FillValue", "fill_value"),
-    }
+    def first(catalog: float | None, *names: str) -> float | None:
+        return catalog if catalog is not None else number(*names)
+
     return dataclasses.replace(
-        asset, **{name: v for name, v in said.items() if v is not None and getattr(asset, name) is None}
-    )  # type: ignore[arg-type]
+        asset, scale=first(asset.scale, "scale_factor"), offset=first(asset.offset, "add_offset"),
+        nodata=first(asset.nodata, "_FillValue", "fill_value"),
+    )  # fmt: skip
 
 
 def _times(group: Any) -> tuple[str, ...]:

@@ -142,7 +142,7 @@ def _listed(attributes: dict[str, Any], name: str, arrays: dict[str, Any], coord
         return attributes[name]
     if coordinate in arrays:
         values = _coordinate(arrays[coordinate], asset)
-        return [item.decode() if isinstance(item, bytes) else item for item in values.tolist()]
+        return [item.decode(errors="replace") if isinstance(item, bytes) else item for item in values.tolist()]
     if name == "bands" and asset.bands:
         return list(asset.bands)
     raise SourceFault(asset.id, f"has neither an attribute {name} nor a coordinate {coordinate}: {asset.href}")

@@ -181,7 +181,7 @@ def test_one_pass_in_two_tiles_is_one_date_with_equal_pixels(tmp_path):
     halves = []
     for number, tile in enumerate(("T31UFU", "T31UGU")):
         scene = Scene(tmp_path / tile, seed=3)
-        for band, values in scene.reflectance.items():
+        for values in scene.reflectance.values():
             side = values.shape[0]
             hidden = np.s_[:, side * 2 // 3 :] if number == 0 else np.s_[:, : side // 3]
             values[hidden] = 0
