@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import resource
 import threading
@@ -40,7 +41,8 @@ def open_raster(href: str, name: str) -> Any:
     """A rasterio dataset of a local path or any fsspec URL. Raises ReadFault if it cannot be opened as a raster."""
     try:
         with _settings(href):
-            dataset = retrying(lambda: _open(href), href)
+            attempts = itertools.count()
+            dataset = retrying(lambda: _open(href, next(attempts)), href)
         for (height, width), kind in zip(dataset.block_shapes, dataset.dtypes):
             check_chunk(href, (height, width), np.dtype(kind).itemsize)
         return dataset
@@ -54,10 +56,10 @@ def open_raster(href: str, name: str) -> Any:
         raise ReadFault(name, why) from None
 
 
-def _open(href: str) -> Any:
+def _open(href: str, attempt: int = 0) -> Any:
     if is_local(href):
         return _as_pixels(local_path(href))
-    if path := gdal_path(href):
+    if path := gdal_path(href, attempt):
         return _as_pixels(path)
     fs, path = source_filesystem(href)
     return _as_pixels(path, opener=fs)
@@ -65,7 +67,7 @@ def _open(href: str) -> Any:
 
 def _as_pixels(path: str, **options: Any) -> Any:
     """Opened by the driver its name suggests, else by the other one; never by any but these two."""
-    likely = DRIVERS[::-1] if path.lower().split("?")[0].endswith((".jp2", ".j2k")) else DRIVERS
+    likely = DRIVERS[::-1] if path.lower().split("?")[0].split("#")[0].endswith((".jp2", ".j2k")) else DRIVERS
     try:
         return rasterio.open(path, driver=likely[0], **options)
     except RasterioError as error:

@@ -55,15 +55,21 @@ GDAL_REMOTE = {
     "GDAL_HTTP_TCP_KEEPALIVE": "YES",
     "GDAL_HTTP_CONNECTTIMEOUT": "20",
     "GDAL_HTTP_TIMEOUT": "120",
-    # retries are ours, with jitter, and see truncated bodies too
-    "GDAL_HTTP_MAX_RETRY": "0",
+    # what a server says in passing is tried again where it is met (a failed header would be remembered as an absent file), with
+    # growing, jittered pauses; resets and truncated bodies by `retrying`
+    "GDAL_HTTP_MAX_RETRY": "4",
+    "GDAL_HTTP_RETRY_CODES": "429,500,502,503,504",
     # what failed must not be remembered as absent
     "CPL_VSIL_CURL_NON_CACHED": "/vsicurl/:/vsis3/",
 }
 
 
-def gdal_path(href: str) -> str | None:
-    """The path under which GDAL reads a remote file by itself; None for protocols that fsspec must open."""
+def gdal_path(href: str, attempt: int = 0) -> str | None:
+    """The path under which GDAL reads a remote file by itself; None for protocols that fsspec must open.
+
+    attempt: a further one gets a URL fragment (which is never sent): GDAL remembers by URL what it could not open.
+    """
+    href = f"{href}#{attempt}" if attempt and href.startswith("http") else href
     scheme = urlsplit(href).scheme
     if scheme in ("http", "https"):
         host = urlsplit(href).hostname or ""
@@ -77,7 +83,7 @@ def gdal_path(href: str) -> str | None:
 
 def gdal_options(href: str) -> dict[str, Any]:
     """GDAL settings for one remote file: the general ones, and who we are there."""
-    options: dict[str, Any] = dict(GDAL_REMOTE)
+    options: dict[str, Any] = {**GDAL_REMOTE, "GDAL_HTTP_RETRY_DELAY": str(FIRST_WAIT_S)}
     if href.startswith(("s3://", "s3a://")):
         return options | _gdal_s3()
     if token := _bearer(urlsplit(href).hostname or ""):

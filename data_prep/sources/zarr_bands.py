@@ -8,7 +8,7 @@ Read from the store, where the catalog does not say it:
     CRS        `proj:epsg`, `proj:code` of the variable; `spatial_ref`; of the product: `stac_discovery.properties`, or
                `other_metadata.horizontal_CRS_code`
     numbers    `scale_factor`, `add_offset`, `_FillValue` or `fill_value` (CF), also under `_eopf_attrs`
-    dates      coordinate `time` (CF), else the catalog's one date
+    dates      coordinate `time` (CF), else the catalog's one date or the product id's
     clouds     a variable `scl`, `cloud`, … in the product
 """
 
@@ -25,7 +25,7 @@ from data_prep.geo import Grid, Window, crs_name
 from data_prep.sources.cube import Cube, DateInfo, Layer
 from data_prep.sources.guard import Hostile
 from data_prep.sources.masks import mask_codes
-from data_prep.sources.names import band_name, cf_times, iso_datetime, relative_orbit
+from data_prep.sources.names import band_name, cf_times, iso_datetime, relative_orbit, s2_product
 from data_prep.sources.raster import first_line
 from data_prep.sources.records import MASKS, Asset, ReadFault, SourceFault
 from data_prep.sources.remote import retrying
@@ -91,7 +91,7 @@ class ZarrBandsCube(Cube):
 
     def _dates(self, first: Variable) -> list[DateInfo]:
         product, asset = self.asset.product_id, self.asset
-        stamps = first.times or (asset.datetime,)
+        stamps = first.times or (asset.datetime or s2_product(product).get("datetime", ""),)
         track = asset.relative_orbit or relative_orbit(product)
         return [DateInfo(stamp, product, asset.baseline, asset.orbit, relative_orbit=track) for stamp in stamps]
 
