@@ -114,7 +114,7 @@ def claim_of(asset: Asset, baseline: str = "", offset_dn: float | None = None, h
         return Claim(0.0, "scale" if scale_said else "nothing declared", gain, scale_said=scale_said)
     if explicit is None:
         return Claim(by_baseline, basis or "nothing declared", gain, scale_said=scale_said)
-    explicit = float(round(explicit, 3))
+    explicit = float(round(explicit, 6)) if gain == 1.0 else float(explicit)
     if by_baseline is None or by_baseline == explicit or gain != 1.0:
         return Claim(explicit, f"{where}, {basis}" if basis else where, gain, scale_said=scale_said)
     if where == "boa_offset_applied":  # the provider subtracts it: disagreement with the baseline is the point

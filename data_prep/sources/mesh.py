@@ -208,4 +208,7 @@ def _stamps(times: np.ndarray, units: str) -> list[str]:
 
 
 def _texts(array: Any) -> list[str]:
-    return [item.decode(errors="replace") if isinstance(item, bytes) else str(item) for item in np.ravel(small(array)).tolist()]
+    return [
+        item.decode(errors="replace") if isinstance(item, bytes) else str(item)
+        for item in np.ravel(small(array)).tolist()
+    ]

@@ -119,7 +119,9 @@ def _dates(file: Any, member: str, orbit: str, name: str) -> list[DateInfo]:
     key = f"{member}-products"
     if key not in file:
         raise SourceFault(name, f"has {member}-data but no {key}, so its dates are unknown")
-    products = [item.decode(errors="replace") if isinstance(item, bytes) else str(item) for item in hdf5_dataset(file, key)[:]]
+    products = [
+        item.decode(errors="replace") if isinstance(item, bytes) else str(item) for item in hdf5_dataset(file, key)[:]
+    ]
     dates = []
     for product in products:
         if member == "sen-2":

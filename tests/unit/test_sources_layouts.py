@@ -16,7 +16,8 @@ from cluster.errors import RunFailure, UsageError
 from data_prep.audit import audit, figures
 from data_prep.catalog import detect_layout, make_catalog
 from data_prep.commands.catalog import LAYOUTS
-from data_prep.config import GridConfig, QualityConfig
+from data_prep.config import BuildConfig, GridConfig, QualityConfig, SourceConfig
+from data_prep.plan import make_plan
 from data_prep.schema import CLEAR, CLOUD, MODALITIES
 from data_prep.sources import open_catalog, read_site, split_site
 from data_prep.sources.names import s1_datetime
@@ -205,6 +206,24 @@ def test_audit_of_the_other_folders_finds_nothing(folder):
         assert [row.applied for row in rows] == ["-1000"]
     if folder == "treesatai":
         assert [row.pixels for row in rows if row.modality == "s1"] == ["linear", "linear"]
+
+
+def test_level_1c_files_per_band_are_top_of_atmosphere(tmp_path):
+    """OSCD: `S2A_OPER_MSI_L1C_TL_…_B01.tif`, catalogued band by band; the stamp in the names is of the processing, no date."""
+    city = next(real_data("labelled/oscd").glob("*Images")) / "nantes" / "imgs_1"
+    make_catalog(str(city), str(tmp_path / "c.parquet"), "geotiff")
+    (record,) = open_catalog(str(tmp_path / "c.parquet"))
+    assert {asset.modality for asset in record.assets} == {"s2_l1c"}
+    assert record.datetimes == ()
+    with pytest.raises(UsageError, match=r"s2_l1c.*source\.modalities=\[s2_l1c\] builds it"):
+        make_plan([record], BuildConfig())
+    plan = make_plan([record], BuildConfig(source=SourceConfig(modalities=("s2_l1c",))))
+    assert plan.num_sites == 1
+    (part,) = split_site(record, GridConfig(side_m=640))
+    series = read_site(part, NATIVE, modalities=("s2_l1c",)).series["s2_l1c"]
+    assert series.pixels_TCHW.shape[:2] == (1, 13)
+    assert (series.mask_THW == CLEAR).all()
+    assert not series.decisions[0]["flags"]
 
 
 # --- no real data needed

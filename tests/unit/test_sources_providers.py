@@ -304,3 +304,15 @@ def test_a_site_in_web_mercator_is_placed_in_metres(tmp_path):
     assert record.crs.startswith("EPSG:326")
     assert record.footprint[2] - record.footprint[0] == pytest.approx(240, abs=4)
     assert read_site(record, NATIVE).series["hr"].gsd_m == pytest.approx(0.6, rel=0.02)
+
+
+def test_a_box_may_cross_the_antimeridian():
+    from data_prep.geo import boxes_meet
+
+    fiji = (177.0, -19.0, -178.0, -15.0)
+    assert boxes_meet((179.5, -17.0, -179.5, -16.0), fiji)
+    assert boxes_meet((-178.5, -17.0, -178.2, -16.0), fiji)
+    assert boxes_meet((178.0, -17.0, 178.5, -16.0), fiji)
+    assert not boxes_meet((0.0, -17.0, 1.0, -16.0), fiji)
+    assert boxes_meet((179.5, -17.0, -179.5, -16.0), (-180.0, -20.0, -170.0, 0.0))
+    assert not boxes_meet((179.5, 17.0, -179.5, 18.0), fiji)
