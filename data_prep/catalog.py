@@ -112,7 +112,10 @@ def detect_layout(url: str) -> str:
         return "ssl4eo"
     if any(name.startswith("example-") and name.endswith(".tar") for name in names):
         return "copernicus"
-    if any(name.endswith(".h5") for name in names):
+    if any(name.endswith((".h5", ".hdf5")) for name in names):
+        from data_prep.sources.treesatai import refuse_other_hdf5
+
+        refuse_other_hdf5(url)  # every archive of patches ends in .h5: what is inside decides
         return "treesatai"
     for layout in ("majortom", "stac", "geotiff"):
         try:

@@ -195,8 +195,9 @@ def _moment(item: dict[str, Any], fields: dict[str, Any], named: str) -> str:
         return ""
     properties = item["properties"]
     stated = fields.get("datetime") or properties.get("datetime") or named
-    if not stated and not properties.get("geoloom:date_unknown"):
-        stated = properties.get("start_datetime")
+    span = [str(properties.get(f"{end}_datetime") or "") for end in ("start", "end")]
+    if not stated and not properties.get("geoloom:date_unknown") and span[0][:10] == span[1][:10]:
+        stated = span[0]  # an acquisition given by its start and end; a longer span is that of a series
     return iso_datetime(str(stated or ""))
 
 

@@ -48,6 +48,10 @@ SERIES = {
     "s1_ascending": ("sen-1-asc", "s1", "ascending"),
     "s1_descending": ("sen-1-des", "s1", "descending"),
 }
+# keys by which other HDF5 archives are told
+OTHERS = {
+    "sentinel2_l2a": "OlmoEarth (one file per sample)", "sentinel2": "MMEarth (all samples in one file)", "sen1": "So2Sat (patches without place)",
+}  # fmt: skip
 POSITION = "position assumed: centred on the aerial tile, the file has no georeference"
 
 
@@ -60,6 +64,25 @@ def sites(url: str) -> list[tuple[str, ...]]:
     if not any({"tif", "h5"} <= set(extensions) for extensions in held.values()):
         raise UsageError(f"{url} is no treesatai folder: no aerial tile <stem>.tif with its series <stem>.h5 beside it")
     return [(stem, *extensions) for stem, extensions in sorted(held.items())]
+
+
+def refuse_other_hdf5(url: str) -> None:
+    """Raises UsageError where the folder's HDF5 files hold something else, saying whose they look like."""
+    name = next(name for name in list_names(url) if name.endswith((".h5", ".hdf5")))
+    try:
+        with open_h5(join(url, name), name) as file:
+            held = sorted(file)
+    except SourceFault:
+        return  # damaged: to be named file by file
+    if any(f"{member}-data" in held for member, _, _ in SERIES.values()):
+        return
+    likely = next(
+        (who for sign, who in OTHERS.items() if any(sign in key for key in held)), "an archive we do not know"
+    )
+    raise UsageError(
+        f"{join(url, name)} holds {', '.join(held[:6])}: {likely}, which no layout here reads; write STAC items for GeoTIFF or Zarr "
+        f"copies of it, or name a layout with --layout"
+    )
 
 
 def item(url: str, site: tuple[str, ...]) -> dict[str, Any]:

@@ -265,3 +265,16 @@ def test_a_stac_folder_can_be_catalogued_and_reads_the_same(tmp_path):
     shutil.copy(tmp_path / "items" / "a.json", tmp_path / "items" / "again.json")
     with pytest.raises(UsageError, match="stands twice"):
         open_catalog(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "who"), [("sentinel2_l2a", "OlmoEarth"), ("sentinel2", "MMEarth"), ("weights", "do not know")]
+)
+def test_hdf5_files_are_told_by_what_they_hold(tmp_path, key, who):
+    with h5py.File(tmp_path / "sample_1.h5", "w") as file:
+        file[key] = np.zeros((4, 4, 12, 12), np.uint16)
+    with pytest.raises(UsageError, match=rf"{who}.*no layout here reads"):
+        detect_layout(str(tmp_path))
+    with h5py.File(tmp_path / "sample_1.h5", "w") as file:
+        file["sen-2-data"] = np.zeros((4, 10, 6, 6), np.float32)
+    assert detect_layout(str(tmp_path)) == "treesatai"
