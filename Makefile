@@ -8,8 +8,12 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 DEMO   ?= demo_out
+REAL   ?= real_out
+GEOLOOM_DATA ?= ../shared/data
 SITES  ?= 600
 STEPS  ?= 200
+NWPU   = $(GEOLOOM_DATA)/labelled/nwpu_vhr10
+L2A_BANDS = B01,B02,B03,B04,B05,B06,B07,B08,B8A,B09,B11,B12
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
@@ -52,6 +56,20 @@ demo: setup ## scenes -> shards -> 2-process ZeRO-2 + expert-parallel pretrainin
 	@echo
 	@echo "Look at it:   contact sheet  $(DEMO)/sheet.png     comparison  $(DEMO)/compare.html"
 	@echo "MLflow:       $(VENV)/bin/mlflow server --backend-store-uri sqlite:///$(abspath $(DEMO))/mlflow.db --port 5000   then open http://127.0.0.1:5000"
+
+.PHONY: real-ground
+real-ground: setup ## shard sets of real patches from $GEOLOOM_DATA for pipeline/runs/real_{s2,hr}.yaml: s2 tiles, aerial images, EuroSAT RGB
+	@[ -d "$(GEOLOOM_DATA)/unlabelled" ] && [ -d "$(GEOLOOM_DATA)/labelled" ] || { echo "real-ground: $(GEOLOOM_DATA) holds no unlabelled/ and labelled/; set GEOLOOM_DATA to the folder of real imagery" >&2; exit 1; }
+	rm -rf $(REAL)/s2 $(REAL)/hr $(REAL)/eurosat && mkdir -p $(REAL)/s2 $(REAL)/hr $(REAL)/eurosat
+	$(PY) -m data_prep catalog $(GEOLOOM_DATA)/unlabelled $(REAL)/s2/catalog.parquet --layout patches --sensor s2 --unit dn --gsd 10 --bands $(L2A_BANDS)
+	$(PY) -m data_prep build data_prep/runs/real_s2.yaml source.catalog=[$(REAL)/s2/catalog.parquet] output.url=$(REAL)/s2/shards
+	$(PY) -c 'import json; print(*sorted(i["file_name"] for i in json.load(open("$(NWPU)/instances_train2017.json"))["images"]), sep="\n")' > $(REAL)/hr/nwpu_train.txt
+	$(PY) -m data_prep catalog $(GEOLOOM_DATA)/labelled/ucmerced $(REAL)/hr/ucmerced.parquet --layout patches --sensor hr --unit uint8 --gsd 0.3
+	$(PY) -m data_prep catalog "$(NWPU)/positive image set" $(REAL)/hr/nwpu.parquet --layout patches --sensor hr --unit uint8 --gsd 0.5 --files $(REAL)/hr/nwpu_train.txt
+	$(PY) -m data_prep build data_prep/runs/real_hr.yaml source.catalog=[$(REAL)/hr/ucmerced.parquet,$(REAL)/hr/nwpu.parquet] output.url=$(REAL)/hr/shards
+	$(PY) -m data_prep catalog $(GEOLOOM_DATA)/labelled/eurosat_rgb/2750 $(REAL)/eurosat/catalog.parquet --layout patches --sensor hr --unit uint8 --gsd 10
+	$(PY) -m data_prep build data_prep/runs/real_hr.yaml grid.tile=false grid.side_m=null source.catalog=[$(REAL)/eurosat/catalog.parquet] output.url=$(REAL)/eurosat/shards
+	for set in s2 hr eurosat; do $(PY) -m data_prep verify $(REAL)/$$set/shards; done
 
 .PHONY: check
 check: setup ## format, lint, types, imports, unit tests

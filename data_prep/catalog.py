@@ -9,13 +9,16 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.errors import RunFailure, UsageError
 from cluster.progress import progress
 from cluster.storage import exists, is_local, list_names, local_path, upload
 from data_prep.schema import MODALITIES
 from data_prep.sources.records import SourceFault
+
+if TYPE_CHECKING:
+    from data_prep.sources.patches import Declaration
 
 # Each module has sites(url) -> list of tuples (cheap listing; UsageError for the wrong layout) and item(url, site) -> STAC item.
 LAYOUTS = {
@@ -25,6 +28,7 @@ LAYOUTS = {
     "majortom": "data_prep.sources.majortom",
     "copernicus": "data_prep.sources.copernicus",
     "geotiff": "data_prep.sources.geotiff",
+    "patches": "data_prep.sources.patches",
 }
 THREADS = 4
 
@@ -39,8 +43,10 @@ class Scan:
     notes: list[str] = field(default_factory=list)
 
 
-def scan(url: str, layout: str) -> Scan:
+def scan(url: str, layout: str, declared: Declaration | None = None) -> Scan:
     """STAC items of a folder in the named layout, or of an existing STAC catalog (`stac`), in a stable order.
+
+    declared: what patches cannot say of themselves (layout `patches`, see `data_prep.sources.patches`).
 
     Raises:
         UsageError: nothing there, or another layout.
@@ -53,7 +59,7 @@ def scan(url: str, layout: str) -> Scan:
     if not exists(url):
         raise UsageError(f"{url} does not exist")
     url = absolute_url(url)
-    module = importlib.import_module(LAYOUTS[layout])
+    module = _layout(url, layout, declared)
     try:
         sites: list[tuple[str, ...]] = module.sites(url)
     except SourceFault as fault:  # a damaged tar or Parquet footer: what it holds cannot even be listed
@@ -68,7 +74,22 @@ def scan(url: str, layout: str) -> Scan:
                 out.warnings += result["properties"].pop("geoloom:faults", [])
             bar.advance()
     _drop_lone_labels(out)
+    if layout == "patches":
+        out.notes += module.notes()
     return out
+
+
+def _layout(url: str, layout: str, declared: Declaration | None) -> Any:
+    """What has `sites` and `item` for a layout."""
+    if layout != "patches":
+        return importlib.import_module(LAYOUTS[layout])
+    from data_prep.sources.patches import Patches
+
+    if declared is None:
+        raise UsageError(
+            f"{url}: patches say nothing of themselves; python -m data_prep catalog --layout patches declares it (--help)"
+        )
+    return Patches(declared)
 
 
 def _drop_lone_labels(found: Scan) -> None:
@@ -131,7 +152,7 @@ def detect_layout(url: str) -> str:
     raise UsageError(f"{url}: no layout recognised; name it with --layout {'|'.join(('stac', *LAYOUTS))}")
 
 
-def make_catalog(source: str, out: str, layout: str, max_faults: int = 0) -> Scan:
+def make_catalog(source: str, out: str, layout: str, max_faults: int = 0, declared: Declaration | None = None) -> Scan:
     """Scans `source` and writes `out`. Nothing is written when more than `max_faults` sites cannot be used.
 
     Raises:
@@ -140,7 +161,7 @@ def make_catalog(source: str, out: str, layout: str, max_faults: int = 0) -> Sca
     """
     if not out.endswith((".parquet", ".geoparquet")):
         raise UsageError(f"OUT must end in .parquet, found {out}")
-    found = scan(source, layout)
+    found = scan(source, layout, declared)
     if len(found.faults) > max_faults:
         listed = "; ".join(str(fault) for fault in found.faults[:3])
         more = f"; and {len(found.faults) - 3} more" if len(found.faults) > 3 else ""

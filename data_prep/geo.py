@@ -19,6 +19,15 @@ METRES_PER_DEGREE = 111_320.0
 # doubles, STAC JSON often six decimals.
 ALIGNMENT_TOLERANCE_PX = 1e-3
 SCALE_TOLERANCE = 0.02  # of a projection's scale: UTM stays within 0.1 %, national and polar grids within 2 %
+# CRS of patches without georeference: metres around 0° N 0° E, open sea. Its name goes wherever a CRS goes, so that nobody takes
+# their coordinates for a place; `has_place` asks for it.
+NO_PLACE = "no place: made-up coordinates"
+_NO_PLACE_WKT = f'''PROJCRS["{NO_PLACE}",BASEGEOGCRS["WGS 84",DATUM["World Geodetic System 1984",ELLIPSOID["WGS 84",6378137,
+298.257223563]]],CONVERSION["no place",METHOD["Transverse Mercator",ID["EPSG",9807]],PARAMETER["Latitude of natural origin",0,
+ANGLEUNIT["degree",0.0174532925199433]],PARAMETER["Longitude of natural origin",0,ANGLEUNIT["degree",0.0174532925199433]],
+PARAMETER["Scale factor at natural origin",1,SCALEUNIT["unity",1]],PARAMETER["False easting",0,LENGTHUNIT["metre",1]],
+PARAMETER["False northing",0,LENGTHUNIT["metre",1]]],CS[Cartesian,2],AXIS["easting",east],AXIS["northing",north],
+LENGTHUNIT["metre",1]]'''
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,18 @@ def crs_name(text: str) -> str:
     crs = crs_of(text)
     authority = crs.to_authority(min_confidence=100)
     return f"EPSG:{authority[1]}" if authority and authority[0] == "EPSG" else crs.to_wkt()
+
+
+@functools.cache
+def no_place_crs() -> str:
+    """WKT2 of the CRS of patches that have no place; see `NO_PLACE`."""
+    return crs_name(_NO_PLACE_WKT)
+
+
+@functools.lru_cache(maxsize=256)
+def has_place(crs: str) -> bool:
+    """Whether coordinates in this CRS say where on Earth something is; an empty text (not said yet) counts as yes."""
+    return not crs or crs_of(crs).name != NO_PLACE
 
 
 @functools.lru_cache(maxsize=1024)

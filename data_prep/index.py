@@ -1,10 +1,11 @@
 """`index.parquet`: one row per sample, in shard order. GeoParquet 1.1 and stac-geoparquet: each row is also a STAC item.
 
 Columns for readers: `key, shard, row, offset, length, members` (name = member suffix; offset and length of the member's *data*
-in the tar; sha256, crc32c), `split, cell, modalities, cloud, datetime_start/end, product_ids, offset_applied, flagged_dates` (dates
-whose metadata the pixels contradicted), per modality m
-`<m>_datetimes, <m>_shape, <m>_gsd_m, <m>_clear, <m>_product_ids, <m>_orbits, <m>_decisions` (JSON), per scalar label
-`label_<name>`; `rasters` names the label rasters. The rest is STAC's: `id, geometry, bbox, datetime, assets, links, …`.
+in the tar; sha256, crc32c), `split, cell, place` ("none": crs, footprint and geometry are made up, see `geo.NO_PLACE`; else
+null), `modalities, cloud, datetime_start/end, product_ids, offset_applied, flagged_dates` (whose metadata the
+pixels contradicted), per modality m `<m>_datetimes, <m>_shape, <m>_gsd_m,
+<m>_clear, <m>_product_ids, <m>_orbits, <m>_decisions` (JSON), per scalar label `label_<name>`; `rasters` names the label
+rasters. The rest is STAC's: `id, geometry, bbox, datetime, assets, links, …`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 import pyproj
 import shapely
 
+from data_prep.geo import has_place
 from data_prep.sample import dump_json
 from data_prep.schema import MODALITIES
 from data_prep.tar import Entry
@@ -53,7 +55,7 @@ def schema(labels: Iterable[str] = ()) -> pa.Schema:
         ("geometry", pa.binary()), ("bbox", _BBOX), ("links", pa.list_(_LINK)), ("assets", pa.struct([("shard", _ASSET)])),
         ("datetime", _TIME), ("start_datetime", _TIME), ("end_datetime", _TIME),
         ("key", pa.string()), ("shard", pa.string()), ("row", pa.int64()), ("offset", pa.int64()), ("length", pa.int64()),
-        ("members", MEMBERS), ("split", pa.string()), ("cell", pa.string()), ("crs", pa.string()),
+        ("members", MEMBERS), ("split", pa.string()), ("cell", pa.string()), ("place", pa.string()), ("crs", pa.string()),
         ("footprint", pa.list_(pa.float64())), ("modalities", _TEXTS), ("cloud", pa.float32()),
         ("datetime_start", pa.string()), ("datetime_end", pa.string()), ("product_ids", _TEXTS),
         ("offset_applied", pa.list_(pa.float32())), ("flagged_dates", pa.int32()), ("rasters", _TEXTS),
@@ -90,7 +92,8 @@ def row_of(info: Mapping[str, Any], clouds: float | None, shard: str, entries: S
             {"name": e.name.partition(".")[2], "offset": e.offset, "length": e.length, "sha256": e.sha256, "crc32c": e.crc32c}
             for e in entries
         ],
-        "split": info["split"], "cell": info["cell"], "crs": info["crs"], "footprint": info["footprint"],
+        "split": info["split"], "cell": info["cell"],
+        "place": None if has_place(info["crs"]) else "none", "crs": info["crs"], "footprint": info["footprint"],
         "modalities": list(modalities), "cloud": clouds,
         "datetime_start": dates[0] if dates else None, "datetime_end": dates[-1] if dates else None,
         "product_ids": list(dict.fromkeys(products)),

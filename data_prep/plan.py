@@ -17,7 +17,7 @@ import numpy as np
 
 from cluster.errors import UsageError
 from data_prep.config import SPLITS, BuildConfig, GridConfig
-from data_prep.geo import boxes_meet
+from data_prep.geo import boxes_meet, has_place
 from data_prep.merge import shaping_config
 from data_prep.schema import MODALITIES, default_modalities
 from data_prep.shards import shard_name
@@ -152,7 +152,8 @@ def estimate_bytes(record: SiteRecord, grid: GridConfig) -> int:
 
 def _narrowed(record: SiteRecord, config: BuildConfig) -> SiteRecord | None:
     """The record with the chosen modalities' assets only; None if it has none or lies outside the box."""
-    if config.source.bbox is not None and not boxes_meet(record.bbox_wgs84, config.source.bbox):
+    box = config.source.bbox
+    if box is not None and not (has_place(record.crs) and boxes_meet(record.bbox_wgs84, box)):
         return None
     wanted = {*(config.source.modalities or default_modalities()), "label"}
     if wanted & {name for name, spec in MODALITIES.items() if spec.kind == "reflectance"}:

@@ -17,7 +17,7 @@ import numpy as np
 import shapely
 
 from data_prep.config import SPLITS, SplitConfig
-from data_prep.geo import METRES_PER_DEGREE, ground_cell, transformer
+from data_prep.geo import METRES_PER_DEGREE, ground_cell, has_place, transformer
 from data_prep.sources.records import SiteRecord
 
 OVERLAP_SHARE = 0.02  # edges that only touch overlap by rounding; more than this share of a site is a real overlap
@@ -57,8 +57,8 @@ def assign(records: Sequence[SiteRecord], config: SplitConfig) -> SplitResult:
 
 
 def cell_of(record: SiteRecord, config: SplitConfig) -> str:
-    """The ground cell that decides: the catalog's, or one of `cell_m` around the centre."""
-    if config.cell_m is None and record.cell:
+    """The ground cell that decides: the catalog's, or one of `cell_m` around the centre. Without a place: the catalog's group."""
+    if record.cell and (config.cell_m is None or not has_place(record.crs)):
         return record.cell
     west, south, east, north = record.bbox_wgs84
     middle = (west + east + (360 if west > east else 0)) / 2
@@ -81,8 +81,12 @@ def draw(cell: str, config: SplitConfig) -> str:
 def near_pairs(
     records: Sequence[SiteRecord], splits: Sequence[str], buffer_m: float
 ) -> tuple[list[tuple[int, int]], int]:
-    """(pairs of sites of different splits that are nearer than `buffer_m` or overlap, how many of them overlap)."""
-    evaluation = [i for i, split in enumerate(splits) if split != SPLITS[0]]
+    """(pairs of sites of different splits that are nearer than `buffer_m` or overlap, how many of them overlap).
+
+    Made-up coordinates are near nothing: patches without a place are kept apart by their groups alone.
+    """
+    placed = [has_place(record.crs) for record in records]
+    evaluation = [i for i, split in enumerate(splits) if split != SPLITS[0] and placed[i]]
     if not evaluation:
         return [], 0
     boxes = shapely.box(*np.array([_unwrapped(record.bbox_wgs84) for record in records]).T)
@@ -96,7 +100,7 @@ def near_pairs(
         moved = shapely.transform(wide, lambda xy, turn=turn: xy + np.array([turn, 0.0])) if turn else wide
         for i, j in zip(*tree.query(moved, predicate="intersects")):
             other = evaluation[j]
-            if splits[i] != splits[other]:
+            if splits[i] != splits[other] and placed[i]:
                 found.add((min(int(i), other), max(int(i), other)))
     pairs, overlapping = [], 0
     for i, j in sorted(found):

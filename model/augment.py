@@ -1,4 +1,7 @@
-"""Photometric augmentation of hr on the device: parameters are drawn by the reader (keyed by sample), applied here.
+"""Photometric augmentation on the device: parameters are drawn by the reader (keyed by sample), applied here.
+
+hr: colour jitter, blur, solarize, grayscale. Series are measurements and keep their bands' ratios and their course over the year: at
+most one gain per view for s2 and one offset in dB for s1, the size of what calibration and atmosphere leave (`data.series_jitter`).
 
 Pure, vectorised over the batch, deterministic. Invalid pixels neither change nor leak into their neighbours.
 
@@ -13,35 +16,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.batch import ModalityView, View
+from model.batch import View
 
 # Columns of `View.photometric_BP`, in the order in which they are applied, and the values that change nothing.
-PHOTOMETRIC = ("brightness", "contrast", "saturation", "hue", "blur_sigma", "solarize_threshold", "grayscale")
-NEUTRAL = (1.0, 1.0, 1.0, 0.0, 0.0, 2.0, 0.0)
+PHOTOMETRIC = (
+    "brightness", "contrast", "saturation", "hue", "blur_sigma", "solarize_threshold", "grayscale", "s2_gain", "s1_offset_db",
+)  # fmt: skip
+NEUTRAL = (1.0, 1.0, 1.0, 0.0, 0.0, 2.0, 0.0, 1.0, 0.0)
 LUMA = (0.299, 0.587, 0.114)
 BLUR_RADIUS = 6  # pixels: 3 sigma of DINO's strongest blur (sigma 2)
 FULL_SCALE = 255.0
 
 
 def photometric(view: View) -> View:
-    """The view with hr's colours changed as `photometric_BP` says; other modalities are measurements and stay untouched.
+    """The view with its pixels changed as `photometric_BP` says.
 
-    On x/255 in [0, 1]: brightness × factor; contrast: mix with the mean luma of valid pixels; saturation: mix with
+    hr, on x/255 in [0, 1]: brightness × factor; contrast: mix with the mean luma of valid pixels; saturation: mix with
     each pixel's luma; hue: rotation by `hue` turns in the YIQ chroma plane (linear, so it vectorises; HSV differs slightly);
     grayscale 1: luma in all bands; blur: Gaussian of `blur_sigma` px, 0 = none; solarize: values >= threshold become 1 − x.
     Clamped to [0, 1] after the colour steps. Returns hr as float32 on the 0-255 scale. Bands past R G B take brightness,
-    contrast, blur and solarize only.
+    contrast, blur and solarize only. s2 × gain, s1 + offset, as float32.
     """
-    hr = view.modalities.get("hr")
-    if hr is None:
-        return view
     if view.photometric_BP.shape[-1] != len(PHOTOMETRIC):
         raise ValueError(
             f"photometric_BP has {view.photometric_BP.shape[-1]} columns, expected {len(PHOTOMETRIC)}: {PHOTOMETRIC}"
         )
-    x_BCHW = apply_photometric(hr.x_BTCHW[:, 0].float() / FULL_SCALE, hr.valid_BTHW[:, 0], view.photometric_BP)
-    changed: ModalityView = replace(hr, x_BTCHW=x_BCHW[:, None] * FULL_SCALE)
-    return replace(view, modalities={**view.modalities, "hr": changed})
+    changed = dict(view.modalities)
+    hr = view.modalities.get("hr")
+    if hr is not None:
+        x_BCHW = apply_photometric(hr.x_BTCHW[:, 0].float() / FULL_SCALE, hr.valid_BTHW[:, 0], view.photometric_BP)
+        changed["hr"] = replace(hr, x_BTCHW=x_BCHW[:, None] * FULL_SCALE)
+    for name, column in (("s2", "s2_gain"), ("s1", "s1_offset_db")):
+        part = view.modalities.get(name)
+        if part is not None:
+            amount = view.photometric_BP[:, PHOTOMETRIC.index(column), None, None, None, None]
+            x_BTCHW = part.x_BTCHW.float()
+            changed[name] = replace(part, x_BTCHW=x_BTCHW * amount if name == "s2" else x_BTCHW + amount)
+    return replace(view, modalities=changed)
 
 
 def apply_photometric(x_BCHW: Tensor, valid_BHW: Tensor, parameters_BP: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class Backbone(nn.Module):
         names = cfg.modalities if modalities is None else modalities
         dims, depths = cfg.dims, cfg.depths
         self.tokenizers = nn.ModuleDict(
-            {name: Tokenizer(name, dims[0], cfg.patch, cfg.token_min_valid) for name in names}
+            {name: Tokenizer(name, dims[0], cfg.patch, cfg.token_min_valid, cfg.tokenizer_bias) for name in names}
         )
         self.embed_norm = nn.LayerNorm(dims[0])
         experts = cfg.moe.placed(depths[2] + depths[3])

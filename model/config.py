@@ -93,7 +93,8 @@ class ModelConfig:
     modality in each of stages 3 and 4; 0 = off. position: of stages 3-4; `reference_m`: metres per unit of the rotary
     angle; `rotary_base`: ratio of the longest to the shortest rotary wavelength; `learned_grid` cells of
     `learned_cell_m` metres: side of the learned table. separate: one backbone per modality. token_min_valid: a token counts as valid if
-    more than this share of its pixels is.
+    more than this share of its pixels is. tokenizer_bias: spread of the tokenizers' initial biases as a share of their response's;
+    0 leaves a token its direction only, once the norm behind it has taken its length (its brightness) away.
     """
 
     size: Literal["debug", "tiny", "small", "base", "skysense_v2"] = "tiny"
@@ -113,6 +114,7 @@ class ModelConfig:
     separate: bool = False
     drop_path: float = 0.2
     token_min_valid: float = 0.0
+    tokenizer_bias: float = 1.0
     activation_checkpointing: bool = False
     moe: MoEConfig = field(default_factory=MoEConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
@@ -186,40 +188,99 @@ class ModelConfig:
         return factor if factor <= 8 else 1
 
 
+def run_samples(span: float, total: int) -> float:
+    """Samples of a span of the run: a share of its `total` samples up to 1, samples above it."""
+    return span * total if span <= 1 else span
+
+
+LEVELS = ("pixel", "object", "image")
+TERM_WEIGHTS = (
+    "mgcl_weight", "ita_weight", "qsacl_weight", "cross_weight", "site_weight", "restore_weight", "masked_weight",
+    "labels_weight", "koleo_weight",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Loss terms (method.md section 4); weight 0 switches a term off, with its heads.
+    """Loss terms (method.md section 4, and ours); weight 0 switches a term off, with its heads.
 
-    prototypes, head_hidden, head_bottleneck: projection heads. heads: one per feature space, or one per granularity too.
-    mgcl_levels: granularities of MGCL. pixel_pairs: at most so many positions per image. object_clusters: per image.
-    centering: teacher targets balanced over the whole step (sinkhorn), or sharpened only (softmax; for ablation).
-    center_bottleneck: take the teacher's mean bottleneck vector off both sides, per group and step (`targets.group_means`).
+    The paper's terms:
+        mgcl_weight, mgcl_levels (granularities), pixel_pairs: at most so many positions per image; object_clusters: per image.
+        local_mgcl: local views take part in MGCL too (student's local against the teacher's global view).
+        qsacl_weight, queries. ita_weight, ita_temperature, ita_embeddings: file made by `python -m pipeline text-embeddings`;
+        None switches ITA off.
+    Ours (`model.prediction`), all against targets of the whole, unhidden view:
+        cross_weight, cross_levels: each sensor's tokens predict the teacher's fused targets. Needs MGCL.
+        site_weight, site_temperature: each sensor's and the fused features of u tell their own site's fused features of the teacher
+        from those of all other sites of the step (InfoNCE).
+        restore_weight: each sensor's and the fused tokens regress statistics per ground cell of all sensors.
+        masked_weight: a small decoder reads every token of every sensor out of the fused features, asked by sensor, day and
+        place. masked_target: pixels (means and deviations of 4 x 4 blocks of the token), the same pixels through a frozen random
+        projection, or the teacher's features of the token. masked_loss: smooth L1, or telling the token from the others of its
+        site and sensor at masked_temperature. masked_visible: weight of tokens that were not hidden.
+        labels_weight: fused tokens predict the dense class labels that ride along; they are decoded, never read.
+        koleo_weight: spread of pooled features (KoLeo) against the teacher's rows of the whole step.
+        predictor_hidden: width of these heads.
+    What the student does not see of u:
+        hide_tokens: share of a sensor's final tokens (all dates of a place together); hide_dates: share of a series' dates;
+        hide_sensors: probability that a sensor is hidden whole. modality_dropout: the same for its fusion alone. Something
+        always stays.
+    Prototypes and teacher:
+        prototypes, head_hidden, head_bottleneck: projection heads. heads: one per feature space, or one per granularity too.
+        prototypes_frozen: share of the run in which prototypes do not learn (DINO freezes them for an epoch).
+        centering: teacher targets balanced over the whole step (sinkhorn), or sharpened only (softmax; for ablation).
+        centering_momentum: of the running average of Sinkhorn's scaling that groups with fewer rows than prototypes use; 0 = each
+        step by itself. center_bottleneck: take the teacher's mean bottleneck vector off both sides, per group and step.
+        teacher_temperature: from, to; over teacher_warmup of the run (a share up to 1, or samples above it).
+        ema_half_life: the teacher averages over this share of the samples seen so far (power-function EMA, arXiv 2312.02696), at
+        least ema_samples[0] and at most ema_samples[1] samples; 0: by `ema_momentum` per step, cosine from start to end (paper).
     balance_load: expert loads in the balance loss are those of the previous step (exact under any split into ranks and
     micro-batches) or of the current global micro-batch (Switch's formula to the letter; another accumulation, another loss).
-    ita_embeddings: file made by `python -m pipeline text-embeddings`; None switches ITA off.
     geo_context: regional prototypes (predecessor), over `geo_regions` cells with `geo_prototypes` each.
     """
 
     mgcl_weight: float = 1.0
     ita_weight: float = 0.1
     qsacl_weight: float = 1.0
+    cross_weight: float = 0.0
+    site_weight: float = 0.0
+    restore_weight: float = 0.0
+    masked_weight: float = 0.0
+    labels_weight: float = 0.0
+    koleo_weight: float = 0.0
     prototypes: int = 65536
     head_hidden: int = 2048
     head_bottleneck: int = 256
     heads: Literal["shared", "per_level"] = "shared"
-    mgcl_levels: tuple[str, ...] = ("pixel", "object", "image")
+    mgcl_levels: tuple[str, ...] = LEVELS
+    local_mgcl: bool = False
+    cross_levels: tuple[str, ...] = LEVELS
     pixel_pairs: int = 256
     object_clusters: int = 8
     queries: int = 16
+    site_temperature: float = 0.1
+    masked_target: Literal["pixels", "projection", "teacher"] = "pixels"
+    masked_loss: Literal["regression", "discrimination"] = "regression"
+    masked_temperature: float = 0.1
+    masked_visible: float = 1.0
+    predictor_hidden: int = 256
+    hide_tokens: float = 0.0
+    hide_dates: float = 0.0
+    hide_sensors: float = 0.0
+    modality_dropout: float = 0.0
     student_temperature: float = 0.1
     teacher_temperature: tuple[float, float] = (0.04, 0.07)
-    teacher_warmup_samples: int = 30_000
+    teacher_warmup: float = 0.3
+    prototypes_frozen: float = 0.0
     centering: Literal["sinkhorn", "softmax"] = "sinkhorn"
+    centering_momentum: float = 0.0
     center_bottleneck: bool = True
     sinkhorn_iterations: int = 3
     balance_load: Literal["previous_step", "micro_batch"] = "previous_step"
     ita_temperature: float = 0.07
     ita_embeddings: str | None = None
+    ema_half_life: float = 0.0
+    ema_samples: tuple[float, float] = (500.0, 1.0e8)
     ema_momentum: tuple[float, float] = (0.994, 1.0)
     geo_context: bool = False
     geo_regions: int = 4096
@@ -227,12 +288,35 @@ class ObjectiveConfig:
     geo_momentum: float = 0.99
 
     def __post_init__(self) -> None:
-        unknown = [level for level in self.mgcl_levels if level not in ("pixel", "object", "image")]
-        if unknown or not self.mgcl_levels:
-            raise ValueError(f"mgcl_levels={list(self.mgcl_levels)} must be some of pixel, object, image")
+        for name in ("mgcl_levels", "cross_levels"):
+            levels = getattr(self, name)
+            if not levels or any(level not in LEVELS for level in levels):
+                raise ValueError(f"{name}={list(levels)} must be some of {', '.join(LEVELS)}")
         for name in ("prototypes", "head_hidden", "head_bottleneck", "pixel_pairs", "object_clusters", "queries"):
             least = 2 if name == "prototypes" else 1
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
-        if min(self.student_temperature, *self.teacher_temperature, self.ita_temperature) <= 0:
+        temperatures = (self.student_temperature, *self.teacher_temperature, self.ita_temperature)
+        if min(*temperatures, self.site_temperature, self.masked_temperature) <= 0:
             raise ValueError("temperatures must be above 0")
+        for name in ("hide_tokens", "hide_dates", "hide_sensors", "modality_dropout", "centering_momentum"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1): at 1 nothing would be left")
+        for name in TERM_WEIGHTS:
+            if not getattr(self, name) >= 0.0:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 (off) or more")
+        if self.cross_weight and not (self.mgcl_weight and set(self.cross_levels) <= set(self.mgcl_levels)):
+            raise ValueError(
+                "cross_weight needs the fused targets of MGCL: set mgcl_weight above 0 and keep cross_levels within mgcl_levels"
+            )
+        if self.masked_weight and not (self.masked_visible or self.hide_tokens or self.hide_dates or self.hide_sensors):
+            raise ValueError(
+                "masked_weight with masked_visible=0 and nothing hidden has no token to predict: set hide_tokens"
+            )
+        if not self.ema_samples[0] <= self.ema_samples[1] or self.ema_samples[0] <= 0 or self.ema_half_life < 0:
+            raise ValueError("ema_samples must be 0 < least <= most, and ema_half_life 0 or more")
+
+    @property
+    def hides(self) -> bool:
+        """Whether the student sees less of u than there is."""
+        return bool(self.hide_tokens or self.hide_dates or self.hide_sensors)

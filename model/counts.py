@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from data_prep.schema import MODALITIES
 from model.config import ModelConfig, ObjectiveConfig
 from model.grids import axis_windows, stage_sides
-from model.objective_plan import count_parameters, head_dims
+from model.objective_plan import count_parameters, head_dims, prediction_flops
 
 CPB_HIDDEN = 512
 NUM_DAYS = 367
@@ -169,19 +169,20 @@ def fusion_flops(cfg: ModelConfig, view: ViewSize) -> int:
 
 
 def head_flops(cfg: ModelConfig, objective: ObjectiveConfig, view: ViewSize) -> int:
-    """Projection heads, prototypes and decoder on one view of one site, forward; an upper bound (pairs only where views overlap)."""
+    """Projection heads, prototypes, decoder and prediction terms on one view of one site, forward; an upper bound (pairs only where
+    views overlap)."""
     hidden, bottleneck = objective.head_hidden, objective.head_bottleneck
     dims = head_dims(cfg, objective)
     rows = {"dense": 0, "fused": 0, "query": objective.queries}
     per_image = {"object": objective.object_clusters, "image": 1}
-    cells = 0
+    cells, sizes = 0, {}
     for name in cfg.modalities:
         side_px, dates = canvas(view, name)
         tokens = stage_sides(side_px, cfg.patch, cfg.merges(name))[3] ** 2
-        cells = max(cells, tokens)
+        cells, sizes[name] = max(cells, tokens), (dates, tokens)
         rows["dense"] += dates * _level_rows(objective, per_image, tokens)
     rows["fused"] = _level_rows(objective, per_image, cells)
-    total = 0
+    total = prediction_flops(cfg, objective, sizes, cells)
     for space, dim in (("dense", cfg.dims[3]), ("fused", cfg.fusion_dim), ("query", cfg.fusion_dim)):
         if any(head == space or head.startswith(f"{space}_") for head in dims):
             row = dim * hidden + hidden * hidden + hidden * bottleneck + bottleneck * objective.prototypes

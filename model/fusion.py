@@ -38,12 +38,13 @@ class TokenGrid:
 
 @dataclass
 class Frames:
-    """Final-stage tokens of one modality of one view."""
+    """Final-stage tokens of one modality of one view. shown_B: sites whose fusion sees this modality; None: all."""
 
     feat_BThwD: Tensor
     valid_BThw: Tensor
     doy_BT: Tensor
     grid: TokenGrid
+    shown_B: Tensor | None = None
 
 
 class Fusion(nn.Module):
@@ -83,6 +84,7 @@ class Fusion(nn.Module):
         cells = fusion_cells({name: item.grid for name, item in frames.items()}, self.factors)
         x_BSyxF = torch.cat([self._place(name, item, cells[name]) for name, item in frames.items()], dim=1)
         valid_BSyx = place_validity({name: item.valid_BThw for name, item in frames.items()}, cells, self.factors)
+        valid_BSyx = only_shown(valid_BSyx, frames)
         grid = x_BSyxF.shape[2:4]
         num_sites = x_BSyxF.shape[0]
         x_XSF = x_BSyxF.permute(0, 2, 3, 1, 4).flatten(0, 2)
@@ -133,6 +135,22 @@ class Fusion(nn.Module):
         if self.checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
         return function(*args)
+
+
+def only_shown(valid_BSyx: Tensor, frames: Mapping[str, Frames]) -> Tensor:
+    """Hides the frames of modalities that a site's fusion shall not see, except where no other frame shows the location."""
+    items = list(frames.values())
+    if all(item.shown_B is None for item in items):
+        return valid_BSyx
+    every_B = torch.ones(len(valid_BSyx), dtype=torch.bool, device=valid_BSyx.device)
+    shown_BS = torch.cat(
+        [
+            (every_B if i.shown_B is None else i.shown_B)[:, None].expand(-1, i.valid_BThw.shape[1])
+            for i in items
+        ], 1,
+    )  # fmt: skip
+    left_BSyx = valid_BSyx & shown_BS[:, :, None, None]
+    return torch.where(left_BSyx.any(1, keepdim=True), left_BSyx, valid_BSyx)
 
 
 def first_token_block(block: Block, x_XJF: Tensor, layout: Layout) -> Tensor:

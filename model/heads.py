@@ -60,10 +60,15 @@ class Prototypes(nn.Module):
     def directions(self) -> Tensor:
         return F.normalize(self.weight.float() if self.weight.dtype != torch.float64 else self.weight, dim=-1)
 
-    def forward(self, z_Nd: Tensor, targets: HeadTargets, student_temperature: float) -> CrossEntropy:
-        """See `losses.dino.prototype_cross_entropy`."""
+    def forward(
+        self, z_Nd: Tensor, targets: HeadTargets, student_temperature: float, frozen: bool = False
+    ) -> CrossEntropy:
+        """See `losses.dino.prototype_cross_entropy`. frozen: the directions get a zero gradient."""
+        directions_Kd = self.directions()
+        if frozen:  # still part of the graph: every rank reduces every gradient
+            directions_Kd = directions_Kd.detach() + 0.0 * directions_Kd
         return prototype_cross_entropy(
-            z_Nd, self.directions(), targets.z_Nd, targets.prototypes_Kd, targets.log_v_GK, targets.group_N, targets.weight_N,
+            z_Nd, directions_Kd, targets.z_Nd, targets.prototypes_Kd, targets.log_v_GK, targets.group_N, targets.weight_N,
             student_temperature, targets.temperature,
         )  # fmt: skip
 
@@ -90,6 +95,8 @@ class ProjectionHead(nn.Module):
         y_Nd = self.mlp(x_ND.to(self.prototypes.weight.dtype))
         return y_Nd if y_Nd.dtype == torch.float64 else y_Nd.float()
 
-    def forward(self, x_ND: Tensor, targets: HeadTargets, student_temperature: float) -> CrossEntropy:
+    def forward(
+        self, x_ND: Tensor, targets: HeadTargets, student_temperature: float, frozen: bool = False
+    ) -> CrossEntropy:
         z_Nd = unit_rows(self.project(x_ND), targets.group_N, targets.mean_Gd)
-        return self.prototypes(z_Nd, targets, student_temperature)
+        return self.prototypes(z_Nd, targets, student_temperature, frozen)

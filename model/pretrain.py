@@ -3,14 +3,15 @@
 One optimiser step with A micro-batches on each of W ranks:
 
     scores  = [teacher.teacher_forward(batch) for batch in micro_batches]     # no gradient, small
-    targets = teacher.center(scores, samples_seen, reduce)                    # all collectives of the losses
+    targets = teacher.center(scores, samples_seen, reduce, total_samples)     # all collectives of the losses
     for batch, target in zip(micro_batches, targets):
         loss, metrics = student(batch, target)                               # backward, averaged over ranks and A
     more = student.finish_step(reduce)                                       # loads and prototype usage of the step
 
 Loss and metrics follow the convention of `model.losses.reduce`: their mean over ranks and micro-batches is exact.
 Metric names: `loss`; `loss/mgcl_<modality|fused>` (sum of the granularities); `loss/qsacl`; `loss/ita`; `loss/balance`,
-`loss/z` (means over layers); `targets/entropy` (of the teacher's
+`loss/z` (means over layers); `loss/cross_<modality>`, `loss/{restore,site,koleo}_<modality|fused>`, `loss/masked_<modality>`,
+`loss/labels` (`model.prediction`); `targets/entropy` (of the teacher's
 targets, as a share of log K, mean over groups: 1 = they say nothing, 0 = one prototype each); `feature/effective_rank`, `feature/std` (`model.collapse`); from `finish_step`: `moe/…`
 (`model.moe.balance.describe`), `prototypes/usage` and `prototypes/usage_<head>`.
 
@@ -32,24 +33,27 @@ from torch import Tensor, nn
 from model import collapse
 from model.augment import photometric
 from model.batch import Batch, View
-from model.config import ModelConfig, ObjectiveConfig
+from model.config import ModelConfig, ObjectiveConfig, run_samples
 from model.decoder import QueryDecoder
 from model.geo_context import ContextSums, GeoContext, assign
 from model.heads import ProjectionHead
+from model.hiding import fused_sensors, hide
 from model.inputs import normalise
 from model.losses import qsacl
 from model.losses.dino import teacher_temperature
 from model.losses.ita import IGNORE, token_classes
-from model.losses.mgcl import pair_views, pool_student
+from model.losses.mgcl import ViewTokens, pair_views, pool_student
 from model.losses.reduce import Reduce
 from model.losses.router import router_terms
 from model.moe.balance import MoEStats, add_stats, describe, reduce_stats
-from model.objective_plan import head_dims, head_of, uses_ita
+from model.objective_plan import cross_heads, head_dims, head_of, uses_ita
+from model.prediction import Prediction, gather
+from model.restore import on_cells
 from model.skysense import Features, SkySense
 from model.targets import Rows, TeacherScores, TeacherTargets, center
 from model.text import TextAlignment, load_embeddings
 from model.validity import routed_tokens
-from model.view_tokens import view_tokens, view_validity
+from model.view_tokens import Validity, view_tokens, view_validity
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +97,19 @@ class Student(nn.Module):
         elif uses_ita(objective):
             text_CE = load_embeddings(str(objective.ita_embeddings), classes or [])
             self.alignment = TextAlignment(model.fusion_dim, text_CE, objective.ita_temperature)
+        if objective.labels_weight and not classes:
+            log.warning(
+                "objective.labels_weight is set, but the shard set has no dense class labels: nothing to predict"
+            )
+        self.cross = nn.ModuleDict(
+            {
+                name: ProjectionHead(
+                    model.dims[3], objective.head_hidden, objective.head_bottleneck, objective.prototypes
+                )
+                for name in cross_heads(objective)
+            }
+        )
+        self.prediction = Prediction(model, objective, len(classes or []))
         self.context = GeoContext(model.fusion_dim) if objective.geo_context else None
         self.spaces = (*model.modalities, "fused") if objective.mgcl_weight else ()
         self.head_of_group = self._groups()
@@ -100,6 +117,7 @@ class Student(nn.Module):
             len(model.modalities) if model.separate else 1
         )
         self.register_buffer("load_LE", torch.zeros(self.num_routers, model.moe.experts, dtype=torch.int64))
+        self._group_scalings()
         self._step_stats: list[list[MoEStats]] = []
         self._step_hits: dict[str, Tensor] = {}
 
@@ -107,54 +125,93 @@ class Student(nn.Module):
         """Head of every group of rows that is centred by itself, in order."""
         objective = self.objective
         groups = {
-            f"{space}/{level}": head_of("fused" if space == "fused" else "dense", level, objective)
+            group_name(space, level, local): head_of("fused" if space == "fused" else "dense", level, objective)
+            for local in ((False, True) if objective.local_mgcl else (False,))
             for space in self.spaces
             for level in objective.mgcl_levels
         }
         return {**groups, **({"query": "query"} if objective.qsacl_weight else {})}
 
+    def _group_scalings(self) -> None:
+        """Running averages of Sinkhorn's scaling, [groups, K] per head; the teacher's are used, and travel in checkpoints."""
+        for name, head in self._heads().items() if self.objective.centering_momentum else ():
+            groups = [g for g, h in self.head_of_group.items() if h == name]
+            self.register_buffer(f"scaling_{name}", torch.zeros(len(groups), head.prototypes.weight.shape[0]))
+
     # ---- teacher side
 
     @torch.no_grad()
     def teacher_forward(self, batch: Batch) -> TeacherScores:
-        """The teacher's view of one micro-batch: v and the local views; of u only masks and geometry are used."""
+        """The teacher's view of one micro-batch: v and the local views; of u only masks and geometry are used (its features only
+        where they are the target of masked tokens)."""
         views = [batch.v, *(batch.local if self.decoder else [])]
-        features = [self.features(view) for view in views] if self.head_of_group else []
+        needed = bool(self.head_of_group) or self.prediction.needs_teacher
+        features = [self.features(view) for view in views] if needed else []
         features, context = self._teacher_context(batch, features)
-        valid_u, valid_v = view_validity(self.model, batch.u), view_validity(self.model, batch.v)
+        seen = hide(self.model, self.objective, batch)
+        valid_u, valid_v = view_validity(self.model, seen.u), view_validity(self.model, batch.v)
         rows: dict[str, Rows] = {}
         pairings = {}
-        for space in self.spaces:
-            u = view_tokens(self.model, batch.u, space, valid_u)
-            v = view_tokens(self.model, batch.v, space, valid_v, features[0])
-            pairings[space], pooled = pair_views(
-                u, v, batch.position_B, self.objective.pixel_pairs, self.objective.object_clusters,
-                self.objective.sinkhorn_iterations,
-            )  # fmt: skip
-            for level in self.objective.mgcl_levels:
-                y_Nd = self._head(f"{space}/{level}").project(getattr(pooled, level))
-                rows[f"{space}/{level}"] = Rows(y_Nd, pairings[space].valid(level))
+        for name, view in self._contrasted(seen).items():
+            valid = valid_u if name == "" else view_validity(self.model, view)
+            for space in self.spaces:
+                u = view_tokens(self.model, view, space, valid)
+                v = view_tokens(self.model, batch.v, space, valid_v, features[0])
+                pairing, pooled = pair_views(
+                    u, v, batch.position_B, self.objective.pixel_pairs, self.objective.object_clusters,
+                    self.objective.sinkhorn_iterations,
+                )  # fmt: skip
+                pairings[space + name] = pairing
+                for level in self.objective.mgcl_levels:
+                    group = group_name(space, level, name != "")
+                    y_Nd, valid_N = self._head(group).project(getattr(pooled, level)), pairing.valid(level)
+                    former = rows.get(group)
+                    if former is not None:  # several local views are one group
+                        y_Nd, valid_N = torch.cat([former.y_Nd, y_Nd]), torch.cat([former.valid_N, valid_N])
+                    rows[group] = Rows(y_Nd, valid_N)
         if self.decoder:
             rows["query"] = self._teacher_queries(batch, features, valid_u.fused)
-        tokens_KL = torch.stack([routed_tokens(self.model, view) for view in self._student_views(batch)])
+        tokens_KL = torch.stack([routed_tokens(self.model, view) for view in self._student_views(seen)])
         tokens_L = tokens_KL.sum(0).to(batch.position_B.device)
-        return TeacherScores(rows, pairings, self._classes(batch.u, valid_u.fused), tokens_L, context)
+        latent = self.objective.masked_weight and self.objective.masked_target == "teacher"
+        whole_u = self.features(batch.u) if latent else None
+        prediction = self.prediction.scores(batch, features[0] if features else None, valid_u, whole_u)
+        return TeacherScores(rows, pairings, self._classes(batch.u, valid_u.fused), tokens_L, context, prediction)
 
     @torch.no_grad()
-    def center(self, scores: list[TeacherScores], samples_seen: int, reduce: Reduce) -> list[TeacherTargets]:
-        """Targets of a whole step from the scores of all its micro-batches; collective over ranks."""
+    def center(
+        self, scores: list[TeacherScores], samples_seen: int, reduce: Reduce, total_samples: int = 0
+    ) -> list[TeacherTargets]:
+        """Targets of a whole step from the scores of all its micro-batches; collective over ranks.
+
+        total_samples: length of the run, for schedules that are shares of it.
+        """
         objective = self.objective
-        temperature = teacher_temperature(samples_seen, objective.teacher_temperature, objective.teacher_warmup_samples)
+        warmup = run_samples(objective.teacher_warmup, total_samples)
+        temperature = teacher_temperature(samples_seen, objective.teacher_temperature, warmup)
+        frozen = samples_seen < run_samples(objective.prototypes_frozen, total_samples)
         prototypes = {name: head.prototypes.directions() for name, head in self._heads().items()}
         iterations = objective.sinkhorn_iterations if objective.centering == "sinkhorn" else 0
         in_student = objective.balance_load == "micro_batch" and self.num_routers > 0
+        memory = {name: getattr(self, f"scaling_{name}") for name in prototypes if objective.centering_momentum}
         targets = center(
-            scores, self.head_of_group, prototypes, temperature, iterations, reduce, objective.center_bottleneck
-        )
+            scores, self.head_of_group, prototypes, temperature, iterations, reduce, objective.center_bottleneck,
+            memory, objective.centering_momentum,
+        )  # fmt: skip
+        prediction = gather([score.prediction for score in scores], targets[0].scale, reduce)
         sums = [score.context for score in scores if score.context is not None]
         if self.context is not None and sums:
             self.context.learn(sums, objective.geo_momentum, reduce)
-        return [replace(t, samples_seen=samples_seen, reduce=reduce if in_student else None) for t in targets]
+        return [
+            replace(
+                t,
+                samples_seen=samples_seen,
+                reduce=reduce if in_student else None,
+                prediction=p,
+                prototypes_frozen=frozen,
+            )
+            for t, p in zip(targets, prediction)
+        ]
 
     def _teacher_context(self, batch: Batch, features: list[Features]) -> tuple[list[Features], ContextSums | None]:
         """Fused features with their regions' context, and what the regions learn from v."""
@@ -172,7 +229,7 @@ class Student(nn.Module):
         return Rows(y_Nd, qsacl.valid_rows(valid_u_Bhw.flatten(1).any(1), seen[0], seen[1:], self.objective.queries))
 
     def _classes(self, u: View, valid_Bhw: Tensor) -> Tensor | None:
-        if self.alignment is None or u.classes_BHW is None:
+        if (self.alignment is None and self.prediction.labels is None) or u.classes_BHW is None:
             return None
         return torch.where(valid_Bhw, token_classes(u.classes_BHW, (valid_Bhw.shape[1], valid_Bhw.shape[2])), IGNORE)
 
@@ -180,14 +237,26 @@ class Student(nn.Module):
 
     def forward(self, batch: Batch, targets: TeacherTargets, diagnose: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, metrics) of one micro-batch. All parameters take part, whatever is missing, with zero gradient if need be."""
+        seen = hide(self.model, self.objective, batch)
+        kept_BM = fused_sensors(
+            self.model, self.objective.modality_dropout if self.training else 0.0, seen.u, batch.position_B
+        )
         features = [
-            self.features(view, _seeds(batch, targets.samples_seen, number))
-            for number, view in enumerate(self._student_views(batch))
+            self.features(view, _seeds(batch, targets.samples_seen, number), kept_BM if number == 0 else None)
+            for number, view in enumerate(self._student_views(seen))
         ]
         features = [self._in_context(f, targets.context_BPF) for f in features]
         u, local = features[0], features[1:]
+        valid_u = view_validity(self.model, seen.u)
         metrics: dict[str, Tensor] = {}
-        loss = self._contrast(batch, u, local, targets, metrics)
+        loss = self._contrast(seen, valid_u, u, local, targets, metrics)
+        if self.prediction.is_on:
+            assert targets.prediction is not None
+            whole = replace(batch, u=normalise(batch.u, self.statistics))
+            classes = (targets.class_Bhw, targets.ita_scale)
+            term, found = self.prediction(whole, u, valid_u, targets.prediction, classes)
+            loss = loss + term
+            metrics.update(found)
         if self.alignment is not None:
             ita = self.alignment(u.fused, targets.class_Bhw)
             ita = ita * targets.ita_scale.to(ita.dtype)
@@ -199,30 +268,39 @@ class Student(nn.Module):
             metrics.update(collapse.feature_metrics(u.fused.detach(), u.fused_valid))
         return loss, metrics
 
-    def features(self, view: View, seed_B: Tensor | None = None) -> Features:
+    def features(self, view: View, seed_B: Tensor | None = None, fused_BM: Tensor | None = None) -> Features:
         """SkySense's features of a raw view: photometric augmentation, normalisation, network.
 
-        seed_B: decides drop-path in training; a function of samples, not of ranks.
+        seed_B: decides drop-path in training; a function of samples, not of ranks. fused_BM: sensors that the fusion sees.
         """
-        return self.skysense(normalise(photometric(view), self.statistics), seed_B)
+        return self.skysense(normalise(photometric(view), self.statistics), seed_B, fused_BM=fused_BM)
 
     def _contrast(
-        self, batch: Batch, u: Features, local: list[Features], targets: TeacherTargets, metrics: dict[str, Tensor]
-    ) -> Tensor:
-        """MGCL and QSACL: rows of every group to their head, one call per head."""
+        self, batch: Batch, valid_u: Validity, u: Features, local: list[Features], targets: TeacherTargets,
+        metrics: dict[str, Tensor],
+    ) -> Tensor:  # fmt: skip
+        """MGCL, cross-sensor prediction and QSACL: rows of every group to their head, one call per head."""
         rows: dict[str, Tensor] = {}
-        validity = view_validity(self.model, batch.u)
-        for space in self.spaces:
-            tokens = view_tokens(self.model, batch.u, space, validity, u)
-            pooled = pool_student(tokens, targets.pairings[space])
-            rows.update({f"{space}/{level}": getattr(pooled, level) for level in self.objective.mgcl_levels})
+        for (name, view), features in zip(self._contrasted(batch).items(), (u, *local)):
+            valid = valid_u if name == "" else view_validity(self.model, view)
+            for space in self.spaces:
+                tokens = view_tokens(self.model, view, space, valid, features)
+                pooled = pool_student(tokens, targets.pairings[space + name])
+                for level in self.objective.mgcl_levels:
+                    group, x_ND = group_name(space, level, name != ""), getattr(pooled, level)
+                    rows[group] = torch.cat([rows[group], x_ND]) if group in rows else x_ND
         if self.decoder is not None:
             outputs = [self.decoder(f.fused, f.fused_valid) for f in (u, *local)]
             rows["query"] = qsacl.student_rows(outputs[0], outputs[1:])
         loss = u.fused.new_zeros((), dtype=torch.float32)
         for name, head in self._heads().items():
             target, groups = targets.heads[name], targets.groups[name]
-            out = head(torch.cat([rows[g] for g in groups]), target, self.objective.student_temperature)
+            out = head(
+                torch.cat([rows[g] for g in groups]),
+                target,
+                self.objective.student_temperature,
+                targets.prototypes_frozen,
+            )
             loss = loss + out.loss * (self.objective.qsacl_weight if name == "query" else self.objective.mgcl_weight)
             self._note_hits(name, out.best_N[target.weight_N > 0], head)
             for i, group in enumerate(groups):
@@ -233,6 +311,42 @@ class Student(nn.Module):
                     len(self.head_of_group) * math.log(self.objective.prototypes)
                 )
                 metrics["targets/entropy"] = metrics.get("targets/entropy", 0.0) + share
+        return self._cross(u, targets, loss, metrics)
+
+    def _cross(self, u: Features, targets: TeacherTargets, loss: Tensor, metrics: dict[str, Tensor]) -> Tensor:
+        """Cross-sensor prediction: every sensor's tokens of u, dates averaged, on the fused grid, against the teacher's targets of
+        the fused features of v, by heads of their own. A mean over all fused rows: a sensor that is not there counts 0.
+        """
+        if not self.cross:
+            return loss
+        pairing = targets.pairings["fused"]
+        cells = (u.fused_valid.shape[1], u.fused_valid.shape[2])
+        for space in self.model.modalities:
+            x_BhwD, ok_Bhw = on_cells(u.dense[space], u.dense_valid[space], cells)
+            pooled = pool_student(ViewTokens(ok_Bhw[:, None], None, None, x_BhwD[:, None]), pairing)
+            any_B1 = ok_Bhw.flatten(1).any(1)[:, None]
+            ok = {
+                "pixel": torch.gather(ok_Bhw.flatten(1)[:, None], 2, pairing.index_BTP),
+                "object": any_B1[..., None].expand(pairing.object_valid_BTC.shape),
+                "image": any_B1,
+            }
+            total: Tensor | float = 0.0
+            for name, head in self.cross.items():
+                target, groups = targets.heads[name], targets.groups[name]
+                levels = [(i, g.split("/")[1]) for i, g in enumerate(groups) if not g.endswith(LOCAL)]
+                own_N = torch.isin(target.group_N, torch.tensor([i for i, _ in levels], device=target.group_N.device))
+                ok_N = torch.cat(
+                    [(ok[level] & (level in self.objective.cross_levels)).flatten() for _, level in levels]
+                )
+                aim = replace(
+                    target, z_Nd=target.z_Nd[own_N], group_N=target.group_N[own_N], weight_N=target.weight_N[own_N] * ok_N,
+                    mean_Gd=torch.zeros_like(target.mean_Gd),  # the mean is of another head's bottleneck
+                )  # fmt: skip
+                rows_ND = torch.cat([getattr(pooled, level) for _, level in levels])
+                total = total + head(rows_ND, aim, self.objective.student_temperature, targets.prototypes_frozen).loss
+            assert isinstance(total, Tensor)
+            metrics[f"loss/cross_{space}"] = total.detach()
+            loss = loss + self.objective.cross_weight * total
         return loss
 
     def _router(self, features: list[Features], targets: TeacherTargets, metrics: dict[str, Tensor]) -> Tensor | float:
@@ -272,7 +386,12 @@ class Student(nn.Module):
         return replace(features, fused=self.context(features.fused, prototypes_BPF))
 
     def _student_views(self, batch: Batch) -> list[View]:
-        return [batch.u, *(batch.local if self.decoder is not None else [])]
+        return [batch.u, *(batch.local if self.decoder is not None or self.objective.local_mgcl else [])]
+
+    def _contrasted(self, batch: Batch) -> dict[str, View]:
+        """Student's views that MGCL compares with the teacher's v, by suffix of their pairings' names: u and, if asked, the local ones."""
+        local = batch.local if self.objective.local_mgcl else []
+        return {"": batch.u, **{f"{LOCAL}{j}": view for j, view in enumerate(local)}} if self.spaces else {}
 
     def _heads(self) -> dict[str, ProjectionHead]:
         return {name: head for name, head in self.heads.items() if isinstance(head, ProjectionHead)}
@@ -283,6 +402,14 @@ class Student(nn.Module):
     def _note_hits(self, name: str, best_N: Tensor, head: ProjectionHead) -> None:
         hits = self._step_hits.setdefault(name, torch.zeros_like(head.prototypes.age_K))
         hits[best_N] = 1
+
+
+LOCAL = "/local"
+
+
+def group_name(space: str, level: str, local: bool) -> str:
+    """Rows that are centred together: one space, one granularity, of u or of the local views."""
+    return f"{space}/{level}{LOCAL if local else ''}"
 
 
 def make_teacher(student: Student) -> Student:

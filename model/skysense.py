@@ -6,7 +6,7 @@ Dimension legend: B sites · T dates · N = B·T images · h, w tokens · D back
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Features:
         fused: [B, y, x, F]; fused_valid: bool [B, y, x].
         fused_like: the modality whose token grid (and stride) the fused grid is.
         moe: per mixture-of-experts layer, router sums by modality.
+        stages: if asked for, per modality features and validity after each of the four stages, as `dense` and `dense_valid`.
     """
 
     dense: dict[str, Tensor]
@@ -41,6 +42,7 @@ class Features:
     fused_valid: Tensor
     fused_like: str
     moe: list[MoEStats]
+    stages: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
 
 class SkySense(nn.Module):
@@ -66,6 +68,8 @@ class SkySense(nn.Module):
         view: View,
         sample_seed_B: Tensor | None = None,
         merges: Mapping[str, tuple[bool, bool, bool]] | None = None,
+        fused_BM: Tensor | None = None,
+        stages: bool = False,
     ) -> Features:
         """Features of one view of B sites.
 
@@ -74,21 +78,28 @@ class SkySense(nn.Module):
             sample_seed_B: int64 per site (of sample, epoch, view), decides drop-path in training. None in training: drawn
                 from the default generator.
             merges: merge or keep at the three transitions, for modalities that shall differ from the configuration.
+            fused_BM: bool [B, modalities], which sensors the fusion sees of a site (modality dropout); None: all. A location that
+                none of them shows is fused from all that there is, so that validity stays what masks say.
+            stages: return the features after every stage too (`Features.stages`).
         """
         seed_B = self._seeds(view, sample_seed_B)
         dense, dense_valid, stride, grids, frames, calls = {}, {}, {}, {}, {}, []
+        after: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for m, name in enumerate(self.cfg.modalities):
             part = view.modalities[name]
             num_dates = part.valid_BTHW.shape[1]
             seeds_BT = None if seed_B is None else image_seeds(seed_B, m, num_dates)
-            tokens = self._images(name, part, seeds_BT, (merges or {}).get(name))
+            tokens = self._images(name, part, seeds_BT, (merges or {}).get(name), stages)
             dense[name], dense_valid[name], stride[name] = tokens.feat_NhwD, tokens.valid_Nhw, tokens.stride
             hw, canvas = tokens.valid_Nhw.shape[2:], part.valid_BTHW.shape[2:]
             grids[name] = TokenGrid((hw[0], hw[1]), (canvas[0], canvas[1]), tokens.stride)
-            frames[name] = Frames(tokens.feat_NhwD, tokens.valid_Nhw, part.doy_BT, grids[name])
+            shown_B = None if fused_BM is None else fused_BM[:, m]
+            frames[name] = Frames(tokens.feat_NhwD, tokens.valid_Nhw, part.doy_BT, grids[name], shown_B)
             calls.append(tokens.moe)
+            if stages:
+                after[name] = tokens.pyramid
         fused, fused_valid = self.fusion(frames)
-        return Features(dense, dense_valid, stride, fused, fused_valid, fusion_leader(grids), self._stats(calls))
+        return Features(dense, dense_valid, stride, fused, fused_valid, fusion_leader(grids), self._stats(calls), after)
 
     def _seeds(self, view: View, sample_seed_B: Tensor | None) -> Tensor | None:
         if not self.training or self.cfg.drop_path == 0.0:
@@ -98,8 +109,9 @@ class SkySense(nn.Module):
         return sample_seed_B
 
     def _images(
-        self, name: str, part: ModalityView, seeds_BT: Tensor | None, merges: tuple[bool, bool, bool] | None
-    ) -> Tokens:
+        self, name: str, part: ModalityView, seeds_BT: Tensor | None, merges: tuple[bool, bool, bool] | None,
+        pyramid: bool = False,
+    ) -> Tokens:  # fmt: skip
         """Runs the images that have any valid pixel (at least one image, see the class) and lays the results out as
         [B, T, h, w, …]; the others are zero and invalid.
         """
@@ -111,14 +123,15 @@ class SkySense(nn.Module):
         if kept is not None:
             x_NCHW, valid_NHW, gsd_N = x_NCHW[kept], valid_NHW[kept], gsd_N[kept]
             seed_N = None if seed_N is None else seed_N[kept]
-        tokens = self.backbone(name, x_NCHW, valid_NHW, gsd_N, seed_N, merges)
-        feat_NhwD, valid_Nhw = tokens.feat_NhwD, tokens.valid_Nhw
-        if kept is not None:
-            shape = (sites * dates, *feat_NhwD.shape[1:])
-            feat_NhwD = feat_NhwD.new_zeros(shape).index_copy(0, kept, feat_NhwD)
-            valid_Nhw = valid_Nhw.new_zeros(shape[:3]).index_copy(0, kept, valid_Nhw)
-        layout = (sites, dates)
-        return Tokens(feat_NhwD.unflatten(0, layout), valid_Nhw.unflatten(0, layout), tokens.stride, tokens.moe)
+        tokens = self.backbone(name, x_NCHW, valid_NHW, gsd_N, seed_N, merges, pyramid)
+
+        def laid_out(of_images: Tensor) -> Tensor:
+            if kept is not None:
+                of_images = of_images.new_zeros(sites * dates, *of_images.shape[1:]).index_copy(0, kept, of_images)
+            return of_images.unflatten(0, (sites, dates))
+
+        maps = [(laid_out(feat), laid_out(valid)) for feat, valid in tokens.pyramid]
+        return Tokens(laid_out(tokens.feat_NhwD), laid_out(tokens.valid_Nhw), tokens.stride, tokens.moe, maps)
 
     def _stats(self, calls: list[list[CallStats]]) -> list[MoEStats]:
         """By layer and modality. With separate backbones each layer belongs to one modality; it is padded with zeros

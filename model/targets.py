@@ -6,7 +6,7 @@ Legend: N rows · d bottleneck dim · K prototypes · G groups of one head · L 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from model.heads import HeadTargets, unit_rows
 from model.losses.mgcl import Pairing
 from model.losses.reduce import Reduce
 from model.losses.sinkhorn import prototype_scaling
+from model.prediction import PredictionScores, PredictionTargets
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class TeacherScores:
     class_Bhw: Tensor | None
     tokens_L: Tensor
     context: ContextSums | None = None
+    prediction: PredictionScores = field(default_factory=PredictionScores)
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class TeacherTargets:
         context_BPF: geo-context prototypes of each site's region, before this step's update.
         samples_seen: of the run so far; the same for all micro-batches of the step.
         reduce: set where the student must meet the other ranks (`balance_load: micro_batch`).
+        scale: W·A/N of the prediction terms, by name. prediction: their targets.
+        prototypes_frozen: the student's prototypes do not learn in this step.
     """
 
     heads: dict[str, HeadTargets]
@@ -69,11 +73,15 @@ class TeacherTargets:
     samples_seen: int = 0
     reduce: Reduce | None = None
     context_BPF: Tensor | None = None
+    scale: Mapping[str, Tensor] = field(default_factory=dict)
+    prediction: PredictionTargets | None = None
+    prototypes_frozen: bool = False
 
 
 def center(
     scores: list[TeacherScores], head_of_group: Mapping[str, str], prototypes: Mapping[str, Tensor], temperature: float,
-    iterations: int, reduce: Reduce, center_bottleneck: bool = True,
+    iterations: int, reduce: Reduce, center_bottleneck: bool = True, memory: Mapping[str, Tensor] | None = None,
+    momentum: float = 0.0,
 ) -> list[TeacherTargets]:  # fmt: skip
     """Targets of every micro-batch of a step from the scores of all of them, on all ranks.
 
@@ -82,9 +90,13 @@ def center(
     Args:
         head_of_group: which head scores a group; also the order of groups.
         prototypes: unit rows [K, d] of the teacher's heads.
+        memory: by head, running averages [G, K] of log v, updated in place; groups with fewer rows than prototypes use them. Few
+        rows cannot say which of many prototypes are rare: balanced by themselves, their targets say more of the batch than of
+        the rows.
     """
     parts = reduce.world * len(scores)
     scale, ita_scale, router_tokens_L = _scales(scores, list(head_of_group), parts, reduce)
+    terms = {name: scale[name] for name in scores[0].prediction.counts}
     groups = {head: [g for g, h in head_of_group.items() if h == head] for head in prototypes}
     heads: list[dict[str, HeadTargets]] = [{} for _ in scores]
     for head, names in groups.items():
@@ -99,6 +111,9 @@ def center(
             z_Nd, prototypes[head], group_N, valid_N, len(names), temperature, iterations, reduce
         )  # fmt: skip
         scale_G = torch.stack([scale[name] for name in names]).to(log_v_GK.dtype)
+        if memory:
+            rows_G = torch.where(scale_G > 0, parts / scale_G.clamp_min(1e-30), 0)
+            log_v_GK = remember(log_v_GK, memory[head], rows_G, momentum)
         for targets, (y, group, valid) in zip(heads, members):
             weight = scale_G[group] * valid.to(log_v_GK.dtype)
             targets[head] = HeadTargets(
@@ -114,9 +129,21 @@ def center(
             router_tokens_L,
             parts,
             context_BPF=None if score.context is None else score.context.prototypes_BPF,
+            scale=terms,
         )
         for by_head, score in zip(heads, scores)
     ]
+
+
+def remember(log_v_GK: Tensor, memory_GK: Tensor, rows_G: Tensor, momentum: float) -> Tensor:
+    """The scaling to use: each group's own, or the running average (updated here, started by the first step) where it has fewer
+    valid rows than prototypes. A group without rows leaves its average as it is."""
+    memory = memory_GK.to(log_v_GK.dtype)
+    started_G1 = (memory != 0).any(1, keepdim=True)
+    average_GK = torch.where(started_G1, momentum * memory + (1 - momentum) * log_v_GK, log_v_GK)
+    average_GK = torch.where(rows_G[:, None] > 0, average_GK, memory)
+    memory_GK.copy_(average_GK)
+    return torch.where(rows_G[:, None] < log_v_GK.shape[1], average_GK, log_v_GK)
 
 
 def group_means(y_Nd: Tensor, group_N: Tensor, valid_N: Tensor, num_groups: int, reduce: Reduce) -> Tensor:
@@ -136,15 +163,20 @@ def group_means(y_Nd: Tensor, group_N: Tensor, valid_N: Tensor, num_groups: int,
 def _scales(
     scores: list[TeacherScores], groups: list[str], parts: int, reduce: Reduce
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """W·A/N per group and of ITA, 0 where nothing is valid anywhere; tokens per router layer."""
+    """W·A/N per group and prediction term, and of labelled tokens, 0 where nothing is valid anywhere; tokens per router layer."""
     device = scores[0].tokens_L.device
     labelled = [0 if s.class_Bhw is None else (s.class_Bhw >= 0).sum() for s in scores]
     rows = [torch.as_tensor(sum(s.rows[name].valid_N.sum() for s in scores), device=device) for name in groups]
-    counts = torch.stack([*rows, torch.as_tensor(sum(labelled), device=device)]).to(torch.float64)
+    terms = list(scores[0].prediction.counts)
+    elements = [torch.stack([s.prediction.counts[name] for s in scores]).sum() for name in terms]
+    names = [*groups, *terms]
+    counts = torch.stack(
+        [x.to(torch.float64) for x in (*rows, *elements, torch.as_tensor(sum(labelled), device=device))]
+    )
     tokens_L = torch.stack([s.tokens_L.to(torch.float64) for s in scores]).sum(0)
     total = reduce.sum(torch.cat([counts, tokens_L]))
-    scale = torch.where(total > 0, parts / total.clamp_min(1), 0.0)
-    return dict(zip(groups, scale)), scale[len(groups)], total[len(groups) + 1 :]
+    scale = torch.where(total > 0, parts / total.clamp_min(1e-12), 0.0)
+    return dict(zip(names, scale)), scale[len(names)], total[len(names) + 1 :]
 
 
 def _stack(score: TeacherScores, names: list[str]) -> tuple[Tensor, Tensor, Tensor]:

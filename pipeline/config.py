@@ -43,7 +43,9 @@ class DataConfig:
     Views:
         scale: range of the crop side as a share of the canvas side, in steps of 10 m; at most 1.
         min_clear: dates with a smaller share of clear pixels are used only when too few others exist.
-        date_jitter_days: greatest shift of a date's day of year. photometric: draw hr colour augmentation.
+        date_jitter_days: greatest shift of a date's day of year. photometric: hr colour augmentation (mild: what flights differ in;
+            dino: full colour jitter, blur, solarize, grayscale). series_jitter: greatest gain of s2 per view (0.05 = ± 5 %), and
+            ten times as many dB for s1 (0.5).
 
     How:
         threads: decoding threads, 0 = decode in the caller. prefetch_batches: batches made ahead.
@@ -65,7 +67,8 @@ class DataConfig:
     scale: tuple[float, float] = (1.0, 1.0)
     min_clear: float = 0.2
     date_jitter_days: int = 0
-    photometric: bool = True
+    photometric: Literal["none", "mild", "dino"] = "mild"
+    series_jitter: float = 0.0
     require: tuple[str, ...] = ()
     max_cloud: float | None = None
     unflagged: bool = False
@@ -95,6 +98,8 @@ class DataConfig:
         for name in ("threads", "local_views", "retries", "date_jitter_days"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, found {getattr(self, name)}")
+        if not 0.0 <= self.series_jitter < 1.0:
+            raise ValueError(f"series_jitter must lie in [0, 1), found {self.series_jitter}")
         if self.weights and len(self.weights) != len(self.urls):
             raise ValueError(f"weights holds {len(self.weights)} numbers for {len(self.urls)} shard sets")
 
@@ -120,11 +125,12 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with cosine schedules. lr_scale: factor per module-name prefix, e.g. {"backbone.tokenizers": 0.2}."""
+    """AdamW with cosine schedules. warmup: share of the run up to 1, samples above it. lr_scale: factor per module-name prefix,
+    e.g. {"backbone.tokenizers": 0.2}."""
 
     lr: float = 2e-4
     lr_end: float = 1e-6
-    warmup_samples: int = 10_240_000
+    warmup: float = 0.02
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: tuple[float, float] = (0.04, 0.2)
@@ -169,13 +175,19 @@ class ProbeConfig:
     """In-loop probes on labels that ride in the shards. every: steps, 0 = off. samples: at most, per split.
 
     label: scalar label of `knn` and `linear`; raster: label raster of `segment` (None: the only one there is).
+    views: what a probe sees of a site; None: the whole site with all its dates, see `pipeline.probes.sites.whole_view`.
+    pool: a site's features are the mean over its valid tokens and dates, or mean and standard deviation side by side.
+    stage: the backbone's features after its last norm, after one of the four stages, or after all four side by side.
     """
 
     every: int = 0
-    tasks: tuple[str, ...] = ("knn",)
+    tasks: tuple[str, ...] = ("knn", "linear")
     samples: int = 512
     label: str = "scene"
     raster: str | None = None
+    views: ViewConfig | None = None
+    pool: Literal["mean", "mean_std"] = "mean_std"
+    stage: Literal["last", 1, 2, 3, 4, "all"] = "last"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cluster.errors import UsageError
+from model.config import run_samples
 from pipeline.config import PretrainConfig
 from pipeline.ema import Teacher
 from pipeline.health import Heartbeat
@@ -21,7 +22,7 @@ from pipeline.optimizer import adamw, set_rates
 from pipeline.parallel.expert_parallel import apply_expert_parallel
 from pipeline.parallel.layout import Layout
 from pipeline.parallel.zero import ShardedState, logical
-from pipeline.schedules import ema_momentum, learning_rate, weight_decay
+from pipeline.schedules import learning_rate, teacher_momentum, weight_decay
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Engine:
         student, teacher = self.student, self.teacher.module
         _at(beat, "teacher")
         scores = [teacher.teacher_forward(batch) for batch in micro_batches]
-        targets = teacher.center(scores, samples, self.reduce)
+        targets = teacher.center(scores, samples, self.reduce, self.total_samples)
         _at(beat, "student")
         self.deepspeed.train()
         sums: dict[str, Tensor] = {}
@@ -144,14 +145,14 @@ class Engine:
         applied = not bool(getattr(self.deepspeed.optimizer, "overflow", False))
         grad_norm = float(self.deepspeed.get_global_grad_norm() or 0.0) if norm is None else norm
         if applied:
-            self.teacher.update(ema_momentum(after, self.total_samples, *self.config.objective.ema_momentum))
+            self.teacher.update(teacher_momentum(self.config.objective, after, self.total_samples, self.layout.batch))
         figures = self._average(sums, len(micro_batches))
         figures.update({name: float(value) for name, value in student.finish_step(self.reduce).items()})
         return StepResult(figures.pop("loss"), figures, grad_norm, lr, applied)
 
     def _set_rates(self, samples: int) -> float:
         config, total = self.config.optimizer, self.total_samples
-        lr = learning_rate(samples, total, config.warmup_samples, config.lr, config.lr_end)
+        lr = learning_rate(samples, total, run_samples(config.warmup, total), config.lr, config.lr_end)
         set_rates(self.state.optimizer.param_groups, lr, weight_decay(samples, total, *config.weight_decay))
         return lr
 

@@ -77,6 +77,9 @@ def loop(run: Run, stop: StopFlag) -> int:
     """The loop. Everything that happens between two steps stands here, in order."""
     config, spikes, batches = run.config, SpikeWatch(), iter(run.reader)
     last, stopping = config.train.steps, False
+    if run.probing and run.step == 0:  # the untrained network: what every later score is measured against
+        run.beat.at("probe")
+        probe(run)
     while run.step < last and not stopping:
         run.beat.at("data", run.step + 1)
         began = time.monotonic()
@@ -98,9 +101,7 @@ def loop(run: Run, stop: StopFlag) -> int:
             )
 
         run.beat.at("probe")
-        # after the first step the teacher is all but untrained: what every later score is measured against
-        probing = run.probing and (run.step == 1 or due(run.step, config.probe.every, last))
-        scores = probe(run) if probing else {}
+        scores = probe(run) if run.probing and due(run.step, config.probe.every, last) else {}
         run.beat.at("log")
         if scores or run.step == 1 or due(run.step, config.train.log_every, last):
             run.log.write(run.step, run.samples, result, {**run.reader.metrics(), **scores})

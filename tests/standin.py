@@ -49,7 +49,7 @@ class StandIn(Network):
         return Network.forward(self, rows).float(), rows
 
     @torch.no_grad()
-    def center(self, targets: list[tuple[Tensor, Rows]], samples: int, reduce: Any) -> list[Any]:
+    def center(self, targets: list[tuple[Tensor, Rows]], samples: int, reduce: Any, total: int = 0) -> list[Any]:
         count = reduce.sum(torch.stack([rows.valid_BL.sum().float() for _, rows in targets]).sum())
         total = reduce.sum(torch.stack([(t * rows.valid_BL[..., None]).sum((0, 1)) for t, rows in targets]).sum(0))
         scale = reduce.world * len(targets) / count

@@ -65,6 +65,7 @@ class Ground:
         rows_HW: float32 phase of field rows, radians.
         shares_hwM: float32 share of each material in each 10 m cell; sums to 1.
         landcover_hw: int16 class of most of the cell's area.
+        moisture_db: how much stronger than usual the site's radar echo is.
     """
 
     material_HW: np.ndarray
@@ -72,6 +73,7 @@ class Ground:
     rows_HW: np.ndarray
     shares_hwM: np.ndarray
     landcover_hw: np.ndarray
+    moisture_db: float = 0.0
 
 
 def draw_ground(scene: str, side_m: int, rng: np.random.Generator) -> Ground:
@@ -79,9 +81,14 @@ def draw_ground(scene: str, side_m: int, rng: np.random.Generator) -> Ground:
     kind, pixels = SCENES[scene], side_m // 10 * CELL_PX
     material, gain, rows = _fields(kind, pixels, rng)
     _paint_nature(material, gain, kind, rng)
+    return ground_of(material, gain, rows)
+
+
+def ground_of(material: np.ndarray, gain: np.ndarray, rows: np.ndarray, moisture_db: float = 0.0) -> Ground:
+    """The truth of a finished map: shares and majority class of each 10 m cell."""
     shares = _cell_shares(material)
     by_class = np.stack([shares[..., c == CLASS_OF_MATERIAL].sum(-1) for c in range(CLASS_OF_MATERIAL.max() + 1)], -1)
-    return Ground(material, gain, rows, shares, by_class.argmax(-1).astype(np.int16))
+    return Ground(material, gain, rows, shares, by_class.argmax(-1).astype(np.int16), moisture_db)
 
 
 def smooth_noise(pixels: int, knots: int, rng: np.random.Generator) -> np.ndarray:
@@ -103,7 +110,8 @@ def _spline_weights(pixels: int, knots: int) -> np.ndarray:
     return weights
 
 
-def _rotated_metres(pixels: int, angle: float) -> tuple[np.ndarray, np.ndarray]:
+def rotated_metres(pixels: int, angle: float) -> tuple[np.ndarray, np.ndarray]:
+    """Distances in metres along two perpendicular axes, turned by `angle`."""
     axis = (np.arange(pixels, dtype=np.float32) + 0.5) * (10 / CELL_PX)
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     return axis[None] * cos + axis[:, None] * sin, axis[:, None] * cos - axis[None] * sin
@@ -112,7 +120,7 @@ def _rotated_metres(pixels: int, angle: float) -> tuple[np.ndarray, np.ndarray]:
 def _fields(kind: SceneType, pixels: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Parcels of grass and crops with farm roads between some of them."""
     angle = rng.uniform(0, np.pi / 2)
-    u, v = _rotated_metres(pixels, angle)
+    u, v = rotated_metres(pixels, angle)
     reach = pixels * 10 / CELL_PX * 1.5
     strips = np.cumsum(kind.parcel_m * rng.uniform(0.6, 1.4, int(2 * reach / kind.parcel_m / 0.6) + 2)) - reach
     strip = np.searchsorted(strips, u.ravel()).reshape(u.shape)
@@ -154,7 +162,7 @@ def _paint_nature(material: np.ndarray, gain: np.ndarray, kind: SceneType, rng: 
 
 def _paint_built(material: np.ndarray, gain: np.ndarray, here: np.ndarray, rng: np.random.Generator) -> None:
     """Streets on a rotated grid, one house per lot, gardens of grass and some trees around it."""
-    u, v = _rotated_metres(len(material), rng.uniform(0, np.pi / 2))
+    u, v = rotated_metres(len(material), rng.uniform(0, np.pi / 2))
     lot_u, lot_v = rng.uniform(14, 24), rng.uniform(16, 28)
     iu, iv = np.floor(u / lot_u).astype(np.int64), np.floor(v / lot_v).astype(np.int64)
     fu, fv = u / lot_u - iu, v / lot_v - iv

@@ -13,7 +13,10 @@ from data_prep.simulate.spectra import (
     BROADLEAF,
     CEREAL,
     CONIFER,
+    DOUBLE_CROP,
+    EARLY_CROP,
     GRASS,
+    LATE_CROP,
     MAIZE,
     MATERIALS,
     RAPE,
@@ -85,11 +88,13 @@ def _missing_corner(cells: int, rng: np.random.Generator) -> np.ndarray:
     return axis[None] * np.cos(angle) + axis[:, None] * np.sin(angle) > depth
 
 
+_SOWN = (CEREAL, MAIZE, RAPE, EARLY_CROP, LATE_CROP, DOUBLE_CROP)
 # texture of each material at hr: (white noise, 1.25 m noise, relief of crowns or waves, crown size m), shares of brightness
 _TEXTURE = {
     WATER: (0.02, 0.02, 0.05, 6.0), CEREAL: (0.03, 0.03, 0.0, 4.0), MAIZE: (0.05, 0.05, 0.0, 4.0), RAPE: (0.04, 0.03, 0.0, 4.0),
     GRASS: (0.04, 0.07, 0.0, 4.0), BROADLEAF: (0.06, 0.05, 0.55, 7.0), CONIFER: (0.08, 0.08, 0.6, 3.5),
     ROOF: (0.03, 0.0, 0.0, 4.0), ASPHALT: (0.04, 0.03, 0.0, 4.0),
+    EARLY_CROP: (0.03, 0.03, 0.0, 4.0), LATE_CROP: (0.03, 0.03, 0.0, 4.0), DOUBLE_CROP: (0.03, 0.03, 0.0, 4.0),
 }  # fmt: skip
 
 
@@ -131,7 +136,7 @@ def _texture(ground: Ground, green_M: np.ndarray, rng: np.random.Generator) -> n
         + per_pixel[..., 2] * large
         + per_pixel[..., 3] * small
     )
-    sown = np.isin(np.arange(len(MATERIALS)), (CEREAL, MAIZE, RAPE)) * (0.16 - 0.08 * green_M)
+    sown = np.isin(np.arange(len(MATERIALS)), _SOWN) * (0.16 - 0.08 * green_M)
     return np.clip(factor + sown[ground.material_HW].astype(np.float32) * np.sin(ground.rows_HW), 0.25, 2.2)
 
 

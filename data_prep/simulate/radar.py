@@ -23,7 +23,7 @@ def observe_s1(
     out = np.empty((len(days), 2, cells, cells), np.float32)
     facing = rng.normal(0, 1.2)
     for t, (day, orbit) in enumerate(zip(days, orbits, strict=True)):
-        table_db = backscatter(day, shift_days) + rng.normal(0, 0.7)
+        table_db = backscatter(day, shift_days) + rng.normal(0, 0.7) + ground.moisture_db
         table_db[ROOF] += facing if orbit == "ascending" else -facing
         power_hwC = ground.shares_hwM @ (10 ** (table_db / 10)).astype(np.float32)
         power_hwC *= rng.gamma(LOOKS, 1 / LOOKS, power_hwC.shape)

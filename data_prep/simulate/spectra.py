@@ -12,11 +12,18 @@ import numpy as np
 
 CLASSES = ("water", "crop", "grass", "forest-deciduous", "forest-conifer", "built", "bare")
 
-MATERIALS = ("water", "cereal", "maize", "rape", "grass", "broadleaf", "conifer", "roof", "asphalt", "bare")
-WATER, CEREAL, MAIZE, RAPE, GRASS, BROADLEAF, CONIFER, ROOF, ASPHALT, BARE = range(len(MATERIALS))
-CLASS_OF_MATERIAL = np.array([0, 1, 1, 1, 2, 3, 4, 5, 5, 6], np.int16)
+MATERIALS = (
+    "water", "cereal", "maize", "rape", "grass", "broadleaf", "conifer", "roof", "asphalt", "bare",
+    "early crop", "late crop", "double crop", "rough bare",
+)  # fmt: skip
+(
+    WATER, CEREAL, MAIZE, RAPE, GRASS, BROADLEAF, CONIFER, ROOF, ASPHALT, BARE, EARLY_CROP, LATE_CROP, DOUBLE_CROP, ROUGH,
+) = range(len(MATERIALS))  # fmt: skip
+CLASS_OF_MATERIAL = np.array([0, 1, 1, 1, 2, 3, 4, 5, 5, 6, 1, 1, 1, 6], np.int16)
+SECOND_GREEN = 115.0  # days from the first to the second harvest of the double crop
 
 _SOIL = (900, 1150, 1450, 1750, 2000, 2150, 2300, 2450, 3050, 2650)
+_BARE = (1300, 1700, 2200, 2500, 2650, 2750, 2850, 2950, 3700, 3400)
 _CROP = (320, 640, 330, 980, 2900, 3800, 4050, 4150, 1950, 950)
 #            B02   B03   B04   B05   B06   B07   B08   B8A   B11   B12
 _GREEN_MC = np.array([
@@ -29,7 +36,9 @@ _GREEN_MC = np.array([
             [180,  310,  190,  470,  1300, 1600, 1700, 1750, 830,  390],
             [1250, 1420, 1700, 1850, 1950, 2050, 2120, 2200, 2450, 2300],
             [880,  980,  1060, 1130, 1190, 1240, 1290, 1330, 1430, 1380],
-            [1300, 1700, 2200, 2500, 2650, 2750, 2850, 2950, 3700, 3400],
+            _BARE,
+            _CROP, _CROP, _CROP,
+            _BARE,
 ], np.float32)  # fmt: skip
 _BARE_MC = np.array([
             [420,  380,  300,  250,  200,  180,  160,  150,  90,   60],
@@ -39,30 +48,43 @@ _BARE_MC = np.array([
             [170,  280,  190,  430,  1100, 1330, 1400, 1450, 760,  370],
             [1250, 1420, 1700, 1850, 1950, 2050, 2120, 2200, 2450, 2300],
             [880,  980,  1060, 1130, 1190, 1240, 1290, 1330, 1430, 1380],
-            [1300, 1700, 2200, 2500, 2650, 2750, 2850, 2950, 3700, 3400],
+            _BARE,
+            _SOIL, _SOIL, _SOIL,
+            _BARE,
 ], np.float32)  # fmt: skip
 # greenness: day of green-up, day of browning, days each takes, greenness in winter
 _SEASON_M4 = np.array([
     [130, 260, 25, 0.2], [75, 195, 14, 0.25], [155, 272, 12, 0.0], [60, 190, 14, 0.35], [85, 305, 20, 0.35],
     [112, 298, 10, 0.0], [100, 290, 30, 0.3], [0, 400, 10, 1.0], [0, 400, 10, 1.0], [0, 400, 10, 1.0],
+    [75, 165, 7, 0.08], [190, 280, 7, 0.08], [75, 120, 7, 0.08], [0, 400, 10, 1.0],
 ], np.float32)  # fmt: skip
 # backscatter in dB, (VV, VH), green and bare state; the season moves it as it moves greenness
 _GREEN_DB_M2 = np.array([
     [-20.5, -27.5], [-12.8, -18.2], [-9.6, -15.2], [-9.2, -14.6], [-12.2, -18.8],
     [-9.4, -14.2], [-8.6, -13.6], [-4.8, -12.6], [-15.5, -23.0], [-12.6, -21.5],
+    [-10.2, -15.6], [-10.2, -15.6], [-10.2, -15.6], [-8.2, -17.4],
 ], np.float32)  # fmt: skip
 _BARE_DB_M2 = np.array([
     [-20.5, -27.5], [-11.2, -20.4], [-11.8, -21.0], [-11.4, -19.8], [-13.4, -20.6],
     [-10.6, -16.4], [-8.9, -14.2], [-4.8, -12.6], [-15.5, -23.0], [-12.6, -21.5],
+    [-12.0, -20.6], [-12.0, -20.6], [-12.0, -20.6], [-8.2, -17.4],
 ], np.float32)  # fmt: skip
 
 
 def greenness(day_of_year: float, shift_days: float = 0.0) -> np.ndarray:
     """[M] in 0..1: double logistic of the day of year; `shift_days` > 0 means a later spring and an earlier autumn."""
-    rise, fall, pace, winter = _SEASON_M4.T
+    winter_M = _SEASON_M4[:, 3]
+    curve_M = _double_logistic(day_of_year, shift_days)
+    second = _double_logistic(day_of_year - SECOND_GREEN, shift_days)[DOUBLE_CROP]
+    curve_M[DOUBLE_CROP] = max(curve_M[DOUBLE_CROP], second)
+    return (winter_M + (1 - winter_M) * curve_M).astype(np.float32)
+
+
+def _double_logistic(day_of_year: float, shift_days: float) -> np.ndarray:
+    rise, fall, pace, _ = _SEASON_M4.T
     up = 1 / (1 + np.exp(-(day_of_year - rise - shift_days) / pace))
     down = 1 / (1 + np.exp((day_of_year - fall + shift_days) / pace))
-    return (winter + (1 - winter) * up * down).astype(np.float32)
+    return np.asarray(up * down)
 
 
 def reflectance(day_of_year: float, shift_days: float = 0.0) -> np.ndarray:

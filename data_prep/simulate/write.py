@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,21 @@ from cluster import storage
 from cluster.errors import UsageError
 from cluster.progress import progress
 from data_prep.schema import MODALITIES
-from data_prep.simulate.landcover import CELL_PX, SCENES, Ground, draw_ground
+from data_prep.simulate.landcover import CELL_PX, Ground
 from data_prep.simulate.optics import observe_hr, observe_s2
 from data_prep.simulate.places import MAX_SITES, Calendar, Place, calendar_of, day_of_year, iso, place_of
 from data_prep.simulate.radar import observe_s1
+from data_prep.simulate.scenes import SCENE_TYPES, draw_scene
 from data_prep.simulate.spectra import CLASSES
 
 NUM_S2_DATES, NUM_S1_DATES = 12, 8
 _MEDIA = {"tif": "image/tiff; application=geotiff", "zarr": "application/vnd+zarr"}
 
 
-def simulate(out: str, num_sites: int, seed: int = 0, side_m: int = 160) -> str:
+def simulate(out: str, num_sites: int, seed: int = 0, side_m: int = 160, scene_types: str = "hard") -> str:
     """Writes `num_sites` sites under the URL `out`; returns the URL of their catalog. Same arguments, same pixels.
+
+    scene_types: `hard`, types that pixel statistics do not tell (`arrangements`); `basic`, eight mixtures of land covers.
 
     Running it again with the same arguments finds the finished set and does nothing.
 
@@ -42,7 +46,10 @@ def simulate(out: str, num_sites: int, seed: int = 0, side_m: int = 160) -> str:
         UsageError: sizes out of range, or `out` holds something else.
     """
     _check_arguments(num_sites, seed, side_m)
-    catalog, made_with = storage.join(out, "catalog.parquet"), {"sites": num_sites, "seed": seed, "side_m": side_m}
+    if scene_types not in SCENE_TYPES:
+        raise UsageError(f"--scene-types {scene_types}: choose {' or '.join(SCENE_TYPES)}")
+    catalog = storage.join(out, "catalog.parquet")
+    made_with = {"sites": num_sites, "seed": seed, "side_m": side_m, "scene_types": scene_types}
     if _already_there(out, made_with):
         return catalog
     folder = _workspace(out)
@@ -50,7 +57,7 @@ def simulate(out: str, num_sites: int, seed: int = 0, side_m: int = 160) -> str:
         items = []
         with progress(num_sites, "sites") as bar:
             for index in range(num_sites):
-                items.append(_write_site(folder, index, seed, side_m))
+                items.append(_write_site(folder, index, seed, side_m, scene_types))
                 bar.advance()
         (folder / "simulated.json").write_text(json.dumps(made_with))
         _write_catalog(items, folder / "catalog.parquet")
@@ -69,13 +76,13 @@ def _check_arguments(num_sites: int, seed: int, side_m: int) -> None:
         raise UsageError(f"--seed {seed}: choose 0 or more")
 
 
-def _already_there(out: str, made_with: dict[str, int]) -> bool:
+def _already_there(out: str, made_with: dict[str, Any]) -> bool:
     names = storage.list_names(out)
     if not names:
         return False
     if "simulated.json" in names and "catalog.parquet" in names:
         found = json.loads(storage.read_bytes(storage.join(out, "simulated.json")))
-        if found == made_with:
+        if {"scene_types": "basic"} | found == made_with:  # older sets had no other types
             return True
         raise UsageError(
             f"{out} holds simulated sites of other arguments ({found}); choose another folder or remove it"
@@ -112,15 +119,15 @@ def _publish(folder: Path, out: str) -> None:
             bar.advance()
 
 
-def _write_site(root: Path, index: int, seed: int, side_m: int) -> dict[str, Any]:
+def _write_site(root: Path, index: int, seed: int, side_m: int, scene_types: str) -> dict[str, Any]:
     """Draws and writes one site; returns its STAC item with hrefs relative to `root`."""
-    names = list(SCENES)
+    names = SCENE_TYPES[scene_types]
     order = np.random.default_rng([seed, 3, index // len(names)]).permutation(len(names))
     scene = int(order[index % len(names)])
     place = place_of(index, side_m, seed)
     calendar = calendar_of(index, place, seed, NUM_S2_DATES, NUM_S1_DATES)
     rng = np.random.default_rng([seed, 4, index])
-    ground = draw_ground(names[scene], side_m, rng)
+    ground = draw_scene(scene_types, scene, side_m, rng)
     folder = root / "sites" / place.key
     folder.mkdir(parents=True)
     _write_s2(folder, ground, place, calendar, rng)
@@ -128,7 +135,7 @@ def _write_site(root: Path, index: int, seed: int, side_m: int) -> dict[str, Any
     hr = observe_hr(ground, day_of_year(calendar.hr), calendar.shift_days, rng)
     _write_tif(folder / "hr.tif", hr, place)
     _write_tif(folder / "landcover.tif", ground.landcover_hw[None], place, nodata=-1)
-    item = _stac_item(place, calendar, scene, ground)
+    item = _stac_item(place, calendar, scene, names, ground)
     (folder / "item.json").write_text(json.dumps(item, indent=1))
     for asset in item["assets"].values():
         asset["href"] = f"sites/{place.key}/{asset['href']}"
@@ -189,7 +196,7 @@ def _transform(place: Place, width: int) -> Affine:
     return Affine(pixel, 0, xmin, 0, -pixel, ymax)
 
 
-def _stac_item(place: Place, calendar: Calendar, scene: int, ground: Ground) -> dict[str, Any]:
+def _stac_item(place: Place, calendar: Calendar, scene: int, names: Sequence[str], ground: Ground) -> dict[str, Any]:
     """The site as a STAC item; hrefs are relative to the item's own folder."""
     to_wgs84 = pyproj.Transformer.from_crs(place.epsg, 4326, always_xy=True)
     west, south, east, north = to_wgs84.transform_bounds(*place.bounds)
@@ -214,7 +221,7 @@ def _stac_item(place: Place, calendar: Calendar, scene: int, ground: Ground) -> 
             "geoloom:site": place.key, "proj:code": f"EPSG:{place.epsg}", "proj:bbox": [float(b) for b in place.bounds],
             "geoloom:labels": {"scene": scene},
             "label:classes": [
-                {"name": "scene", "classes": list(SCENES)}, {"name": "landcover", "classes": list(CLASSES)},
+                {"name": "scene", "classes": list(names)}, {"name": "landcover", "classes": list(CLASSES)},
             ],
         },
         "assets": {

@@ -7,6 +7,7 @@ import itertools
 import os
 import resource
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 import rasterio
-from rasterio.errors import RasterioError
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import MemoryFile
 from rasterio.windows import Window as RasterWindow
 
@@ -31,10 +32,12 @@ from data_prep.sources.remote import gdal_options, gdal_path, retrying, source_f
 # A 60-date series of 11 band files keeps all of them open; remote files take no file descriptor, local ones at most half of ours.
 MAX_OPEN = 1024
 # Nothing but pixels: a VRT (whatever its name) would read the files that it names. COGs are GTiff's to read.
-DRIVERS = ("GTiff", "JP2OpenJPEG")
+DRIVERS = {".jp2": "JP2OpenJPEG", ".j2k": "JP2OpenJPEG", ".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 # GDAL's block cache defaults to 5 % of the machine's memory, per process; this holds one row of blocks of a Sentinel-2 tile.
 os.environ.setdefault("GDAL_CACHEMAX", "192")
 SMALL_PX = 512  # a mask is looked at this large to tell what its numbers mean
+# `raster_grid` refuses a file without a georeference in one line, and patches are allowed to have none
+warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
 
 def open_raster(href: str, name: str) -> Any:
@@ -66,14 +69,15 @@ def _open(href: str, attempt: int = 0) -> Any:
 
 
 def _as_pixels(path: str, **options: Any) -> Any:
-    """Opened by the driver its name suggests, else by the other one; never by any but these two."""
-    likely = DRIVERS[::-1] if path.lower().split("?")[0].split("#")[0].endswith((".jp2", ".j2k")) else DRIVERS
+    """Opened by the driver its name suggests, else as GeoTIFF or JPEG 2000; never by any but these."""
+    extension = os.path.splitext(path.lower().split("?")[0].split("#")[0])[1]
+    likely = DRIVERS.get(extension, "GTiff")
     try:
-        return rasterio.open(path, driver=likely[0], **options)
+        return rasterio.open(path, driver=likely, **options)
     except RasterioError as error:
         if "not recognized" not in str(error):
             raise
-        return rasterio.open(path, driver=likely[1], **options)
+        return rasterio.open(path, driver="JP2OpenJPEG" if likely == "GTiff" else "GTiff", **options)
 
 
 @contextlib.contextmanager

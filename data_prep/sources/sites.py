@@ -14,6 +14,7 @@ from data_prep.geo import (
     bbox_wgs84,
     centre_wgs84,
     ground_cell,
+    has_place,
     inner_bounds,
     intersection,
     is_metric,
@@ -190,7 +191,8 @@ def split_site(record: SiteRecord, grid: GridConfig) -> list[SiteRecord]:
 
 def _part(record: SiteRecord, footprint: Bounds, key: str) -> SiteRecord:
     wide = max(record.footprint[2] - record.footprint[0], record.footprint[3] - record.footprint[1]) > CELL_SPAN_M
-    cell = ground_cell(*centre_wgs84(record.crs, footprint)) if wide else record.cell
+    own = wide and has_place(record.crs)
+    cell = ground_cell(*centre_wgs84(record.crs, footprint)) if own else record.cell
     return dataclasses.replace(
         record, key=key, footprint=footprint, bbox_wgs84=bbox_wgs84(record.crs, footprint), cell=cell
     )

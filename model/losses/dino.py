@@ -13,7 +13,7 @@ from torch import Tensor
 from model.losses.sinkhorn import chunk_rows, work_dtype
 
 
-def teacher_temperature(samples_seen: int, limits: tuple[float, float], warmup_samples: int) -> float:
+def teacher_temperature(samples_seen: int, limits: tuple[float, float], warmup_samples: float) -> float:
     """Linear from limits[0] to limits[1] over `warmup_samples` samples, then constant. A function of samples, not steps."""
     if warmup_samples <= 0:
         return limits[1]

@@ -24,6 +24,7 @@ class Reduce(Protocol):
     """Sum over the ranks that split the global batch (data-parallel ranks, expert parallelism included)."""
 
     world: int
+    rank: int
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum of `value` over ranks; same shape on all of them, the same result on all; not differentiable."""
@@ -33,7 +34,7 @@ class Reduce(Protocol):
 class SingleProcess:
     """One rank: nothing to add."""
 
-    world = 1
+    world, rank = 1, 0
 
     def sum(self, value: Tensor) -> Tensor:
         return value.detach()
@@ -44,7 +45,7 @@ class DistributedReduce:
 
     def __init__(self, group: Any = None) -> None:
         self.group = group
-        self.world = dist.get_world_size(group)
+        self.world, self.rank = dist.get_world_size(group), dist.get_rank(group)
 
     def sum(self, value: Tensor) -> Tensor:
         total = value.detach().clone().contiguous()

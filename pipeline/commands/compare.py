@@ -1,7 +1,8 @@
 """`python -m pipeline compare RUN [RUN …]`: what differs, whether the comparison is fair, and who is better.
 
 A RUN is a run directory (any fsspec URL), an MLflow run id, or a run name. Beside every probe score stands its own 95 % interval;
-differences to the first run, and since step 1, are paired over the test sites, which probes leave in the run directory (`probes/`).
+differences to the first run, to the untrained network and to pixel statistics are paired over the test sites, which probes leave in
+the run directory (`probes/`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def main(args: argparse.Namespace) -> int:
 
     from cluster import storage
     from cluster.cli import print_json
-    from pipeline.compare.figures import summarise
+    from pipeline.compare.figures import ROWS, summarise
     from pipeline.compare.load import load_runs
     from pipeline.compare.paired import pair
     from pipeline.compare.terminal import show
@@ -53,6 +54,6 @@ def main(args: argparse.Namespace) -> int:
             "comparable": verdict.comparable, "reasons": verdict.reasons, "differs": verdict.differs,
             "notes": [*verdict.notes, *pairs.notes],
             "differences": {run.name: {key: asdict(d) for key, d in found.items()} for run, found in zip(runs, pairs.differences)},
-            "since_step_1": {run.name: {key: asdict(d) for key, d in s.gains.items()} for run, s in zip(runs, summaries)},
+            **{f"over_{row}": {run.name: {key: asdict(d) for key, d in s.over[row].items()} for run, s in zip(runs, summaries)} for row in ROWS},
         })  # fmt: skip
     return 0

@@ -24,6 +24,8 @@ CURVES = (
     "moe/entropy",
     "feature/",
 )
+ROWS = ("untrained", "pixels")  # as `pipeline.probes.outcomes` names them
+ENDS = ("", "/low", "/high")
 BASICS = ("samples_per_s", "data_wait", "mfu")
 
 
@@ -43,7 +45,9 @@ class Summary:
     Attributes:
         losses: `loss` and its terms, mean of the last tenth of what it logged up to there.
         probes: last score of each probe up to there.
-        gains: of the last probes, the difference to the probe after step 1, paired over test sites.
+        rows: what the same sites gave under `untrained` and `pixels` (statistics of the same views), by probe; empty where the run
+            logged none.
+        over: by the same names, of the last probes, the difference to that row, paired over test sites.
         speed: median of samples_per_s, data_wait and mfu, the first tenth left out.
         gpu_hours: ranks times training time up to there.
     """
@@ -51,7 +55,8 @@ class Summary:
     samples: int
     losses: dict[str, float]
     probes: dict[str, Interval]
-    gains: dict[str, Difference]
+    rows: dict[str, dict[str, float]]
+    over: dict[str, dict[str, Difference]]
     speed: dict[str, float]
     gpu_hours: float
 
@@ -78,6 +83,12 @@ def curve(run: RunData, key: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array([x for x, _ in points], float), np.array([y for _, y in points], float)
 
 
+def level(run: RunData, key: str, row: str) -> float | None:
+    """What `untrained` or `pixels` gave where a probe score is drawn: one number of the run, the last it logged."""
+    values = [line[f"{key}/{row}"] for line in run.lines if _is_number(line.get(f"{key}/{row}"))]
+    return float(values[-1]) if values else None
+
+
 def curve_names(runs: Sequence[RunData]) -> list[str]:
     """Metrics worth a plot: logged at least twice by some run, intervals and bookkeeping left out."""
     counts: dict[str, int] = {}
@@ -93,7 +104,8 @@ def curve_names(runs: Sequence[RunData]) -> list[str]:
 
 
 def _is_curve(key: str) -> bool:
-    return key.startswith(CURVES) and not key.endswith(("/low", "/high", "/split", "/sites", "/seconds"))
+    bookkeeping = ("/low", "/high", "/split", "/sites", "/seconds", *(f"/{row}" for row in ROWS))
+    return key.startswith(CURVES) and not key.endswith(bookkeeping) and "/over_" not in key
 
 
 def _summary(run: RunData, samples: int) -> Summary:
@@ -103,16 +115,21 @@ def _summary(run: RunData, samples: int) -> Summary:
     losses = {key: float(np.mean(values)) for key, values in terms.items()}
     speed = {key: float(np.median(values)) for key, values in _columns(body, lambda key: key in BASICS).items()}
     probes: dict[str, Interval] = {}
-    gains: dict[str, Difference] = {}
+    rows: dict[str, dict[str, float]] = {row: {} for row in ROWS}
+    over: dict[str, dict[str, Difference]] = {row: {} for row in ROWS}
     for line in lines:
         for key, value in line.items():
             if key.startswith("probe/") and _is_curve(key) and _is_number(value) and key.count("/") == 2:
                 probes[key] = Interval(float(value), line.get(f"{key}/low"), line.get(f"{key}/high"))
-                gains.pop(key, None)
-                gain = [line.get(f"{key}/gain{end}") for end in ("", "/low", "/high")]
-                if all(map(_is_number, gain)):
-                    gains[key] = Difference(*map(float, gain))  # type: ignore[arg-type]
-    return Summary(samples, losses, probes, gains, speed, _gpu_hours(run, lines))
+                for row in ROWS:
+                    rows[row].pop(key, None)
+                    over[row].pop(key, None)
+                    value, ends = line.get(f"{key}/{row}"), [line.get(f"{key}/over_{row}{end}") for end in ENDS]
+                    if value is not None and _is_number(value):
+                        rows[row][key] = float(value)
+                    if all(map(_is_number, ends)):
+                        over[row][key] = Difference(*map(float, ends))  # type: ignore[arg-type]
+    return Summary(samples, losses, probes, rows, over, speed, _gpu_hours(run, lines))
 
 
 def _columns(lines: Sequence[dict[str, Any]], wanted: Any) -> dict[str, list[float]]:

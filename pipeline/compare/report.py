@@ -9,15 +9,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.compare.ablation import effect_row, effects, headline_probes, legend
-from pipeline.compare.figures import Summary, curve, curve_names
+from pipeline.compare.figures import Summary, curve, curve_names, level
 from pipeline.compare.load import RunData
 from pipeline.compare.paired import Pairs
-from pipeline.compare.terminal import difference_rows, figure_rows, shown
+from pipeline.compare.terminal import NAMES, difference_rows, figure_rows, shown
 from pipeline.compare.verdict import Verdict
 
 # Okabe and Ito's colours: told apart with any colour vision
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
 MAX_PLOTS = 40
+LEVELS = {"untrained": ":", "pixels": "--"}  # horizontal lines of a probe's plot
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem;color:#1b1b1b;background:#fff}
 h1{font-size:1.5rem} h2{font-size:1.15rem;margin-top:2rem} table{border-collapse:collapse;margin:.5rem 0}
@@ -105,7 +106,8 @@ def _plots(runs: Sequence[RunData]) -> str:
 
 
 def svg_plot(runs: Sequence[RunData], key: str) -> str:
-    """One metric of all runs over samples seen, as an SVG element; probe scores with their intervals."""
+    """One metric of all runs over samples seen, as an SVG element; probe scores with their intervals and, as horizontal lines, what
+    the same sites give untrained (dotted) and from pixel statistics (dashed)."""
     import matplotlib
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
@@ -119,6 +121,12 @@ def svg_plot(runs: Sequence[RunData], key: str) -> str:
             axes.plot(
                 x, y, color=colour, linewidth=1.6, marker="o" if len(x) < 12 else None, markersize=3, label=run.name
             )
+            for row, style in LEVELS.items():
+                height = level(run, key, row)
+                if height is not None:
+                    axes.axhline(
+                        height, color=colour, linestyle=style, linewidth=1, alpha=0.7, label=_level_label(row, i)
+                    )
             low, high = (curve(run, f"{key}/{end}")[1] for end in ("low", "high"))
             if len(low) == len(high) == len(x) > 0:
                 axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -131,6 +139,11 @@ def svg_plot(runs: Sequence[RunData], key: str) -> str:
         figure.savefig(out, format="svg", metadata={"Date": None})
     text = out.getvalue()
     return text[text.index("<svg") :]
+
+
+def _level_label(row: str, run: int) -> str:
+    """One entry of the legend for the lines of all runs."""
+    return NAMES[row] if run == 0 else "_"
 
 
 def _max_samples(runs: Sequence[RunData]) -> float:

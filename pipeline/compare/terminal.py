@@ -9,10 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.compare.figures import Interval, Summary
+from pipeline.compare.figures import ROWS, Interval, Summary
 from pipeline.compare.load import RunData
 from pipeline.compare.paired import Pairs
 from pipeline.compare.verdict import Verdict
+
+NAMES = {"untrained": "untrained", "pixels": "pixel statistics"}
 
 
 def show(
@@ -64,22 +66,27 @@ def figures_table(runs: Sequence[RunData], summaries: Sequence[Summary]) -> Tabl
 
 
 def figure_rows(summaries: Sequence[Summary]) -> list[tuple[str, list[str]]]:
-    """Rows of the figures table: probes with intervals, losses, speed, cost."""
+    """Rows of the figures table: probes with intervals, each with what the same sites give untrained and from pixel statistics; losses,
+    speed, cost."""
     rows = []
     for group, form in (("probes", interval), ("losses", number), ("speed", number)):
         keys = sorted({key for summary in summaries for key in getattr(summary, group)})
         for key in keys:
             cells = [getattr(summary, group).get(key) for summary in summaries]
             rows.append((key, ["-" if cell is None else form(cell) for cell in cells]))
+            for row in ROWS if group == "probes" else ():
+                values = [summary.rows[row].get(key) for summary in summaries]
+                if any(value is not None for value in values):
+                    rows.append((f"    {NAMES[row]}", ["-" if v is None else f"{v:.3f}" for v in values]))
     rows.append(("gpu_hours", [number(summary.gpu_hours) for summary in summaries]))
     return rows
 
 
 def difference_rows(runs: Sequence[RunData], summaries: Sequence[Summary], pairs: Pairs) -> list[tuple[str, list[str]]]:
-    """Rows of the differences table: every probe against the first run, then every run against its own step 1."""
+    """Rows of the differences table: every probe against the first run, then against what the run's own sites give for nothing."""
     rows = []
-    since = [summary.gains for summary in summaries]
-    for label, found in ((f"to {runs[0].name}", pairs.differences), ("since step 1", since)):
+    own = [(f"over {NAMES[row]}", [summary.over[row] for summary in summaries]) for row in ROWS]
+    for label, found in ((f"to {runs[0].name}", pairs.differences), *own):
         for key in sorted({key for one in found for key in one}):
             rows.append(
                 (f"{key.removeprefix('probe/')} {label}", [str(one[key]) if key in one else "-" for one in found])

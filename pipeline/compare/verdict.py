@@ -76,7 +76,7 @@ def _probe_reasons(runs: Sequence[RunData]) -> list[str]:
     ]
     known = [(run.name, split) for run, split in zip(runs, splits, strict=True) if split is not None]
     return [
-        f"{known[0][0]} and {name} were probed on different splits (other sites or labels), their scores stand apart"
+        f"{known[0][0]} and {name} were probed on different splits (other sites, labels or views), their scores stand apart"
         for name, split in known[1:] if split != known[0][1]
     ]  # fmt: skip
 

@@ -1,34 +1,30 @@
-"""Probes between training steps: all ranks call, all get the same scores, the first keeps what each test site got."""
+"""Probes between training steps: all ranks call, all get the same scores, the first keeps what each test site got.
+
+Beside every score stand two that cost a user nothing, on the same sites with the same classifier: the untrained network (the run's own,
+probed before its first step) and statistics of the same pixels. Both are computed once per run and kept in its directory.
+"""
 
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
 from cluster.errors import UsageError
-from data_prep.index import LABEL_PREFIX
 from data_prep.shards import ShardSet
 from pipeline.config import PretrainConfig, ProbeConfig, ViewConfig
-from pipeline.probes.features import extract
-from pipeline.probes.outcomes import Outcomes, keep, split_number
-from pipeline.probes.scores import Outcome, Score
-from pipeline.probes.split import split_of
-from pipeline.probes.tasks import TASKS, segment_scores, site_scores, spread
+from pipeline.parallel.processes import agree_max
+from pipeline.probes.exam import Probed, sit
+from pipeline.probes.features import Describer, SiteFeatures, extract, network
+from pipeline.probes.outcomes import keep_round, stored_pixels
+from pipeline.probes.pixels import describe_pixels
+from pipeline.probes.plan import ProbePlan, check_tasks, plan_probe
 
-
-@dataclass(frozen=True)
-class Probed:
-    """Scores by `<task>/<modality|fused>`, collapse figures of the features they stand on, and what each test site got."""
-
-    scores: dict[str, Score]
-    figures: dict[str, float]
-    outcomes: Outcomes
+log = logging.getLogger(__name__)
 
 
 @functools.lru_cache(maxsize=2)
@@ -45,23 +41,34 @@ def run_probes(
     skysense: nn.Module, cfg: PretrainConfig, shardset: ShardSet, device: torch.device | str = "cpu",
     rundir_url: str | None = None, step: int = 0,
 ) -> dict[str, float]:  # fmt: skip
-    """`probe/<task>/<modality|fused>`, with `…/low` and `…/high`, collapse figures, `probe/split` (a number that names
-    the split: equal numbers, equal sites and labels) and `probe/seconds`, the cost of all.
+    """`probe/<task>/<modality|fused|concat>`, with `…/low` and `…/high`, what untrained network and pixel statistics got and the
+    paired differences to both (see `outcomes.against`), collapse figures, `probe/split` (a number that names sites, labels and
+    what was seen of them) and `probe/seconds`, the cost of all.
 
     `cfg.probe` says which tasks, which label and how many sites. rundir_url (the first rank gives it): run directory that
-    keeps the outcomes of this step; the figures then have the gain since step 1, see `keep`.
+    keeps the outcomes of this step; step 0 is the untrained network.
 
     Raises:
         UsageError: the set has no such label, or no sites to test on.
     """
     start = time.monotonic()
+    plan = plan_probe(shardset, cfg.probe, cfg.data.views_global)
+    pixels = stored_pixels(rundir_url, plan.digest, plan.tasks) if rundir_url else None
+    is_missing = bool(agree_max(float(bool(rundir_url) and pixels is None), device))
+    describers = [network(skysense, cfg.probe.pool, cfg.probe.stage), *([describe_pixels] if is_missing else [])]
+    described = describe_sites(describers, plan, shardset, _modalities(skysense), statistics_dict(shardset), device)
+    probed = sit(plan, described[0], cfg.probe.pool)
     figures: dict[str, float] = {}
-    probed = probe_scores(skysense, shardset, cfg.probe, cfg.data.views_global, statistics_dict(shardset), device)
     for task, score in probed.scores.items():
         figures |= {f"probe/{task}": score.value, f"probe/{task}/low": score.low, f"probe/{task}/high": score.high}
     figures |= probed.figures
     if rundir_url:
-        figures |= keep(probed.outcomes, rundir_url, step)
+        if step == 0:
+            for note in plan.notes:
+                log.warning("probe: %s", note)
+        if pixels is None:
+            pixels = sit(plan, described[1], "mean").outcomes
+        figures |= keep_round(probed.outcomes, pixels, rundir_url, step)
     figures["probe/seconds"] = time.monotonic() - start
     return figures
 
@@ -73,46 +80,23 @@ def obstacle(cfg: PretrainConfig) -> str | None:
     Raises:
         UsageError: an unknown probe task.
     """
-    shardset, probe = probe_set(cfg), cfg.probe
-    _check_tasks(probe.tasks)
+    check_tasks(cfg.probe.tasks)
     try:
-        raster = raster_name(shardset, probe.raster) if "segment" in probe.tasks else None
-        split_of(
-            shardset, probe.samples, probe.label if any(task != "segment" for task in probe.tasks) else None, raster
-        )
+        plan_probe(probe_set(cfg), cfg.probe, cfg.data.views_global)
     except UsageError as error:
         return str(error)
     return None
 
 
 def probe_scores(
-    skysense: nn.Module, shardset: ShardSet, probe: ProbeConfig, view: ViewConfig,
+    skysense: nn.Module, shardset: ShardSet, probe: ProbeConfig, trained: ViewConfig,
     statistics: Mapping[str, Mapping[str, object]], device: torch.device | str = "cpu",
 ) -> Probed:  # fmt: skip
-    """Every task of `probe.tasks` on the same split."""
-    tasks = probe.tasks
-    _check_tasks(tasks)
-    found: dict[str, tuple[Score, Outcome]] = {}
-    by_site = [task for task in tasks if task != "segment"]
-    label = probe.label if by_site else None
-    raster = raster_name(shardset, probe.raster) if "segment" in tasks else None
-    split = split_of(shardset, probe.samples, label, raster)
-    rows, num_train = (*split.train, *split.test), len(split.train)
-    features = extract(skysense, shardset.read_sample, rows, view, statistics, raster, device=device)
-    if label is not None:
-        labels = _labels(shardset, label, rows)
-        for task in by_site:
-            found |= {f"{task}/{name}": s for name, s in site_scores(task, features, labels, num_train).items()}
-    if raster is not None:
-        num_classes = len(shardset.classes.get(raster, ())) or int(features.classes.max()) + 1  # type: ignore[union-attr]
-        found |= {f"segment/{name}": s for name, s in segment_scores(features, num_train, num_classes).items()}
-    figures = {"probe/split": split_number(split.digest), "probe/sites": float(len(rows))}
-    keys = shardset.read_index(["key"])["key"].take(list(split.test)).to_pylist()
-    return Probed(
-        {name: score for name, (score, _) in found.items()},
-        spread(features) | figures,
-        Outcomes(split.digest, tuple(keys), {name: outcome for name, (_, outcome) in found.items()}),
-    )
+    """Every task of `probe.tasks` on the same split, of one network. trained: see `plan_probe`."""
+    plan = plan_probe(shardset, probe, trained)
+    modalities = _modalities(skysense)
+    describers = [network(skysense, probe.pool, probe.stage)]
+    return sit(plan, describe_sites(describers, plan, shardset, modalities, statistics, device)[0], probe.pool)
 
 
 def statistics_dict(shardset: ShardSet) -> dict[str, dict[str, object]]:
@@ -120,24 +104,15 @@ def statistics_dict(shardset: ShardSet) -> dict[str, dict[str, object]]:
     return {name: value.to_dict() for name, value in shardset.statistics.items()}
 
 
-def raster_name(shardset: ShardSet, named: str | None) -> str:
-    """The label raster to segment: the one named, else the only one of the set."""
-    if named:
-        return named
-    names = sorted({name for row in shardset.read_index(["rasters"])["rasters"].to_pylist() for name in row or ()})
-    if len(names) == 1:
-        return names[0]
-    raise UsageError(
-        f"{shardset.url} has {'the label rasters ' + ', '.join(names) if names else 'no label raster'}: set probe.raster"
+def describe_sites(
+    describers: Sequence[Describer], plan: ProbePlan, shardset: ShardSet, modalities: Sequence[str],
+    statistics: Mapping[str, Mapping[str, object]], device: torch.device | str,
+) -> list[SiteFeatures]:  # fmt: skip
+    """What each describer says of the plan's sites."""
+    return extract(
+        describers, modalities, shardset.read_sample, plan.rows, plan.view, statistics, plan.raster, device=device
     )
 
 
-def _check_tasks(tasks: Sequence[str]) -> None:
-    unknown = [task for task in tasks if task not in TASKS]
-    if unknown:
-        raise UsageError(f"probe.tasks holds {unknown[0]!r}; known ones are {', '.join(TASKS)}")
-
-
-def _labels(shardset: ShardSet, label: str, rows: Sequence[int]) -> np.ndarray:
-    column = np.asarray(shardset.read_index([f"{LABEL_PREFIX}{label}"])[f"{LABEL_PREFIX}{label}"].to_pylist())
-    return column[list(rows)].astype(np.int64)
+def _modalities(skysense: nn.Module) -> tuple[str, ...]:
+    return skysense.cfg.modalities  # type: ignore[union-attr,return-value]

@@ -1,59 +1,96 @@
-"""Probes of a finished model: on a shard set or an outside labelled set, beside the same network untrained."""
+"""Probes of a finished model: on a shard set or an outside labelled set, beside the same network untrained and pixel statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
-from cluster import storage
 from cluster.errors import UsageError
+from cluster.progress import progress
 from cluster.rundir import RunDir
-from data_prep.shards import MANIFEST, ShardSet
 from model.pretrained import Pretrained
 from pipeline.config import ProbeConfig, ViewConfig
-from pipeline.probes.features import FUSED
-from pipeline.probes.in_loop import probe_scores
+from pipeline.probes.exam import sit
+from pipeline.probes.features import FUSED, SiteFeatures, network
 from pipeline.probes.outcomes import Outcomes, differences, url_of, write_outcomes
-from pipeline.probes.outside import list_outside, outside_features, split_outside
-from pipeline.probes.scores import Difference, Score
-from pipeline.probes.tasks import TASKS, segment_scores, site_scores
+from pipeline.probes.outside import Declared
+from pipeline.probes.pixels import describe_pixels
+from pipeline.probes.scores import Difference, Outcome, Score
+from pipeline.probes.source import Source, open_source
+from pipeline.probes.tasks import TASKS
 
 T = TypeVar("T")
+Round = dict[str, Outcome]  # by modality
+ROWS = ("trained", "untrained", "pixels")
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Scores by modality of the trained and of the untrained network; `headline` names the one to quote.
+    """One task: scores by modality of every row of the table; `headline` names the modality to quote.
 
-    gain: trained − untrained, paired over the test sites; outcomes: what each of them got from the trained network.
+    rows: `trained`, `untrained` and `pixels`, and what else was asked for (`supervised`, `finetuned`, `scratch`).
+    over: trained − another row, paired over the test sites, by that row's name.
+    outcomes: what each test site got from the trained network.
+    sd: of a few-label probe, the standard deviation over draws of the labels, by row and modality.
+    facts: of a few-label or supervised probe, its numbers (`labels_per_class`, `draws`, `supervised_samples`, …).
+    by_row: what each test site got, by row and modality.
     """
 
     task: str
-    trained: dict[str, Score]
-    untrained: dict[str, Score]
-    gain: dict[str, Difference]
+    rows: dict[str, dict[str, Score]]
+    over: dict[str, dict[str, Difference]]
     outcomes: Outcomes
+    sd: dict[str, dict[str, float]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    by_row: dict[str, Round] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> dict[str, Score]:
+        return self.rows["trained"]
 
     @property
     def headline(self) -> str:
         return FUSED if FUSED in self.trained else max(self.trained, key=lambda name: self.trained[name].value)
 
     def to_json(self) -> dict[str, Any]:
-        best = self.trained[self.headline]
-        base = self.untrained[self.headline]
-        gain = self.gain[self.headline]
-        return {
-            "task": self.task, "modality": self.headline, "score": best.value, "low": best.low, "high": best.high,
-            "untrained": base.value, "untrained_low": base.low, "untrained_high": base.high, "chance": best.chance,
-            "gain": gain.value, "gain_low": gain.low, "gain_high": gain.high,
-            "sites": best.sites, "split": self.outcomes.split, "trained": {n: asdict(s) for n, s in self.trained.items()},
-            "baseline": {n: asdict(s) for n, s in self.untrained.items()},
-            "gains": {n: asdict(d) for n, d in self.gain.items()},
+        """Headline figures flat, every row by modality under its name (`baseline` is the untrained network)."""
+        name = self.headline
+        best, base, pixels = (self.rows[row].get(name) for row in ROWS)
+        assert best is not None
+        told: dict[str, Any] = {
+            "task": self.task, "modality": name, "score": best.value, "low": best.low, "high": best.high, "chance": best.chance,
+            "untrained": base.value if base else None, "untrained_low": base.low if base else None,
+            "untrained_high": base.high if base else None, "pixels": pixels.value if pixels else None,
+            "pixels_low": pixels.low if pixels else None, "pixels_high": pixels.high if pixels else None,
+            "sites": best.sites, "split": self.outcomes.split,
         }  # fmt: skip
+        for row, key in (("untrained", "gain"), ("pixels", "over_pixels")):
+            difference = self.over.get(row, {}).get(name)
+            if difference is not None:
+                told |= {key: difference.value, f"{key}_low": difference.low, f"{key}_high": difference.high}
+        for row, scores in self.rows.items():
+            if row in ("untrained", "pixels"):
+                continue
+            told[row] = {n: asdict(s) for n, s in scores.items()}
+        told["baseline"] = {n: asdict(s) for n, s in self.rows["untrained"].items()}
+        told["pixels_by_modality"] = {n: asdict(s) for n, s in self.rows["pixels"].items()}
+        told["differences"] = {row: {n: asdict(d) for n, d in found.items()} for row, found in self.over.items()}
+        return told | ({"sd": self.sd} if self.sd else {}) | self.facts
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Networks and features that every offline probe of one model and data set starts from."""
+
+    model: Pretrained
+    twin: Pretrained
+    source: Source
+    features: dict[str, SiteFeatures]
+    probe: ProbeConfig
+    device: str
 
 
 def untrained_twin(model: Pretrained, seed: int = 0) -> Pretrained:
@@ -63,33 +100,51 @@ def untrained_twin(model: Pretrained, seed: int = 0) -> Pretrained:
         return Pretrained(model.cfg, model.statistics).eval()
 
 
-def probe_model(
-    model: Pretrained, url: str, task: str, probe: ProbeConfig, view: ViewConfig, device: str = "cpu"
-) -> ProbeResult:
-    """Scores of one task.
+def prepare(
+    model: Pretrained, url: str, probe: ProbeConfig, trained: ViewConfig, device: str = "cpu", declared: Declared | None = None
+) -> Prepared:  # fmt: skip
+    """Features of the trained and the untrained network, and pixel statistics, of every site; each site is read once.
 
     Raises:
-        UsageError: unknown task, or a set without what the task needs.
+        UsageError: unknown task, or a set without what the tasks need.
     """
-    if task not in TASKS:
-        raise UsageError(f"--task {task}: known ones are {', '.join(TASKS)}")
+    unknown = [task for task in probe.tasks if task not in TASKS]
+    if unknown:
+        raise UsageError(f"--task {unknown[0]}: known ones are {', '.join(TASKS)}")
     twin = untrained_twin(model)
+    source = open_source(model, url, probe, trained, declared)
+    exam = source.exam
+    describers = [network(one.to(device).skysense, probe.pool, probe.stage) for one in (model, twin)]
+    with progress(exam.num_train + len(exam.keys), "features") as bar:
+        described = source.describe([*describers, describe_pixels], device, bar.advance)
+    return Prepared(model, twin, source, dict(zip(ROWS, described)), probe, device)
+
+
+def probe_model(prepared: Prepared) -> list[ProbeResult]:
+    """One result per task.
+
+    Raises:
+        UsageError: too few sites for any modality.
+    """
+    rounds = {
+        row: sit(prepared.source.exam, features, prepared.probe.pool) for row, features in prepared.features.items()
+    }
     results = []
-    for network in (model.to(device), twin.to(device)):
-        if storage.exists(storage.join(url, MANIFEST)):
-            results.append(_on_shards(network, ShardSet.open(url), task, probe, view, device))
-        else:
-            results.append(_on_outside(network, url, task))
-    (scores, outcomes), (base_scores, base_outcomes) = results
-    if not scores:
-        raise UsageError(f"{url}: too few labelled sites with a modality this model reads for a {task} probe")
-    gain = _by_modality(differences(outcomes, base_outcomes))
-    return ProbeResult(task, _by_modality(scores), _by_modality(base_scores), gain, outcomes)
+    for task in prepared.source.exam.tasks:
+        rows = {row: of_task(probed.scores, task) for row, probed in rounds.items()}
+        if not rows["trained"]:
+            raise UsageError(f"too few labelled sites with a modality this model reads for a {task} probe")
+        own = rounds["trained"].outcomes
+        over = {row: of_task(differences(own, rounds[row].outcomes), task) for row in ROWS[1:]}
+        by_name = {name: value for name, value in own.by_name.items() if name.startswith(f"{task}/")}
+        by_row = {row: of_task(probed.outcomes.by_name, task) for row, probed in rounds.items()}
+        results.append(ProbeResult(task, rows, over, replace(own, by_name=by_name), by_row=by_row))
+    return results
 
 
-def keep_beside(model: Pretrained, result: ProbeResult) -> str | None:
+def keep_beside(model: Pretrained, results: Sequence[ProbeResult]) -> list[str]:
     """Writes the outcomes into the run directory that the weights come from, if it is there and they are the teacher's, which
-    in-loop probes score too. Returns the URL, or None where there is nothing to write to.
+    in-loop probes score too. Returns the URLs, none where there is nothing to write to.
 
     Raises:
         OSError, RunFailure: the run directory cannot be written.
@@ -97,38 +152,14 @@ def keep_beside(model: Pretrained, result: ProbeResult) -> str | None:
     folder = str(model.facts.get("checkpoint", ""))
     rundir_url, _, _ = folder.rpartition("/checkpoints/")
     if not rundir_url or model.facts.get("weights") != "teacher" or RunDir(rundir_url).read_resolved() is None:
-        return None
-    url = url_of(rundir_url, int(model.facts["step"]), f"{result.task}-{result.outcomes.split}")
-    write_outcomes(url, result.outcomes)
-    return url
+        return []
+    urls = []
+    for result in results:
+        urls.append(url_of(rundir_url, int(model.facts["step"]), f"{result.task}-{result.outcomes.split}"))
+        write_outcomes(urls[-1], result.outcomes)
+    return urls
 
 
-def _on_shards(
-    model: Pretrained, shardset: ShardSet, task: str, probe: ProbeConfig, view: ViewConfig, device: str
-) -> tuple[dict[str, Score], Outcomes]:
-    settings = ProbeConfig(tasks=(task,), samples=probe.samples, label=probe.label, raster=probe.raster)
-    probed = probe_scores(model.skysense, shardset, settings, view, model.statistics, device)
-    return probed.scores, probed.outcomes
-
-
-def _on_outside(model: Pretrained, url: str, task: str) -> tuple[dict[str, Score], Outcomes]:
-    items, classes = list_outside(url)
-    if (task == "segment") == bool(classes):
-        raise UsageError(
-            f"{url} is {'a folder of classes' if classes else 'images with label rasters'}: it cannot serve --task {task}"
-        )
-    train, test, split = split_outside(items)
-    features = outside_features(model, [items[i] for i in (*train, *test)], dense=task == "segment")
-    if task == "segment":
-        assert features.classes is not None
-        found = segment_scores(features, len(train), int(features.classes.max()) + 1)
-    else:
-        labels = np.array([items[i].label for i in (*train, *test)])
-        found = site_scores(task, features, labels, len(train))
-    keys = tuple(storage.name(items[i].image) for i in test)
-    outcomes = Outcomes(split, keys, {f"{task}/{name}": outcome for name, (_, outcome) in found.items()})
-    return {f"{task}/{name}": score for name, (score, _) in found.items()}, outcomes
-
-
-def _by_modality(found: Mapping[str, T]) -> dict[str, T]:
-    return {name.split("/", 1)[1]: value for name, value in found.items()}
+def of_task(found: Mapping[str, T], task: str) -> dict[str, T]:
+    """`<task>/<modality>` → `<modality>`."""
+    return {name.partition("/")[2]: value for name, value in found.items() if name.startswith(f"{task}/")}

@@ -1,7 +1,9 @@
 """What each test site got, kept in the run directory, so that `compare` can pair two runs site by site. No torch.
 
 ```
+probes/step-00000000.npz                       in-loop probes of the untrained network
 probes/step-00000200.npz                       in-loop probes after step 200
+probes/pixels-0123456789abcdef.npz             pixel statistics of the same views, same classifiers, under a split
 probes/step-00000200.knn-0123456789abcdef.npz  `pipeline probe`: its task and split
 ```
 
@@ -15,25 +17,26 @@ from __future__ import annotations
 import io
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cluster import storage
 from cluster.errors import RunFailure, UsageError
-from pipeline.probes.scores import Difference, Outcome, difference
+from pipeline.probes.scores import Difference, Outcome, difference, total_score
 
 log = logging.getLogger(__name__)
 
 FOLDER = "probes"
-BASELINE_STEP = 1  # the probe after the first step: all but untrained
+UNTRAINED_STEP = 0  # the probe before the first step
+UNTRAINED, PIXELS = "untrained", "pixels"  # rows that every score is measured against
 _NAME = re.compile(r"step-(\d{8,})(?:\.([a-z]+-[0-9a-f]+))?\.npz$")
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """One round of probes. split: digest, equal ones mean the same sites and labels; keys: its S test sites; by_name: `<task>/<modality>`."""
+    """One round of probes. split: digest, equal ones mean the same sites, labels and views; keys: its S test sites; by_name: `<task>/<modality>`."""
 
     split: str
     keys: tuple[str, ...]
@@ -48,6 +51,11 @@ def split_number(digest: str) -> float:
 def url_of(rundir_url: str, step: int, kind: str = "") -> str:
     """Where the outcomes of a step lie. kind: `<task>-<split>` of an offline probe, empty for the in-loop ones."""
     return storage.join(rundir_url, FOLDER, f"step-{step:08d}{'.' if kind else ''}{kind}.npz")
+
+
+def pixels_url(rundir_url: str, split: str) -> str:
+    """Where the outcomes of pixel statistics under a split lie."""
+    return storage.join(rundir_url, FOLDER, f"pixels-{split}.npz")
 
 
 def list_offline(rundir_url: str) -> list[tuple[int, str]]:
@@ -106,21 +114,47 @@ def differences(outcomes: Outcomes, base: Outcomes) -> dict[str, Difference]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def keep(outcomes: Outcomes, rundir_url: str, step: int) -> dict[str, float]:
-    """Writes the outcomes of an in-loop probe, and returns what it gained since step 1 as `probe/<task>/<modality>/gain`,
-    with `…/gain/low` and `…/gain/high`. A store that fails costs the comparison, not the run: it is a warning."""
+def against(outcomes: Outcomes, base: Outcomes, name: str) -> dict[str, float]:
+    """Metrics of the same sites under another row, `untrained` or `pixels`: its score as `probe/<task>/<modality>/<name>`, and the
+    paired difference to it as `…/over_<name>`, with `…/low` and `…/high`."""
+    figures: dict[str, float] = {}
+    for key, over in differences(outcomes, base).items():
+        row = base.by_name[key]
+        figures[f"probe/{key}/{name}"] = total_score(row)
+        figures |= {
+            f"probe/{key}/over_{name}": over.value,
+            f"probe/{key}/over_{name}/low": over.low,
+            f"probe/{key}/over_{name}/high": over.high,
+        }
+    return figures
+
+
+def stored_pixels(rundir_url: str, split: str, tasks: Sequence[str]) -> Outcomes | None:
+    """What pixel statistics got under this split, if the run directory has it for all of the tasks."""
     try:
+        outcomes = read_outcomes(pixels_url(rundir_url, split))
+    except (OSError, RunFailure, UsageError):  # not there, or broken: it is computed, and written, again
+        return None
+    is_whole = outcomes.split == split and {name.partition("/")[0] for name in outcomes.by_name} >= set(tasks)
+    return outcomes if is_whole else None
+
+
+def keep_round(outcomes: Outcomes, pixels: Outcomes, rundir_url: str, step: int) -> dict[str, float]:
+    """Writes the outcomes of an in-loop probe, and returns how they stand `against` pixel statistics and the untrained network (the
+    round of step 0). A store that fails costs the comparison, not the run: it is a warning."""
+    figures = against(outcomes, pixels, PIXELS)
+    try:
+        url = pixels_url(rundir_url, pixels.split)
+        if not storage.exists(url) or step == UNTRAINED_STEP:
+            write_outcomes(url, pixels)
         write_outcomes(url_of(rundir_url, step), outcomes)
-        if step == BASELINE_STEP:
-            return {}
-        base = read_outcomes(url_of(rundir_url, BASELINE_STEP))
-    except FileNotFoundError:  # a run that began before outcomes were kept
-        return {}
+        base = outcomes if step == UNTRAINED_STEP else read_outcomes(url_of(rundir_url, UNTRAINED_STEP))
+    except FileNotFoundError:
+        log.warning("step %d: the run kept no probe of its untrained network; python -m pipeline probe shows it", step)
+        return figures
     except (OSError, RunFailure, UsageError) as error:
         log.warning("step %d: probe outcomes: %s", step, error)
-        return {}
-    figures: dict[str, float] = {}
-    for name, gain in differences(outcomes, base).items():
-        key = f"probe/{name}/gain"
-        figures |= {key: gain.value, f"{key}/low": gain.low, f"{key}/high": gain.high}
-    return figures
+        return figures
+    if base.split != outcomes.split:
+        log.warning("step %d: the untrained network was probed on other sites or views than now, it is left out", step)
+    return figures | against(outcomes, base, UNTRAINED)

@@ -12,7 +12,7 @@ from data_prep.schema import SiteArrays
 from data_prep.shards import ShardSet
 from data_prep.show import colours
 from pipeline.config import PretrainConfig
-from pipeline.probes.features import extract
+from pipeline.probes.features import extract, network
 from pipeline.probes.in_loop import statistics_dict
 from pipeline.tracking.plots import feature_picture
 
@@ -32,8 +32,9 @@ def feature_sheet(
     view = cfg.data.views_global
     # a label that no site has: features are laid out on the label grid, all unlabelled
     features = extract(
-        skysense, shardset.read_sample, rows, view, statistics_dict(shardset), "", batch=1, device=device
-    )
+        [network(skysense, "mean")], cfg.model.modalities, shardset.read_sample, rows, view, statistics_dict(shardset), "",
+        batch=1, device=device,
+    )[0]  # fmt: skip
     side = view.series_px
     names = [name for name in features.pixels if features.pixel_valid[name].any()]
     columns = {

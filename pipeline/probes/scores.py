@@ -69,6 +69,19 @@ def difference(score: Outcome, base: Outcome, seed: int = 0) -> Difference | Non
     return Difference(_score(a.sum(0), len(a)) - _score(b.sum(0), len(b)), float(low), float(high))
 
 
+def total_score(outcome: Outcome) -> float:
+    """Accuracy or mean IoU over the tested sites; 0 without one."""
+    counts = outcome.counts[outcome.tested]
+    return _score(counts.sum(0), len(counts)) if len(counts) else 0.0
+
+
+def score_of(outcome: Outcome, chance: float, seed: int = 0) -> Score:
+    """Score and interval of what each site got; counts may be means over several rounds, between 0 and 1."""
+    counts = outcome.counts[outcome.tested]
+    low, high = np.quantile(_draws(counts, seed), [0.025, 0.975])
+    return Score(total_score(outcome), float(low), float(high), chance, len(counts))
+
+
 def accuracy(predicted: np.ndarray, truth: np.ndarray, trained_on: np.ndarray, seed: int = 0) -> Score:
     """Share of sites named rightly. Chance: guessing with the frequencies of the training labels, expected."""
     frequency = np.bincount(trained_on, minlength=int(truth.max()) + 1) / len(trained_on)

@@ -14,10 +14,32 @@ import torch
 import torch.nn.functional as F
 
 from data_prep.schema import CLEAR, MODALITIES, Series, SiteArrays
+from data_prep.shards import ShardSet
 from model.batch import ModalityView, View
 from pipeline.config import DataConfig, ViewConfig
 from pipeline.reader.geometry import GRID_M
 from pipeline.reader.views import NEUTRAL, SiteFacts, dates_wanted, plan_whole
+
+WHOLE_DATES = {"s2": 24, "s1": 12}  # a whole-site view shows at most so many, evenly spaced
+WHOLE_PX = 64  # and at most so many 10 m pixels per side (or what training sees, if that is more)
+
+
+def whole_view(shardset: ShardSet, rows: Sequence[int], trained: ViewConfig) -> ViewConfig:
+    """The view that shows whole sites: canvas sides from the largest of `rows`, every date of the one with the most.
+
+    Bounded by WHOLE_PX and WHOLE_DATES. hr keeps the metres per pixel of the training view `trained`; smaller sites, and sites with
+    fewer dates, are padded with what is invalid.
+    """
+    sensors = [name for name in MODALITIES if f"{name}_shape" in shardset.index_columns()]
+    table = shardset.read_index(["footprint", *(f"{name}_shape" for name in sensors)]).take(list(rows))
+    west, south, east, north = np.array(table["footprint"].to_pylist(), float).T
+    largest = int(np.floor(max((east - west).max(), (north - south).max()) / GRID_M + 1e-6))
+    side = max(1, min(largest, max(WHOLE_PX, trained.series_px)))
+    most = {
+        name: max((shape[0] for shape in table[f"{name}_shape"].to_pylist() if shape), default=1) for name in sensors
+    }
+    dates = {f"{name}_dates": max(1, min(bound, most.get(name, 1))) for name, bound in WHOLE_DATES.items()}
+    return ViewConfig(max(1, round(side * trained.hr_px / trained.series_px)), side, **dates)
 
 
 def view_of_sites(
@@ -95,11 +117,15 @@ def _canvas(
     if factor > 1.01:  # finer source: average over the canvas pixel's footprint
         n = max(1, round(side_m / gsd))
         top, left = round(y0_m / gsd), round(x0_m / gsd)
-        box = (slice(max(top, 0), top + n), slice(max(left, 0), left + n))
-        if top >= 0 and left >= 0 and top + n <= height and left + n <= width:
-            x = F.adaptive_avg_pool2d(source[:, *box], pixels)
-            valid = F.adaptive_avg_pool2d(clear[box].float()[None], pixels)[0] > 0.999
-            return _cast(x, dtype), valid
+        room = (
+            -left,
+            left + n - width,
+            -top,
+            top + n - height,
+        )  # ground outside the site is padded, or cut off where negative
+        x = F.adaptive_avg_pool2d(F.pad(source, room), pixels)
+        valid = F.adaptive_avg_pool2d(F.pad(clear.float()[None], room), pixels)[0] > 0.999
+        return _cast(x, dtype), valid
     r, c = np.floor(rows).astype(int), np.floor(columns).astype(int)
     inside = torch.from_numpy(((r >= 0) & (r < height))[:, None] & ((c >= 0) & (c < width))[None])
     r, c = np.clip(r, 0, height - 1), np.clip(c, 0, width - 1)

@@ -1,7 +1,8 @@
 """Crops of the ground: which square, how it is turned, and where each canvas pixel lies.
 
 Site metres: x east of the site's west edge, y south of its north edge. Every crop is a ground square whose edges lie on the
-10 m grid, so that s2, s1 and labels are cut without resampling. A crop may reach outside the site; there it is invalid.
+10 m grid, so that s2, s1 and labels are cut without resampling; where a site has hr alone, on whole metres, so that small
+images (227 px of 0.3 m are 68 m) still have many crops. A crop may reach outside the site; there it is invalid.
 
 The eight turns (group D4) are numbered by bits: 4 = transpose, then 2 = flip rows, 1 = flip columns.
 """
@@ -13,6 +14,7 @@ import dataclasses
 import numpy as np
 
 GRID_M = 10.0
+HR_GRID_M = 1.0
 MIN_OVERLAP = 0.5  # least overlap of u and v along each axis, as a share of the side
 STRIP, SMALL_BYTES = 64, 32 << 10  # of copies of turned images
 
@@ -117,25 +119,25 @@ def affine(crop: Crop, canvas_px: int, gsd_m: float) -> np.ndarray:
     return found
 
 
-def origin(low_m: float, high_m: float, side_m: float, u: float) -> float:
-    """Start of a `side_m` interval inside [low, high] on the 10 m grid, drawn by u in [0, 1).
+def origin(low_m: float, high_m: float, side_m: float, u: float, grid_m: float = GRID_M) -> float:
+    """Start of a `side_m` interval inside [low, high] on the grid, drawn by u in [0, 1).
 
     An interval longer than the room holds all of it instead: the start is then drawn from [high - side, low].
     """
     first, last = sorted((low_m, high_m - side_m))
-    steps = int((last - first) / GRID_M + 1e-6)  # whole grid steps that fit
+    steps = int((last - first) / grid_m + 1e-6)  # whole grid steps that fit
     if low_m > high_m - side_m:  # measured from `low`, so that the site's own pixel grid is kept
-        return low_m - GRID_M * int(u * (steps + 1))
-    return first + GRID_M * int(u * (steps + 1))
+        return low_m - grid_m * int(u * (steps + 1))
+    return first + grid_m * int(u * (steps + 1))
 
 
-def overlapping_origin(room_m: float, side_m: float, other_m: float, u: float) -> float:
+def overlapping_origin(room_m: float, side_m: float, other_m: float, u: float, grid_m: float = GRID_M) -> float:
     """Like `origin` within [0, room], but overlapping [other, other + side] by at least MIN_OVERLAP of the side."""
     if room_m <= side_m:
-        return origin(0.0, room_m, side_m, u)
-    reach = np.floor(side_m * (1 - MIN_OVERLAP) / GRID_M) * GRID_M
+        return origin(0.0, room_m, side_m, u, grid_m)
+    reach = np.floor(side_m * (1 - MIN_OVERLAP) / grid_m) * grid_m
     low, high = max(0.0, other_m - reach), min(room_m, other_m + reach + side_m)
-    return origin(low, high, side_m, u)
+    return origin(low, high, side_m, u, grid_m)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ def config_of(case: dict[str, Any]) -> PretrainConfig:
     return from_dict(PretrainConfig, {
         "model": {"moe": {"experts": case.get("experts", 4)}},
         "train": {"steps": case.get("total", 20), "batch": 8, "micro_batch": case.get("micro"), "precision": case.get("precision", "fp32")},
-        "optimizer": {"lr": 1e-2, "warmup_samples": 40, "clip": case.get("clip", 0.5), "lr_scale": {"leave": 0.5}},
+        "optimizer": {"lr": 1e-2, "warmup": 40, "clip": case.get("clip", 0.5), "lr_scale": {"leave": 0.5}},
         "objective": {"ema_momentum": [0.9, 1.0]},
         "parallel": {"zero_stage": case["stage"], "ep": case.get("ep", 1), "offload": case.get("offload", False)},
         # by default DeepSpeed keeps small parameters whole at stage 3, that is all of ours here

@@ -17,6 +17,7 @@ from tests.integration.layouts import full_state
 from tests.synthetic_batch import STATISTICS, make_batch, split
 
 BATCH, STEPS = 8, 3
+CLASSES = ["water", "crop", "grass", "built"]
 
 
 def config_of(case: dict[str, Any]) -> PretrainConfig:
@@ -30,9 +31,9 @@ def config_of(case: dict[str, Any]) -> PretrainConfig:
         "object_clusters": 2,
     }
     return from_dict(PretrainConfig, {
-        "model": model, "objective": small,
+        "model": model, "objective": {**small, **case.get("objective", {})},
         "train": {"steps": STEPS, "batch": BATCH, "micro_batch": case.get("micro"), "precision": "fp32"},
-        "optimizer": {"lr": 1e-3, "warmup_samples": 8},
+        "optimizer": {"lr": 1e-3, "warmup": 8},
         "parallel": {"zero_stage": case["stage"], "ep": case.get("ep", 1)},
     })  # fmt: skip
 
@@ -43,7 +44,7 @@ def train(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for case in cases:
         config = config_of(case)
         torch.manual_seed(0)
-        student = Student(config.model, config.objective, STATISTICS)
+        student = Student(config.model, config.objective, STATISTICS, CLASSES)
         layout = Layout.of(config, ranks)
         engine = Engine(student, make_teacher(student), config, layout, torch.device("cpu"), DistributedReduce())
         losses = []

@@ -47,7 +47,7 @@ def test_exported_features_and_probes_equal_the_engines(tmp_path: Path) -> None:
     build(BuildConfig(SourceConfig((catalog,)), OutputConfig(shards), split=split, workers=1))
     overrides = [
         f"data.url={shards}", f"run.dir={tmp_path / 'run'}", "train.steps=3", "train.batch=4", "tracking.uri=none", "probe.every=0", "probe.tasks=[knn,segment]",
-        "probe.samples=8", "checkpoint.every=3", "optimizer.lr=0.01", "optimizer.warmup_samples=4", "objective.ema_momentum=[0.5,0.5]",
+        "probe.samples=8", "checkpoint.every=3", "optimizer.lr=0.01", "optimizer.warmup=4", "objective.ema_momentum=[0.5,0.5]",
         "data.views_global={hr_px: 64, series_px: 8, s2_dates: 3, s1_dates: 2}",
     ]  # fmt: skip
     results = run_ranks(

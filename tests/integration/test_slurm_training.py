@@ -35,7 +35,7 @@ data:
 model: {{size: debug, moe: {{experts: 4, blocks: 1}}}}
 objective: {{prototypes: 64, head_hidden: 32, head_bottleneck: 16, queries: 2, pixel_pairs: 16, object_clusters: 2}}
 train: {{steps: {STEPS}, batch: 4, precision: fp32, log_every: 1}}
-optimizer: {{lr: 1.0e-3, warmup_samples: 16}}
+optimizer: {{lr: 1.0e-3, warmup: 16}}
 parallel: {{zero_stage: 2, ep: 2}}
 checkpoint: {{every: 5}}
 """

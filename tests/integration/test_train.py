@@ -123,7 +123,7 @@ def test_killed_and_preempted_equals_uninterrupted(shards: str, tmp_path: Path) 
 
 
 def test_a_non_finite_loss_stops_all_ranks_by_name(shards: str, tmp_path: Path) -> None:
-    job = Job(shards, tmp_path / "run", "optimizer.lr=1e30", "optimizer.warmup_samples=0")
+    job = Job(shards, tmp_path / "run", "optimizer.lr=1e30", "optimizer.warmup=0")
     assert job.wait() == 1
     [line] = [line for line in job.text().splitlines() if "error:" in line]
     assert "step 2: loss" in line

@@ -18,13 +18,13 @@ from cluster.errors import UsageError
 from cluster.rundir import RunDir
 from pipeline.commands import compare as command
 from pipeline.compare.ablation import effects, legend
-from pipeline.compare.figures import summarise
+from pipeline.compare.figures import curve_names, level, summarise
 from pipeline.compare.load import RunData, load_runs
 from pipeline.compare.paired import Pairs, pair
-from pipeline.compare.report import html_report
+from pipeline.compare.report import html_report, svg_plot
 from pipeline.compare.verdict import judge
 from pipeline.config import PretrainConfig
-from pipeline.probes.outcomes import Outcomes, keep, url_of, write_outcomes
+from pipeline.probes.outcomes import Outcomes, keep_round, url_of, write_outcomes
 from pipeline.probes.scores import Difference, Outcome, difference
 from pipeline.tracking import Dataset, RunFacts
 from pipeline.tracking.experts import TAG
@@ -36,18 +36,21 @@ def _run(
     folder: Path, name: str, overrides: list[str] | None = None, steps: int = 40, manifest: str = "a", statistics: str = "s",
     split: float = 5.0, score: float = 0.5, right: np.ndarray | None = None,
 ) -> str:  # fmt: skip
-    """right: keeps 0/1 per test site at every probe, all of them wrong in the probe after step 1."""
+    """right: keeps 0/1 per test site at every probe; untrained all of them are wrong, pixel statistics get the first 30 % right."""
     config = load(PretrainConfig, None, [f"run.dir={folder / name}", *(overrides or [])])
     rundir = RunDir(config.run.dir)
     rundir.write_resolved(config)
     rundir.start_metrics(0)
+    if right is not None:
+        pixels = _outcomes(_sites(0.3), split)
+        keep_round(_outcomes(right * 0, split), pixels, rundir.url, 0)
     for step in range(1, steps + 1):
         line: dict[str, float | int] = {
             "step": step, "samples": 8 * step, "loss": 10 / step, "loss/mgcl_hr": 5 / step, "samples_per_s": 4.0,
             "gpu_hours": step * 8 / 4.0 * 2 / 3600,
         }  # fmt: skip
-        if right is not None and (step == 1 or step % 10 == 0):
-            line |= keep(_outcomes(right * (step > 1), split), rundir.url, step)
+        if right is not None and step % 10 == 0:
+            line |= keep_round(_outcomes(right, split), pixels, rundir.url, step)
         if step % 10 == 0:
             line |= {
                 "probe/knn/fused": score,
@@ -155,8 +158,20 @@ def test_runs_are_paired_over_their_test_sites(tmp_path: Path) -> None:
     assert wanted is not None
     assert wanted.is_clear
     assert any("another training seed" in note for note in pairs.notes)
-    gains = [summary.gains["probe/knn/fused"].value for summary in summarise(runs)]
-    assert gains == pytest.approx([0.5, 0.58, 0.5, 0.9])
+    for row, height in (("untrained", 0.0), ("pixels", 0.3)):
+        found = [summary.over[row]["probe/knn/fused"].value for summary in summarise(runs)]
+        assert found == pytest.approx([share - height for share in (0.5, 0.58, 0.5, 0.9)])
+        assert [summary.rows[row]["probe/knn/fused"] for summary in summarise(runs)] == pytest.approx([height] * 4)
+
+
+def test_a_probe_curve_has_the_levels_of_what_costs_nothing(tmp_path: Path) -> None:
+    runs = load_runs([_run(tmp_path, "a", right=_sites(0.5)), _run(tmp_path, "b")])
+    assert [name for name in curve_names(runs) if name.startswith("probe/")] == ["probe/knn/fused"]
+    assert (level(runs[0], "probe/knn/fused", "pixels"), level(runs[1], "probe/knn/fused", "pixels")) == (0.3, None)
+    drawn, bare = svg_plot(runs, "probe/knn/fused"), svg_plot(runs[1:], "probe/knn/fused")
+    for name in ("untrained", "pixel statistics"):
+        assert drawn.count(name) == 1
+        assert name not in bare
 
 
 def test_the_probe_that_both_have_seen_is_paired(tmp_path: Path) -> None:
@@ -283,9 +298,13 @@ def test_differences_are_shown_in_the_terminal_the_report_and_json(
     found = Difference(**told["differences"]["b"]["probe/knn/fused"])
     assert str(found).startswith("+0.100 [+0.0")
     assert found.is_clear
-    gain = Difference(**told["since_step_1"]["b"]["probe/knn/fused"])
+    gain, over_pixels = (Difference(**told[f"over_{row}"]["b"]["probe/knn/fused"]) for row in ("untrained", "pixels"))
+    assert (gain.value, over_pixels.value) == (pytest.approx(0.6), pytest.approx(0.3))
     for text in (printed, out.read_text()):
-        for wanted in ("knn/fused to a", "knn/fused since step 1", str(found), str(gain)):
+        for wanted in (
+            "knn/fused to a", "knn/fused over untrained", "knn/fused over pixel statistics", str(found), str(gain), str(over_pixels),
+            "    pixel statistics",
+        ):  # fmt: skip
             assert wanted in text
     assert any("1 in 20 does by chance" in note for note in told["notes"])
 

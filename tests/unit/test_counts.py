@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import replace
 
 import pytest
@@ -11,9 +12,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from data_prep.schema import MODALITIES
 from model import counts
 from model.config import SIZES, FusionConfig, ModelConfig, MoEConfig, ObjectiveConfig
 from model.fusion import Frames, TokenGrid
+from model.objective_plan import DAY_WAVES, PLACE_WAVES, prediction_flops
+from model.prediction import Prediction
 from model.pretrain import Student
 from model.skysense import SkySense
 from pipeline.config import PretrainConfig, ViewConfig
@@ -114,6 +118,38 @@ def test_fusion_flops_equal_torchs_counter(depth: int) -> None:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         fusion(frames)
     assert counter.get_total_flops() == counts.fusion_flops(cfg, view)
+
+
+@pytest.mark.parametrize("target", ["pixels", "projection", "teacher"])
+@pytest.mark.parametrize("weight", ["restore_weight", "masked_weight", "site_weight"])
+def test_flops_of_prediction_terms_equal_torchs_counter(weight: str, target: str) -> None:
+    cfg = ModelConfig(size="debug", drop_path=0.0)
+    objective = replace(ObjectiveConfig(), predictor_hidden=32, masked_target=target, **{weight: 1.0})
+    size = ViewConfig(hr_px=64, series_px=8, s2_dates=3, s1_dates=2)
+    view, sky = random_view(1, hr=64, series=8, s2_dates=3, s1_dates=2), SkySense(cfg)
+    u = sky(view)
+    part = Prediction(cfg, objective)
+    tokens = {m: (u.dense[m].shape[1], u.dense[m].shape[2] * u.dense[m].shape[3]) for m in cfg.modalities}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        if part.restore is not None:
+            ones = defaultdict(lambda: torch.ones(()))
+            part.restore(view, u, part.restore.valid(view, u.dense_valid, u.fused_valid), ones)
+        if part.masked is not None:
+            weights = {m: valid.float() for m, valid in u.dense_valid.items()}
+            part.masked(view, u, weights, defaultdict(lambda: torch.ones(())), u.dense)
+        if part.site:
+            for space in part.spaces:
+                part._project("fused" if space == "fused" else "dense", part._pooled(u, space))
+    cells = u.fused_valid[0].numel()
+    extra = 0
+    if target == "projection" and weight == "masked_weight":  # of the targets, which no gradient goes through
+        extra = sum(2 * d * n * len(MODALITIES[m].bands) * cfg.stride(m) ** 2 * 64 for m, (d, n) in tokens.items())
+    if weight == "masked_weight":  # embeddings of days and places: a few hundred rows of a few waves
+        places = sum(n for _, n in tokens.values()) + cells
+        days = sum(d for d, _ in tokens.values())
+        extra += 2 * 32 * (4 * PLACE_WAVES * places + 2 * DAY_WAVES * days)
+    assert counter.get_total_flops() - extra == prediction_flops(cfg, objective, tokens, cells)
+    assert counts.head_flops(cfg, objective, size) > counts.head_flops(cfg, ObjectiveConfig(), size)
 
 
 @pytest.mark.parametrize(

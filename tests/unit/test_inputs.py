@@ -67,7 +67,22 @@ def test_neutral_parameters_change_nothing(image) -> None:
     hr, changed = view.modalities["hr"], photometric(view).modalities["hr"]
     good = hr.valid_BTHW[:, :, None].expand_as(hr.x_BTCHW)
     torch.testing.assert_close(changed.x_BTCHW[good], hr.x_BTCHW[good], rtol=1e-5, atol=1e-4)
-    assert photometric(view).modalities["s2"] is view.modalities["s2"]
+    for name in ("s2", "s1"):
+        torch.testing.assert_close(
+            photometric(view).modalities[name].x_BTCHW, view.modalities[name].x_BTCHW.float(), equal_nan=True
+        )
+
+
+def test_series_take_one_gain_or_offset_per_site() -> None:
+    view = make_batch(2, seed=9).u
+    view.photometric_BP = torch.cat([rows(s2_gain=1.05, s1_offset_db=-0.5), rows()])
+    got = photometric(view).modalities
+    for name, expected in (
+        ("s2", view.modalities["s2"].x_BTCHW[0] * 1.05),
+        ("s1", view.modalities["s1"].x_BTCHW[0] - 0.5),
+    ):
+        torch.testing.assert_close(got[name].x_BTCHW[0], expected, equal_nan=True)
+        torch.testing.assert_close(got[name].x_BTCHW[1], view.modalities[name].x_BTCHW[1], equal_nan=True)
 
 
 def test_colour_steps_follow_their_formulas(image) -> None:

@@ -182,7 +182,7 @@ def test_teacher_temperature_is_a_function_of_samples() -> None:
 MODEL = ModelConfig(size="debug", drop_path=0.0, moe=MoEConfig(experts=0))
 OBJECTIVE = ObjectiveConfig(
     mgcl_weight=1.0, prototypes=12, head_hidden=8, head_bottleneck=4, pixel_pairs=1000, object_clusters=2, queries=3,
-    teacher_warmup_samples=0,
+    teacher_warmup=0,
 )  # fmt: skip
 
 

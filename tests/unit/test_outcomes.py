@@ -20,14 +20,16 @@ from pipeline.probes.offline import ProbeResult, keep_beside
 from pipeline.probes.outcomes import (
     Outcomes,
     differences,
-    keep,
+    keep_round,
     list_offline,
+    pixels_url,
     read_outcomes,
     split_number,
+    stored_pixels,
     url_of,
     write_outcomes,
 )
-from pipeline.probes.scores import DRAWS, Outcome, accuracy, difference, mean_iou
+from pipeline.probes.scores import DRAWS, Outcome, accuracy, difference, mean_iou, score_of, total_score
 
 EVERYWHERE = np.ones(40, bool)
 
@@ -85,6 +87,16 @@ def test_scores_and_differences_agree_on_the_value() -> None:
     found = difference(Outcome(EVERYWHERE, _confusions(1)), Outcome(EVERYWHERE, _confusions(2)))
     assert found is not None
     assert found.value == pytest.approx(a.value - b.value)
+
+
+def test_a_score_of_outcomes_is_the_accuracy_and_takes_means_over_draws() -> None:
+    truth = np.ones(40, np.int64)
+    rounds = [_right(seed) for seed in (1, 2)]
+    one = accuracy(rounds[0].astype(np.int64), truth, truth)
+    assert score_of(Outcome(EVERYWHERE, rounds[0]), one.chance) == one
+    mean = score_of(Outcome(EVERYWHERE, np.mean(rounds, axis=0)), 0.1)
+    assert mean.value == pytest.approx(np.mean([r.mean() for r in rounds]))
+    assert mean.low < mean.value < mean.high
 
 
 @settings(max_examples=25, deadline=None)
@@ -228,32 +240,49 @@ def test_broken_files_are_named_and_never_unpickled(tmp_path: Path) -> None:
         read_outcomes(url_of(str(tmp_path), 4))
 
 
-def test_the_gain_since_step_1_is_a_metric_with_its_interval(tmp_path: Path) -> None:
-    root, base, last = str(tmp_path), _outcomes(0), _outcomes(5)
-    assert keep(base, root, 1) == {}
-    figures = keep(last, root, 20)
-    assert set(figures) == {f"probe/{name}/gain{end}" for name in base.by_name for end in ("", "/low", "/high")}
-    wanted = differences(last, base)["knn/fused"]
-    assert [figures[f"probe/knn/fused/gain{end}"] for end in ("", "/low", "/high")] == [
-        wanted.value, wanted.low, wanted.high,
-    ]  # fmt: skip
+def test_both_rows_are_metrics_with_the_interval_of_the_difference(tmp_path: Path) -> None:
+    root, base, last, pixels = str(tmp_path), _outcomes(0), _outcomes(5), _outcomes(9)
+    keep_round(base, pixels, root, 0)
+    figures = keep_round(last, pixels, root, 20)
+    ends = ("", "/low", "/high")
+    assert set(figures) == {
+        f"probe/{name}/{what}"
+        for name in base.by_name
+        for row in ("untrained", "pixels")
+        for what in (row, *(f"over_{row}{end}" for end in ends))
+    }
+    for row, other in (("untrained", base), ("pixels", pixels)):
+        wanted = differences(last, other)["knn/fused"]
+        assert [figures[f"probe/knn/fused/over_{row}{end}"] for end in ends] == [wanted.value, wanted.low, wanted.high]
+        assert figures[f"probe/segment/fused/{row}"] == total_score(other.by_name["segment/fused"])
     assert read_outcomes(url_of(root, 20)).split == last.split
-    assert keep(_outcomes(5, split="ff" * 8), root, 30) == {}  # another split since: nothing to pair
+    kept = stored_pixels(root, pixels.split, ["knn", "segment"])
+    assert kept is not None
+    assert kept.keys == pixels.keys
+    assert stored_pixels(root, pixels.split, ["knn", "linear"]) is None  # a task was added since
+    assert stored_pixels(root, "ff" * 8, ["knn"]) is None
+    Path(pixels_url(root, pixels.split)).write_bytes(b"PK")
+    assert stored_pixels(root, pixels.split, ["knn"]) is None
 
 
-def test_a_store_that_fails_is_a_warning_and_a_lost_baseline_none(
+def test_a_store_that_fails_is_a_warning_and_pixels_are_still_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert keep(_outcomes(), str(tmp_path / "later"), 20) == {}
-    assert not caplog.records
-    url = url_of(str(tmp_path / "torn"), 1)
-    write_outcomes(url, _outcomes())
-    Path(url).write_bytes(b"PK")
-    assert keep(_outcomes(), str(tmp_path / "torn"), 20) == {}
-    assert "step 20: probe outcomes" in caplog.text
+    for folder, spoil in (("later", None), ("torn", b"PK"), ("other", b"")):
+        root, pixels = str(tmp_path / folder), _outcomes(9)
+        if folder == "torn":
+            write_outcomes(url_of(root, 0), _outcomes())
+            Path(url_of(root, 0)).write_bytes(spoil or b"")
+        if folder == "other":
+            keep_round(_outcomes(split="ff" * 8), _outcomes(split="ff" * 8), root, 0)
+        caplog.clear()
+        figures = keep_round(_outcomes(), pixels, root, 20)
+        assert "probe/knn/fused/pixels" in figures
+        assert not any("untrained" in key for key in figures)
+        assert "step 20" in caplog.text
     (tmp_path / "file").write_text("no folder")
     caplog.clear()
-    assert keep(_outcomes(), str(tmp_path / "file"), 20) == {}
+    assert "probe/knn/fused/over_pixels" in keep_round(_outcomes(), _outcomes(9), str(tmp_path / "file"), 20)
     assert "step 20: probe outcomes" in caplog.text
 
 
@@ -267,15 +296,15 @@ def test_other_splits_are_never_paired() -> None:
 
 def test_offline_outcomes_lie_beside_the_run_they_score(tmp_path: Path) -> None:
     outcomes, rundir = _outcomes(), RunDir(str(tmp_path / "run"))
-    result = ProbeResult("knn", {}, {}, {}, outcomes)
+    results = [ProbeResult("knn", {}, {}, outcomes), ProbeResult("linear", {}, {}, outcomes)]
     facts = {"checkpoint": f"{rundir.url}/checkpoints/step-00000020", "step": 20, "weights": "teacher"}
     model = SimpleNamespace(facts=facts)
-    assert keep_beside(model, result) is None  # type: ignore[arg-type]  # the run is gone
+    assert keep_beside(model, results) == []  # type: ignore[arg-type]  # the run is gone
     rundir.write_resolved(PretrainConfig())
-    assert keep_beside(SimpleNamespace(facts={**facts, "weights": "student"}), result) is None  # type: ignore[arg-type]
-    assert keep_beside(SimpleNamespace(facts={}), result) is None  # type: ignore[arg-type]
-    url = keep_beside(model, result)  # type: ignore[arg-type]
-    assert url == url_of(rundir.url, 20, f"knn-{outcomes.split}")
-    keep(outcomes, rundir.url, 20)
-    assert list_offline(rundir.url) == [(20, f"knn-{outcomes.split}")]
+    assert keep_beside(SimpleNamespace(facts={**facts, "weights": "student"}), results) == []  # type: ignore[arg-type]
+    assert keep_beside(SimpleNamespace(facts={}), results) == []  # type: ignore[arg-type]
+    kinds = [f"{task}-{outcomes.split}" for task in ("knn", "linear")]
+    assert keep_beside(model, results) == [url_of(rundir.url, 20, kind) for kind in kinds]  # type: ignore[arg-type]
+    keep_round(outcomes, outcomes, rundir.url, 20)
+    assert list_offline(rundir.url) == [(20, kind) for kind in kinds]
     assert split_number(outcomes.split) == int(outcomes.split[:12], 16)

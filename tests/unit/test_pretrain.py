@@ -19,7 +19,14 @@ from tests.thread_ranks import ThreadReduce, run_ranks
 MODEL = ModelConfig(size="debug", drop_path=0.2, moe=MoEConfig(experts=4, blocks=2, balance_weight=0.5, z_weight=0.1))
 OBJECTIVE = ObjectiveConfig(
     prototypes=32, head_hidden=16, head_bottleneck=8, pixel_pairs=12, object_clusters=3, queries=4,
-    teacher_warmup_samples=100, ita_embeddings=str(Path(__file__).parents[2] / "pipeline/runs/text_embeddings.safetensors"),
+    teacher_warmup=100, ita_embeddings=str(Path(__file__).parents[2] / "pipeline/runs/text_embeddings.safetensors"),
+)  # fmt: skip
+
+# every term at once
+ALL = replace(
+    OBJECTIVE, cross_weight=0.7, site_weight=0.5, restore_weight=2.0, masked_weight=1.5, labels_weight=0.3, koleo_weight=0.2,
+    local_mgcl=True, hide_tokens=0.3, hide_dates=0.4, hide_sensors=0.2, modality_dropout=0.3, masked_visible=0.5,
+    predictor_hidden=16, centering_momentum=0.9, ema_half_life=0.1,
 )  # fmt: skip
 
 
@@ -68,9 +75,18 @@ def whole_and_split(ranks: int, micro: int, objective: ObjectiveConfig = OBJECTI
     return expected, (metrics, grads, got[0][2])
 
 
-@pytest.mark.parametrize(("ranks", "micro"), [(1, 2), (2, 2), (4, 1)])
-def test_any_split_gives_the_same_loss_metrics_and_gradients(ranks: int, micro: int) -> None:
-    (metrics, grads, step), (split_metrics, split_grads, split_step) = whole_and_split(ranks, micro)
+@pytest.mark.parametrize(
+    ("ranks", "micro", "objective"),
+    [
+        (1, 2, OBJECTIVE), (2, 2, OBJECTIVE), (4, 1, OBJECTIVE), (1, 2, ALL), (2, 2, ALL), (4, 1, ALL),
+        (2, 2, replace(ALL, masked_target="projection", masked_loss="discrimination", prototypes_frozen=50)),
+        (2, 1, replace(ALL, masked_target="teacher", heads="per_level", mgcl_levels=("pixel", "image"), cross_levels=("image",))),
+    ],
+)  # fmt: skip
+def test_any_split_gives_the_same_loss_metrics_and_gradients(
+    ranks: int, micro: int, objective: ObjectiveConfig
+) -> None:
+    (metrics, grads, step), (split_metrics, split_grads, split_step) = whole_and_split(ranks, micro, objective)
     for name, value in metrics.items():
         if not name.startswith("feature/"):
             torch.testing.assert_close(
@@ -92,15 +108,17 @@ def test_loads_of_the_micro_batch_are_exact_over_ranks_but_not_over_accumulation
     assert abs(float(split_metrics["loss/balance"] - metrics["loss/balance"])) > 1e-6
 
 
-def test_absent_modalities_contribute_nothing_and_break_nothing() -> None:
-    student, batch = build(), make_batch(4, seed=3)
+@pytest.mark.parametrize("objective", [OBJECTIVE, ALL, replace(ALL, masked_target="teacher")])
+def test_absent_modalities_contribute_nothing_and_break_nothing(objective: ObjectiveConfig) -> None:
+    student, batch = build(objective=objective), make_batch(4, seed=3)
     teacher = make_teacher(student)
     for view in (batch.u, batch.v, *batch.local):
         view.modalities["s1"].valid_BTHW[:] = False
         view.modalities["s1"].x_BTCHW[:] = float("nan")
         view.modalities["s1"].affine_B23[:] = 0
     metrics, grads, _ = one_step(student, teacher, [batch], SingleProcess())
-    assert float(metrics["loss/mgcl_s1"]) == 0.0
+    for name in ("mgcl", "restore", "site", "masked", "cross"):
+        assert float(metrics.get(f"loss/{name}_s1", 0.0)) == 0.0, name
     assert float(metrics["loss/mgcl_s2"]) > 0.0
     assert float(metrics["loss/ita"]) > 0.0
     assert all(torch.isfinite(value).all() for value in metrics.values())
@@ -109,15 +127,18 @@ def test_absent_modalities_contribute_nothing_and_break_nothing() -> None:
         assert torch.isfinite(grad).all(), name
 
 
-def test_nothing_valid_at_all_gives_zero_and_finite_gradients() -> None:
-    student, batch = build(), make_batch(2, seed=4, missing=1.0)
+@pytest.mark.parametrize("objective", [OBJECTIVE, ALL])
+def test_nothing_valid_at_all_gives_zero_and_finite_gradients(objective: ObjectiveConfig) -> None:
+    student, batch = build(objective=objective), make_batch(2, seed=4, missing=1.0)
+    batch.u.classes_BHW[:] = -1
     metrics, grads, _ = one_step(student, make_teacher(student), [batch], SingleProcess())
     assert float(metrics["loss"]) == 0.0
     assert all(grad is not None and float(grad.abs().sum()) == 0.0 for grad in grads.values())
 
 
-def test_values_of_invalid_pixels_change_nothing() -> None:
-    student, batch = build(), make_batch(4, seed=5)
+@pytest.mark.parametrize("objective", [OBJECTIVE, ALL, replace(ALL, masked_target="projection")])
+def test_values_of_invalid_pixels_change_nothing(objective: ObjectiveConfig) -> None:
+    student, batch = build(objective=objective), make_batch(4, seed=5)
     teacher = make_teacher(student)
     expected, _, _ = one_step(copy.deepcopy(student), teacher, [batch], SingleProcess())
     for view in (batch.u, batch.v, *batch.local):
@@ -149,6 +170,45 @@ def test_parameter_counts_equal_the_closed_formula(heads: str) -> None:
     assert counted["decoder"] == sum(p.numel() for p in student.decoder.parameters())
     assert student.alignment is not None
     assert counted["ita"] == sum(p.numel() for p in student.alignment.parameters())
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        ALL,
+        replace(ALL, heads="per_level"),
+        replace(ALL, masked_target="projection"),
+        replace(ALL, masked_target="teacher"),
+    ],
+)
+def test_prediction_terms_are_counted(objective: ObjectiveConfig) -> None:
+    student = Student(MODEL, objective, STATISTICS, CLASSES)
+    counted = count_parameters(MODEL, objective, num_classes=len(CLASSES))
+    assert counted["prediction"] == sum(p.numel() for p in student.prediction.parameters())
+    assert counted["heads"] == sum(p.numel() for m in (student.heads, student.cross) for p in m.parameters())
+    assert sum(counted.values()) == sum(
+        p.numel() for name, p in student.named_parameters() if not name.startswith("skysense")
+    )
+
+
+@pytest.mark.parametrize(
+    ("weight", "key"),
+    [
+        ("cross_weight", "loss/cross_hr"), ("site_weight", "loss/site_fused"), ("restore_weight", "loss/restore_s2"),
+        ("masked_weight", "loss/masked_s1"), ("labels_weight", "loss/labels"), ("koleo_weight", "loss/koleo_fused"),
+    ],
+)  # fmt: skip
+def test_each_prediction_term_alone_is_on_and_off_by_its_weight(weight: str, key: str) -> None:
+    batch = make_batch(3)
+    for value in (1.0, 0.0):
+        objective = replace(OBJECTIVE, **{weight: value})
+        student = build(objective=objective)
+        metrics, grads, _ = one_step(student, make_teacher(student), [batch], SingleProcess())
+        assert (key in metrics) == bool(value)
+        assert all(grad is not None for grad in grads.values())
+        assert bool(sum(p.numel() for m in (student.prediction, student.cross) for p in m.parameters())) == (
+            bool(value) and weight != "koleo_weight"
+        )
 
 
 def test_without_dense_labels_there_is_no_alignment_and_it_says_so(caplog: pytest.LogCaptureFixture) -> None:

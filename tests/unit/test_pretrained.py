@@ -7,9 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import rasterio
 import torch
-from rasterio.transform import from_origin
 from safetensors.torch import save_file
 
 from cluster.errors import UsageError
@@ -18,10 +16,7 @@ from data_prep.simulate.write import simulate
 from data_prep.sources import open_catalog, read_site
 from model.config import ModelConfig, MoEConfig
 from model.pretrained import Pretrained, load_backbone, save_backbone
-from pipeline.config import ProbeConfig, ViewConfig
 from pipeline.embed import embed, find_site, write_features
-from pipeline.probes.offline import probe_model
-from pipeline.probes.outside import list_outside, read_image, split_outside
 
 STATISTICS = {
     "hr": {"mean": [120.0] * 3, "std": [40.0] * 3}, "s2": {"mean": [2000.0] * 10, "std": [900.0] * 10},
@@ -135,57 +130,3 @@ def test_embed_of_a_site_without_hr(model: Pretrained, catalog: str) -> None:
     arrays = embed(model, site)
     assert "hr" not in arrays
     assert np.isfinite(arrays["fused"]).all()
-
-
-def _tif(path: Path, pixels: np.ndarray, east: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with rasterio.open(
-        path, "w", driver="GTiff", width=pixels.shape[2], height=pixels.shape[1], count=len(pixels), dtype=pixels.dtype.name,
-        crs="EPSG:32632", transform=from_origin(300_000 + east * 30_000, 5_500_000, 10, 10),
-    ) as raster:  # fmt: skip
-        raster.write(pixels)
-
-
-def test_folder_of_classes_is_probed_by_place(model: Pretrained, tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    for number in range(24):
-        level = 800 if number % 2 else 3000
-        pixels = (level + rng.normal(0, 60, (10, 16, 16))).astype(np.uint16)
-        _tif(tmp_path / ("bright" if number % 2 == 0 else "dark") / f"{number}.tif", pixels, number)
-    items, classes = list_outside(str(tmp_path))
-    assert classes == ["bright", "dark"]
-    train, test, digest = split_outside(items)
-    assert not {items[i].place for i in train} & {items[i].place for i in test}
-    assert digest == split_outside(items)[2]
-    result = probe_model(model, str(tmp_path), "linear", ProbeConfig(), ViewConfig())
-    assert result.trained["s2"].value == 1.0
-    assert "hr" not in result.trained
-    with pytest.raises(UsageError, match="cannot serve --task segment"):
-        probe_model(model, str(tmp_path), "segment", ProbeConfig(), ViewConfig())
-
-
-def test_images_with_label_rasters_are_segmented(model: Pretrained, tmp_path: Path) -> None:
-    for number in range(12):
-        truth = np.zeros((16, 16), np.uint8)
-        truth[:, 8:] = 1
-        pixels = np.where(truth, 3000, 600)[None].repeat(10, 0).astype(np.uint16)
-        _tif(tmp_path / "images" / f"{number}.tif", pixels, number)
-        _tif(tmp_path / "labels" / f"{number}.tif", truth[None], number)
-    result = probe_model(model, str(tmp_path), "segment", ProbeConfig(), ViewConfig())
-    assert result.trained["s2"].value > 0.9
-    (tmp_path / "labels" / "3.tif").unlink()
-    with pytest.raises(UsageError, match="has no label raster"):
-        list_outside(str(tmp_path))
-
-
-def test_bands_are_told_by_their_number(tmp_path: Path) -> None:
-    for count, modality in ((3, "hr"), (13, "s2"), (12, "s2"), (2, "s1")):
-        dtype = np.float32 if count == 2 else np.uint16
-        _tif(tmp_path / f"{count}.tif", np.arange(count, dtype=dtype)[:, None, None] + np.zeros((1, 4, 4), dtype), 0)
-        name, pixels, gsd = read_image(str(tmp_path / f"{count}.tif"))
-        assert (name, gsd) == (modality, 10.0)
-        if count == 12:
-            assert pixels[:, 0, 0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 10, 11]
-    _tif(tmp_path / "5.tif", np.zeros((5, 4, 4), np.uint8), 0)
-    with pytest.raises(UsageError, match="has 5 bands"):
-        read_image(str(tmp_path / "5.tif"))

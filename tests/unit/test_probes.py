@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,13 @@ from model.pretrained import Pretrained
 from model.skysense import SkySense
 from pipeline.config import DataConfig, PretrainConfig, ProbeConfig, ViewConfig
 from pipeline.examples.segmentation import SegmentationModel, finetune, pixel_accuracy
-from pipeline.probes.classify import knn, ridge
-from pipeline.probes.features import extract
-from pipeline.probes.in_loop import obstacle, raster_name, run_probes, statistics_dict
-from pipeline.probes.outcomes import read_outcomes, split_number, url_of
+from pipeline.probes.classify import beside, knn, loo_error, ridge, thin_svd
+from pipeline.probes.features import extract, network
+from pipeline.probes.in_loop import obstacle, run_probes, statistics_dict
+from pipeline.probes.outcomes import pixels_url, read_outcomes, split_number, url_of
 from pipeline.probes.picture import feature_sheet
-from pipeline.probes.scores import accuracy, confusion, mean_iou
+from pipeline.probes.plan import plan_probe, raster_name
+from pipeline.probes.scores import accuracy, confusion, difference, mean_iou, total_score
 from pipeline.probes.sites import view_of_sites
 from pipeline.probes.split import split_of
 from pipeline.reader.whole import whole_site_view
@@ -70,6 +72,44 @@ def test_knn_ignores_scale_and_shift_ridge_any_invertible_axis_scaling() -> None
     np.testing.assert_array_equal(knn(x, labels, y), knn(3 * x + 7, labels, 3 * y + 7))
     scale = rng.uniform(0.5, 2, 8)
     np.testing.assert_array_equal(ridge(x, labels, y), ridge(x * scale, labels, y * scale))
+
+
+@pytest.mark.parametrize(("rows", "dims"), [(20, 6), (12, 40), (13, 12)])
+@pytest.mark.parametrize("penalty", [1e-6, 1e-2, 10.0])
+def test_the_leave_one_out_error_is_that_of_leaving_one_out(rows: int, dims: int, penalty: float) -> None:
+    """Also with more features than rows, where every row is fitted and a naive closed form sees no error at all."""
+    rng = np.random.default_rng(rows + dims)
+    x, y = rng.normal(size=(rows, dims)), rng.normal(size=(rows, 2))
+    wanted = []
+    for i in range(rows):
+        others = np.arange(rows) != i
+        mean, offset = x[others].mean(0), y[others].mean(0)
+        centred = x[others] - mean
+        weights = np.linalg.solve(centred.T @ centred + penalty * np.eye(dims), centred.T @ (y[others] - offset))
+        wanted.append(y[i] - offset - (x[i] - mean) @ weights)
+    u, s, v = thin_svd(x - x.mean(0))
+    np.testing.assert_allclose((u * s) @ v.T, x - x.mean(0), atol=1e-9)
+    assert loo_error(u, s, y - y.mean(0), penalty) == pytest.approx(np.mean(np.square(wanted)), rel=1e-4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_features_side_by_side_know_what_is_missing_and_nothing_of_the_test(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    parts = [(rng.normal(3, 5, (12, dim)), rng.random(12) < 0.7) for dim in (2, 3)]
+    is_train = np.arange(12) < 7
+    joint, present = beside(parts, is_train)
+    np.testing.assert_array_equal(present, parts[0][1] | parts[1][1])
+    at = 0
+    for x, there in parts:
+        block, flag = joint[:, at : at + x.shape[1]], joint[:, at + x.shape[1]]
+        at += x.shape[1] + 1
+        np.testing.assert_array_equal(flag, there)
+        assert not block[~there].any()
+        if (there & is_train).sum() > 1:
+            np.testing.assert_allclose(block[there & is_train].mean(0), 0, atol=1e-5)
+    spoilt = [(np.where(is_train[:, None], x, np.nan), there) for x, there in parts]
+    np.testing.assert_array_equal(beside(spoilt, is_train)[0][is_train], joint[is_train])
 
 
 def test_intervals_hold_the_score_and_shrink_with_sites() -> None:
@@ -116,8 +156,11 @@ def test_views_equal_the_readers(shards: ShardSet) -> None:
 
 def test_features_do_not_depend_on_the_batch(shards: ShardSet, skysense: SkySense) -> None:
     rows, statistics = list(range(5)), statistics_dict(shards)
-    one = extract(skysense, shards.read_sample, rows, VIEW, statistics, "landcover", batch=1)
-    three = extract(skysense, shards.read_sample, rows, VIEW, statistics, "landcover", batch=3)
+    describers = [network(skysense, stage="all")]
+    one, three = (
+        extract(describers, MODALITIES, shards.read_sample, rows, VIEW, statistics, "landcover", batch=batch)[0]
+        for batch in (1, 3)
+    )
     for name in (*MODALITIES, "fused"):
         torch.testing.assert_close(one.pooled[name], three.pooled[name], atol=1e-5, rtol=1e-4)
         assert torch.equal(one.present[name], three.present[name])
@@ -131,7 +174,7 @@ def test_a_missing_modality_is_absent_from_features(shards: ShardSet, skysense: 
         del site.series["s1"]
         return site
 
-    features = extract(skysense, read, [0, 1], VIEW, statistics_dict(shards))
+    features = extract([network(skysense)], MODALITIES, read, [0, 1], VIEW, statistics_dict(shards))[0]
     assert features.present["hr"].all()
     assert not features.present["s1"].any()
 
@@ -153,25 +196,58 @@ def test_run_probes_names_scores_and_costs(shards: ShardSet, skysense: SkySense)
     }
 
 
-def test_run_probes_keeps_what_each_test_site_got(shards: ShardSet, skysense: SkySense, tmp_path: Path) -> None:
-    tasks = ("knn", "linear", "segment")
+def test_run_probes_keeps_every_row_and_pairs_them(
+    shards: ShardSet, skysense: SkySense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Untrained rows are those of step 0, pixel rows those of their file, differences those of the two: and neither is made twice."""
+    tasks, rows = ("knn", "linear", "segment"), (*MODALITIES, "fused")
     cfg = PretrainConfig(probe=ProbeConfig(tasks=tasks, samples=12), data=DataConfig(views_global=VIEW))
-    first = run_probes(skysense, cfg, shards, rundir_url=str(tmp_path), step=1)
-    assert not any("/gain" in key for key in first)
-    figures = run_probes(skysense, cfg, shards, rundir_url=str(tmp_path), step=20)
-    kept = read_outcomes(url_of(str(tmp_path), 20))
+    untrained = run_probes(skysense, cfg, shards, rundir_url=str(tmp_path), step=0)
+    torch.manual_seed(1)
+    other = SkySense(skysense.cfg)
+    monkeypatch.setattr("pipeline.probes.in_loop.describe_pixels", None)  # a later round must not need it
+    figures = run_probes(other, cfg, shards, rundir_url=str(tmp_path), step=20)
+    kept, base = (read_outcomes(url_of(str(tmp_path), step)) for step in (20, 0))
+    pixels = read_outcomes(pixels_url(str(tmp_path), kept.split))
     assert split_number(kept.split) == figures["probe/split"]
-    split = split_of(shards, 12, "scene", "landcover")
-    keys = shards.read_index(["key"])["key"].to_pylist()
-    assert kept.keys == tuple(keys[row] for row in split.test)
-    assert set(kept.by_name) == {f"{task}/{name}" for task in tasks for name in (*MODALITIES, "fused")}
+    plan = plan_probe(shards, cfg.probe, VIEW)
+    assert (kept.keys, kept.split) == (plan.keys, plan.digest)
+    names = {f"{task}/{name}" for task in tasks for name in rows} | {"knn/concat", "linear/concat"}
+    assert set(kept.by_name) == set(base.by_name) == set(pixels.by_name) == names
     for name, outcome in kept.by_name.items():
-        if name.startswith("segment"):
-            again = mean_iou(outcome.counts[outcome.tested], 0)
-            assert (figures[f"probe/{name}"], figures[f"probe/{name}/low"]) == pytest.approx((again.value, again.low))
-        else:
-            assert figures[f"probe/{name}"] == pytest.approx(outcome.counts[outcome.tested].mean())
-        assert [figures[f"probe/{name}/gain{end}"] for end in ("", "/low", "/high")] == [0, 0, 0]  # the same weights
+        assert figures[f"probe/{name}"] == pytest.approx(total_score(outcome))
+        assert figures[f"probe/{name}/untrained"] == untrained[f"probe/{name}"]
+        assert figures[f"probe/{name}/pixels"] == untrained[f"probe/{name}/pixels"] == total_score(pixels.by_name[name])
+        for what, row in (("untrained", base), ("pixels", pixels)):
+            over = difference(outcome, row.by_name[name])
+            found = [figures[f"probe/{name}/over_{what}{end}"] for end in ("", "/low", "/high")]
+            assert over is not None
+            assert found == [over.value, over.low, over.high]
+        assert untrained[f"probe/{name}/over_untrained"] == 0
+
+
+def test_another_look_at_the_sites_is_another_split(shards: ShardSet, skysense: SkySense, tmp_path: Path) -> None:
+    probes = [
+        ProbeConfig(samples=12), ProbeConfig(samples=12, pool="mean"), ProbeConfig(samples=12, stage=2),
+        ProbeConfig(samples=12, views=VIEW), ProbeConfig(samples=11), ProbeConfig(samples=12, views=replace(VIEW, s1_dates=1)),
+    ]  # fmt: skip
+    assert len({plan_probe(shards, probe, VIEW).digest for probe in probes}) == len(probes)
+
+
+def test_untrained_rows_of_another_split_are_left_out(
+    shards: ShardSet, skysense: SkySense, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = DataConfig(views_global=VIEW)
+    run_probes(skysense, PretrainConfig(probe=ProbeConfig(samples=12), data=data), shards, "cpu", str(tmp_path), 0)
+    later = PretrainConfig(probe=ProbeConfig(samples=12, pool="mean"), data=data)
+    figures = run_probes(skysense, later, shards, "cpu", str(tmp_path), 10)
+    assert "probe/knn/fused/pixels" in figures
+    assert not any("untrained" in key for key in figures)
+    assert "probed on other sites or views" in caplog.text
+    caplog.clear()
+    figures = run_probes(skysense, later, shards, "cpu", str(tmp_path / "new"), 10)
+    assert "probe/knn/fused/over_pixels" in figures
+    assert "kept no probe of its untrained network" in caplog.text
 
 
 def test_unknown_task_is_refused(shards: ShardSet, skysense: SkySense) -> None:

@@ -251,7 +251,18 @@ def test_dates_are_ascending_clear_ones_first(clear, wanted, min_clear):
 def test_photometric_columns_are_the_models():
     assert PHOTOMETRIC == MODEL_PHOTOMETRIC
     assert NEUTRAL == MODEL_NEUTRAL
-    assert np.array_equal(draw_photometric(np.full(9, 0.99)), np.array(NEUTRAL, np.float32))
+    assert np.array_equal(draw_photometric(np.full(12, 0.99)), np.array(NEUTRAL, np.float32))
+    assert np.array_equal(draw_photometric(np.zeros(12), "none"), np.array(NEUTRAL, np.float32))
+    jitter = draw_photometric(np.full(12, 1.0), "none", 0.05)
+    assert np.allclose(jitter, [*NEUTRAL[:7], 1.05, 0.5])
+
+
+def test_mild_augmentation_stays_between_nothing_and_dinos():
+    generator = np.random.default_rng(0)
+    for u in generator.random((200, 12)):
+        full, mild = (draw_photometric(u, strength) - np.array(NEUTRAL, np.float32) for strength in ("dino", "mild"))
+        assert (np.abs(mild) <= np.abs(full) + 1e-6).all()
+        assert mild[5] == mild[6] == 0  # neither solarize nor grayscale
 
 
 def test_the_whole_view_is_centred_and_takes_dates_evenly():
