@@ -9,6 +9,7 @@ Legend: B sites · S sites of the step · T dates · h, w tokens or fused cells 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +21,7 @@ from model.losses.ita import IGNORE
 from model.losses.reduce import Reduce
 from model.losses.sinkhorn import work_dtype
 from model.losses.sites import gather_rows, koleo, site_cross_entropy
-from model.restore import Restore, mlp
+from model.restore import Restore, apply_head, mlp
 from model.skysense import Features
 from model.token_decoder import TokenDecoder
 from model.validity import dense_validity
@@ -51,7 +52,7 @@ class PredictionTargets:
     """`PredictionScores` of a whole step, as one micro-batch needs them. scale: W·A/N by term; rows: of all sites of the step;
     first: which of them is this micro-batch's first."""
 
-    scale: dict[str, Tensor]
+    scale: Mapping[str, Tensor]
     site_Sd: Tensor | None
     pooled: dict[str, Tensor]
     seen_S: Tensor | None
@@ -196,12 +197,10 @@ class Prediction(nn.Module):
         return _mean(features.dense[space], features.dense_valid[space])
 
     def _project(self, space: str, x_BD: Tensor) -> Tensor:
-        head = self.site[space]
-        assert isinstance(head, nn.Sequential)
-        return head(x_BD.to(head[0].weight.dtype))
+        return apply_head(self.site[space], x_BD)
 
 
-def gather(scores: list[PredictionScores], scale: dict[str, Tensor], reduce: Reduce) -> list[PredictionTargets]:
+def gather(scores: list[PredictionScores], scale: Mapping[str, Tensor], reduce: Reduce) -> list[PredictionTargets]:
     """Targets of every micro-batch from all micro-batches on all ranks. Collectives: one per kind of row that is on."""
     if scores[0].seen_B is None:
         return [PredictionTargets(scale, None, {}, None, 0, s.latent) for s in scores]
@@ -223,5 +222,5 @@ def _lifted(x: Tensor) -> Tensor:
     return x.to(work_dtype(x))
 
 
-def _of(scale: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _of(scale: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in scale.items() if name.startswith(prefix)}

@@ -311,19 +311,22 @@ class Student(nn.Module):
                     len(self.head_of_group) * math.log(self.objective.prototypes)
                 )
                 metrics["targets/entropy"] = metrics.get("targets/entropy", 0.0) + share
-        return self._cross(u, targets, loss, metrics)
+        if self.cross:
+            fused = view_tokens(self.model, batch.u, "fused", valid_u)
+            loss = loss + self.objective.cross_weight * self._cross(fused, u, targets, metrics)
+        return loss
 
-    def _cross(self, u: Features, targets: TeacherTargets, loss: Tensor, metrics: dict[str, Tensor]) -> Tensor:
+    def _cross(self, fused: ViewTokens, u: Features, targets: TeacherTargets, metrics: dict[str, Tensor]) -> Tensor:
         """Cross-sensor prediction: every sensor's tokens of u, dates averaged, on the fused grid, against the teacher's targets of
         the fused features of v, by heads of their own. A mean over all fused rows: a sensor that is not there counts 0.
         """
-        if not self.cross:
-            return loss
+        loss = u.fused.new_zeros((), dtype=torch.float32)
         pairing = targets.pairings["fused"]
         cells = (u.fused_valid.shape[1], u.fused_valid.shape[2])
         for space in self.model.modalities:
             x_BhwD, ok_Bhw = on_cells(u.dense[space], u.dense_valid[space], cells)
-            pooled = pool_student(ViewTokens(ok_Bhw[:, None], None, None, x_BhwD[:, None]), pairing)
+            tokens = replace(fused, valid_BThw=ok_Bhw[:, None], features_BThwD=x_BhwD[:, None])
+            pooled = pool_student(tokens, pairing)
             any_B1 = ok_Bhw.flatten(1).any(1)[:, None]
             ok = {
                 "pixel": torch.gather(ok_Bhw.flatten(1)[:, None], 2, pairing.index_BTP),
@@ -346,7 +349,7 @@ class Student(nn.Module):
                 total = total + head(rows_ND, aim, self.objective.student_temperature, targets.prototypes_frozen).loss
             assert isinstance(total, Tensor)
             metrics[f"loss/cross_{space}"] = total.detach()
-            loss = loss + self.objective.cross_weight * total
+            loss = loss + total
         return loss
 
     def _router(self, features: list[Features], targets: TeacherTargets, metrics: dict[str, Tensor]) -> Tensor | float:

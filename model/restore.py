@@ -33,6 +33,11 @@ def mlp(dim: int, hidden: int, out: int) -> nn.Sequential:
     return head
 
 
+def apply_head(head: nn.Module, x: Tensor) -> Tensor:
+    """A head on features of any precision, in its own."""
+    return head(x.to(next(head.parameters()).dtype))
+
+
 def on_cells(x_BThwD: Tensor, ok_BThw: Tensor, cells: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Dates averaged, then the token under each cell's centre: [B, h, w, D], and whether it has any valid date."""
     weight = ok_BThw[..., None].to(x_BThwD.dtype)
@@ -118,7 +123,7 @@ class Restore(nn.Module):
             else:
                 x_BhwD, _ = on_cells(u.dense[source], u.dense_valid[source], cells)
             loss_dtype = work_dtype(x_BhwD)
-            parts = head(x_BhwD.to(head[0].weight.dtype)).split(list(self.targets.values()), -1)
+            parts = apply_head(head, x_BhwD).split(list(self.targets.values()), -1)
             total: Tensor = x_BhwD.new_zeros((), dtype=loss_dtype)
             for t, y_BhwQ in zip(self.targets, parts):
                 off_Bhw = F.smooth_l1_loss(y_BhwQ.to(loss_dtype), aims[t].to(loss_dtype), reduction="none").mean(-1)
