@@ -109,7 +109,7 @@ def make_plan(records: Sequence[SiteRecord], config: BuildConfig, faults: Sequen
 
 def _nothing_to_build(records: Sequence[SiteRecord], config: BuildConfig, faults: Sequence[SourceFault]) -> str:
     """Why no site is left, with what would leave some."""
-    inside = [r for r in records if config.source.bbox is None or boxes_meet(r.bbox_wgs84, config.source.bbox)]
+    inside = [record for record in records if _in_box(record, config)]
     held = sorted({name for record in inside for name in record.modalities})
     wanted = config.source.modalities or default_modalities()
     said = [f"no site to build: the catalogs list {len(records) + len(faults)}"]
@@ -150,10 +150,15 @@ def estimate_bytes(record: SiteRecord, grid: GridConfig) -> int:
     return total
 
 
+def _in_box(record: SiteRecord, config: BuildConfig) -> bool:
+    """Whether a site meets `source.bbox`; one without a place meets no box."""
+    box = config.source.bbox
+    return box is None or (has_place(record.crs) and boxes_meet(record.bbox_wgs84, box))
+
+
 def _narrowed(record: SiteRecord, config: BuildConfig) -> SiteRecord | None:
     """The record with the chosen modalities' assets only; None if it has none or lies outside the box."""
-    box = config.source.bbox
-    if box is not None and not (has_place(record.crs) and boxes_meet(record.bbox_wgs84, box)):
+    if not _in_box(record, config):
         return None
     wanted = {*(config.source.modalities or default_modalities()), "label"}
     if wanted & {name for name, spec in MODALITIES.items() if spec.kind == "reflectance"}:
