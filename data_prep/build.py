@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -36,7 +37,7 @@ from data_prep.planfile import ShardRef, StoredPlan
 from data_prep.prepare.spares import Spares, read_with_spares
 from data_prep.sample import SampleError
 from data_prep.schema import CLEAR, SiteArrays
-from data_prep.shards import FAULTS, INDEX, MANIFEST, ShardWriter
+from data_prep.shards import FAULTS, INDEX, LOSSES, MANIFEST, ShardWriter
 from data_prep.sources import read_site
 from data_prep.sources.records import SiteRecord, SourceFault
 from data_prep.split import cell_of
@@ -224,7 +225,7 @@ def build_shard(
 
     Raises RunFailure when there is no space left.
     """
-    reading = read or read_site
+    reading = read or functools.partial(read_site, quality=job.config.quality, modalities=job.config.source.modalities)
     url, name, config = job.config.output.url, job.shard.name, job.config
     shard = job.shard.load(config) if isinstance(job.shard, ShardRef) else job.shard
     clock = Stages()
@@ -265,7 +266,7 @@ def sweep(url: str) -> None:
     folder = storage.local_path(url)
     for where in (folder, os.path.join(folder, parts.PARTS)):
         for entry in os.listdir(where):
-            if entry.endswith(".tmp") and not entry.startswith((INDEX, MANIFEST, FAULTS)):
+            if entry.endswith(".tmp") and not entry.startswith((INDEX, MANIFEST, FAULTS, LOSSES)):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(where, entry))
 
@@ -306,8 +307,8 @@ def _add_site(
             members = writer.encode(site)
     except (SourceFault, SampleError) as fault:
         return {"asset": fault.asset, "why": fault.why}
-    except MemoryError:
-        raise RunFailure(f"out of memory while reading {record.key}: a smaller grid.side_m, or fewer workers") from None
+    except MemoryError:  # of this site: the next may be smaller, and a build that stops would stop here again
+        return {"asset": record.assets[0].id, "why": "out of memory: a smaller grid.side_m, or fewer workers"}
     except Exception as error:  # whatever a damaged file makes a library do, it costs this site only, and is named
         if isinstance(error, OSError) and error.errno in FULL:
             raise

@@ -16,7 +16,7 @@ SPLITS = ("train", "val", "probe")  # also the order of shards and rows in a set
 class SourceConfig:
     """catalog: URLs of STAC catalogs (stac-geoparquet files or folders of items), built into one set.
 
-    modalities: only these are read; empty = all. bbox: west, south, east, north in degrees; sites outside are left out.
+    modalities: only these are read; empty = all but s2_l1c, which must be asked for. bbox: west, south, east, north in degrees; sites outside are left out.
     """
 
     catalog: tuple[str, ...] = ()
@@ -66,6 +66,35 @@ class GridConfig:
             raise ValueError("tile needs side_m: the side of a site in metres")
         if not 0 <= self.min_clear <= 1:
             raise ValueError(f"min_clear is a share between 0 and 1, found {self.min_clear}")
+
+
+@dataclass(frozen=True)
+class QualityConfig:
+    """Which dates are good enough, and what a cloud is.
+
+    Attributes:
+        on_contradiction: a date whose metadata and pixels disagree (an offset declared and not in the pixels, a scale that makes
+            no reflectance, backscatter of two calibrations in one series): "drop" the date, named and counted; "fail" the site;
+            or "correct" it as the pixels say, with the decision in the index (a date they cannot judge is dropped).
+        min_dates: a series with fewer dates that can be read and used is left out of its site; the site keeps the rest.
+        cloud_probability: percent from which a cloud probability is a cloud.
+        clear_score: below this, a Cloud Score+ pixel is a cloud.
+        cloud_dilate_px: cloud masks are grown by this many of their own pixels.
+    """
+
+    on_contradiction: Literal["drop", "fail", "correct"] = "drop"
+    min_dates: int = 1
+    cloud_probability: float = 50.0
+    clear_score: float = 0.6
+    cloud_dilate_px: int = 0
+
+    def __post_init__(self) -> None:
+        if self.min_dates < 1 or self.cloud_dilate_px < 0:
+            raise ValueError("min_dates must be 1 or more and cloud_dilate_px 0 or more")
+        if not 0 < self.cloud_probability <= 100:
+            raise ValueError(f"cloud_probability is a percentage above 0, found {self.cloud_probability}")
+        if not 0 <= self.clear_score <= 1:
+            raise ValueError(f"clear_score lies between 0 and 1, found {self.clear_score}")
 
 
 @dataclass(frozen=True)
@@ -135,6 +164,10 @@ class CodecsConfig:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(CODECS)}")
         if self.tile_px < 16:
             raise ValueError(f"tile_px must be 16 or more, found {self.tile_px}")
+
+    def of(self, modality: str) -> str:
+        """The container of a modality's pixels; one without an entry here is stored as the s2 series are."""
+        return str(getattr(self, modality, self.s2))
 
 
 @dataclass(frozen=True)
@@ -268,6 +301,7 @@ class BuildConfig:
     codecs: CodecsConfig = field(default_factory=CodecsConfig)
     sites: SitesConfig = field(default_factory=SitesConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    quality: QualityConfig = field(default_factory=QualityConfig)
     workers: int = 0
     error_budget: float = 0.0
     max_faults: int = 1000

@@ -1,4 +1,4 @@
-"""From finished shards to a set: parts under `_build/` → `index.parquet`, `faults.jsonl`, `manifest.json`.
+"""From finished shards to a set: parts under `_build/` → `index.parquet`, `faults.jsonl` (sites), `losses.jsonl` (dates), `manifest.json`.
 
 A shard is finished when its part JSON exists, written last, after the tar and the two part tables (`data_prep.parts`). The merge
 reads parts only (no tar), in plan order, holds a few at a time, and gives the same bytes however often, by whomever, in whatever
@@ -23,7 +23,7 @@ from data_prep import index
 from data_prep.config import SPLITS, BuildConfig
 from data_prep.parts import PARTS, Bundle, commit_shard, dump, gather, part_url, read_ahead, read_part
 from data_prep.schema import SCHEMA_VERSION
-from data_prep.shards import FAULTS, INDEX, MANIFEST
+from data_prep.shards import FAULTS, INDEX, LOSSES, MANIFEST, statistics_splits
 from data_prep.statistics import Histograms, statistics_json, statistics_sha256
 
 __all__ = ["PARTS", "commit_shard", "dump", "merge_parts", "part_url", "read_part", "shaping_config", "software"]
@@ -62,6 +62,11 @@ def merge_parts(
         )
     faults = [*plan_faults, *(fault for bundle in bundles for part in bundle.parts for fault in part["faults"])]
     storage.write_atomic(storage.join(url, FAULTS), b"".join(dump(fault) for fault in faults))
+    losses = [loss for bundle in bundles for part in bundle.parts for loss in part.get("losses", [])]
+    if losses:
+        storage.write_atomic(storage.join(url, LOSSES), b"".join(dump(loss) for loss in losses))
+    else:
+        storage.remove(storage.join(url, LOSSES))
     kept = [bundle for bundle in bundles if any(part["samples"] for part in bundle.parts)]
     if not kept:
         raise RunFailure(
@@ -72,6 +77,7 @@ def merge_parts(
     manifest = _manifest(url, kept, config, classes) | dict(extra or {})
     manifest["index"] = {"sha256": index_sha256, "bytes": index_bytes}
     manifest["faults"] = len(faults)
+    manifest["losses"] = {"dates": len(losses), "sites": len({loss["site"] for loss in losses})}
     manifest["plan"] = plan
     if missing:
         manifest["missing"] = missing
@@ -103,8 +109,9 @@ def _manifest(
 ) -> dict[str, Any]:
     parts = _filled(bundles)
     shards = [{key: part[key] for key in ("name", "split", "samples", "bytes", "sha256")} for part in _named(parts)]
-    histograms = Histograms()
-    for data in read_ahead(url, bundles, "stats.parquet"):
+    histograms, counted = Histograms(), statistics_splits(part["split"] for part in parts)
+    judged = [bundle for bundle in bundles if bundle.split in counted]
+    for data in read_ahead(url, judged, "stats.parquet"):
         histograms.merge(Histograms.from_bytes(data))
     statistics = statistics_json(histograms.finish())
     radiometry: dict[str, int] = {}
@@ -121,6 +128,7 @@ def _manifest(
         "counts": {**_totals(shards), "splits": {split: _totals([s for s in shards if s["split"] == split]) for split in SPLITS}},
         "shards": shards,
         "statistics": statistics,
+        "statistics_splits": list(counted),
         "statistics_sha256": statistics_sha256(statistics),
         "content_sha256": hashlib.sha256(content.encode()).hexdigest(),
         "classes": classes,

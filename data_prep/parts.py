@@ -59,7 +59,7 @@ def commit_shard(
         "labels": index.label_names(rows.schema), "classes": writer.classes, "radiometry": writer.radiometry,
         "index_sha256": hashlib.sha256(table.getvalue()).hexdigest(),
         "stats_sha256": hashlib.sha256(statistics).hexdigest(),
-        "faults": list(faults),
+        "faults": list(faults), "losses": writer.losses,
     }  # fmt: skip
     storage.write_atomic(part_url(url, name, "index.parquet"), table.getvalue())
     storage.write_atomic(part_url(url, name, "stats.parquet"), statistics)
@@ -162,11 +162,15 @@ class State:
 
 @dataclass(frozen=True)
 class Bundle:
-    """Parts that share one index table and one statistics file: a rolled-up slice's, or one shard's."""
+    """Parts that share one index table and one statistics file: a rolled-up slice's (whose shards are of one split), or one shard's."""
 
     name: str
     parts: tuple[dict[str, Any], ...]
     hashes: Mapping[str, Any]
+
+    @property
+    def split(self) -> str:
+        return str(self.parts[0]["split"])
 
 
 def gather(url: str, names: Sequence[str], plan: str) -> list[Bundle]:

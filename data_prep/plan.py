@@ -19,12 +19,10 @@ from cluster.errors import UsageError
 from data_prep.config import SPLITS, BuildConfig, GridConfig
 from data_prep.geo import Bounds, boxes_meet, has_place
 from data_prep.merge import shaping_config
-from data_prep.schema import MODALITIES
+from data_prep.schema import MODALITIES, default_modalities
 from data_prep.shards import shard_name
-from data_prep.sources.records import Asset, SiteRecord, SourceFault
+from data_prep.sources.records import MASKS, Asset, SiteRecord, SourceFault
 from data_prep.split import assign
-
-MODALITY_OF = {"cloud": "s2", "scl": "s2"}  # mask rasters go with their image
 
 
 @dataclass(frozen=True)
@@ -101,11 +99,7 @@ def make_plan(records: Sequence[SiteRecord], config: BuildConfig, faults: Sequen
         for number, group in enumerate(_packed(members, config)):
             shards.append(PlannedShard(shard_name(split, number), split, tuple(group)))
     if not shards:
-        raise UsageError(
-            f"no site to build: the catalogs list {listed}, {listed - len(faults) - len(chosen)} lie outside source.bbox or "
-            f"have none of source.modalities, {len(faults)} cannot be placed"
-            + (f" (first: {faults[0]})" if faults else "")
-        )
+        raise UsageError(_nothing_to_build(records, config, faults))
     report = {
         "sites": {
             "listed": listed, "not_chosen": len(records) - len(chosen), "duplicates": duplicates,
@@ -115,6 +109,26 @@ def make_plan(records: Sequence[SiteRecord], config: BuildConfig, faults: Sequen
     }  # fmt: skip
     refused = [{"site": fault.asset, "shard": "", "asset": fault.asset, "why": fault.why} for fault in faults]
     return Plan(tuple(shards), _fingerprint(shards, config), (*refused, *clashes), report)
+
+
+def _nothing_to_build(records: Sequence[SiteRecord], config: BuildConfig, faults: Sequence[SourceFault]) -> str:
+    """Why no site is left, with what would leave some."""
+    inside = [record for record in records if _in_box(record, config)]
+    held = sorted({name for record in inside for name in record.modalities})
+    wanted = config.source.modalities or default_modalities()
+    said = [f"no site to build: the catalogs list {len(records) + len(faults)}"]
+    if len(inside) < len(records):
+        said.append(f"{len(records) - len(inside)} lie outside source.bbox")
+    if inside:
+        said.append(f"{len(inside)} hold only {', '.join(held)} and none of {', '.join(wanted)} (source.modalities)")
+    if "s2_l1c" in held and "s2_l1c" not in wanted:
+        said.append(
+            "s2_l1c is Sentinel-2 above the atmosphere (L1C), which is never mixed with surface reflectance unasked: "
+            "source.modalities=[s2_l1c] builds it"
+        )
+    if faults:
+        said.append(f"{len(faults)} cannot be placed (first: {faults[0]})")
+    return "; ".join(said)
 
 
 def estimate_bytes(record: SiteRecord, grid: GridConfig) -> int:
@@ -146,16 +160,22 @@ def modality_bytes(name: str, footprint: Bounds, dates: int, gsd_m: float, grid:
     return int(dates * pixels * (len(spec.bands) * np.dtype(spec.dtype).itemsize + 1))
 
 
+def _in_box(record: SiteRecord, config: BuildConfig) -> bool:
+    """Whether a site meets `source.bbox`; one without a place meets no box."""
+    box = config.source.bbox
+    return box is None or (has_place(record.crs) and boxes_meet(record.bbox_wgs84, box))
+
+
 def _narrowed(record: SiteRecord, config: BuildConfig) -> SiteRecord | None:
     """The record with the chosen modalities' assets only; None if it has none or lies outside the box."""
-    box = config.source.bbox
-    if box is not None and not (has_place(record.crs) and boxes_meet(box, record.bbox_wgs84)):
+    if not _in_box(record, config):
         return None
-    if config.source.modalities:
-        wanted = {*config.source.modalities, "label"}
-        assets = tuple(a for a in record.assets if MODALITY_OF.get(a.modality, a.modality) in wanted)
-        record = dataclasses.replace(record, assets=assets)
-    return record if record.modalities else None
+    wanted = {*(config.source.modalities or default_modalities()), "label"}
+    if wanted & {name for name, spec in MODALITIES.items() if spec.kind == "reflectance"}:
+        wanted |= set(MASKS)  # mask rasters go with their image
+    if any(asset.modality not in wanted for asset in record.assets):
+        record = dataclasses.replace(record, assets=tuple(a for a in record.assets if a.modality in wanted))
+    return record if any(name in wanted for name in record.modalities) else None
 
 
 def _check_classes(records: Iterable[SiteRecord]) -> None:

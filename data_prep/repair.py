@@ -15,7 +15,7 @@ from data_prep.codec import MemberError
 from data_prep.config import SPLITS, BuildConfig
 from data_prep.index import row_of
 from data_prep.sample import decode_members, load_json
-from data_prep.shards import FAULTS, MANIFEST, ShardWriter, cloud_share, count_radiometry
+from data_prep.shards import FAULTS, MANIFEST, ShardWriter, cloud_share, count_radiometry, losses_of
 from data_prep.tar import samples
 from data_prep.verify import HashingReader
 
@@ -146,6 +146,7 @@ def rescan(url: str, name: str, config: BuildConfig) -> ShardWriter:
             writer.rows.append(row_of(info, cloud_share(site), name, entries))
             writer.rows[-1]["scalars"] = list(site.scalars)
             writer.histograms.add(site)
+            writer.losses += losses_of(info)
             count_radiometry(writer.radiometry, info)
         reading.drain()
     writer.bytes_written = reading.position

@@ -105,6 +105,12 @@ def summarise(outcome: Outcome, config: BuildConfig, task: int, tasks: int) -> N
         say(f"left out {sites['duplicates']} repeats of a footprint with the same dates")
     if any(splits["left_out"].values()):
         say(f"left out {sum(splits['left_out'].values())} sites within {splits['buffer_m']:g} m of an evaluation site")
+    lost = (outcome.manifest or {}).get("losses", {})
+    if lost.get("dates"):
+        say(
+            f"{lost['dates']} dates or modalities of {lost['sites']} sites could not be read or were contradicted by their pixels "
+            "(quality.on_contradiction); their sites are kept, each loss is named in losses.jsonl"
+        )
     for fault in outcome.faults[:10]:
         say(f"fault: {fault['site']}: {fault['asset']}: {fault['why']}")
     if len(outcome.faults) > 10:
@@ -144,6 +150,7 @@ def print_figures(url: str, outcome: Outcome) -> None:
     print_json(
         {
             "shards": counts["shards"], "samples": counts["samples"], "bytes": counts["bytes"], "faults": len(outcome.faults),
+            "losses": outcome.manifest.get("losses", {}).get("dates", 0),
             "manifest_sha256": ShardSet.open(url).manifest_sha256, "seconds": {k: round(v, 3) for k, v in outcome.seconds.items()},
         }
     )  # fmt: skip

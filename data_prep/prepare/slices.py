@@ -25,11 +25,10 @@ from cluster.errors import RunFailure, UsageError
 from data_prep.prepare.choose import Choice, Image
 from data_prep.prepare.items import read_item
 from data_prep.schema import MODALITIES
-from data_prep.sources.records import Asset, SiteRecord
+from data_prep.sources.records import MASKS, Asset, SiteRecord
 from data_prep.sources.stac import item_assets
 
 PLAN, PREPARED = "plan.json", "prepared.json"
-MODALITY_OF = {"cloud": "s2", "scl": "s2"}  # mask rasters go with their image
 _IMAGES = pa.list_(pa.list_(pa.int32()))
 PLACE = ("key", "cell", "split", "crs", "footprint", "bbox", "stratum")
 
@@ -104,7 +103,11 @@ class SliceItems:
         table = self._tables[sensor]
         folder = (table.schema.metadata or {}).get(b"folder", b"").decode()
         found = item_assets(read_item(table, row, folder))
-        return tuple(asset for asset in found if MODALITY_OF.get(asset.modality, asset.modality) == sensor)
+        wanted = {
+            sensor,
+            *(MASKS if MODALITIES[sensor].kind == "reflectance" else ()),
+        }  # mask rasters go with their image
+        return tuple(asset for asset in found if asset.modality in wanted)
 
 
 def site_of(

@@ -28,7 +28,7 @@ def read_with_spares(record: SiteRecord, spares: Spares, read: Callable[[SiteRec
         try:
             site = read(record)
             missing = [
-                *(_item(str(loss["asset"])) for loss in getattr(site, "losses", ())),
+                *(_item(str(loss["asset"])) for loss in site.losses),
                 *_dropped(record, site, waiting),
             ]
         except SourceFault as error:
@@ -48,7 +48,7 @@ def _dropped(record: SiteRecord, site: SiteArrays, waiting: Mapping[str, Sequenc
     """Items of modalities with spares whose date is not in the site."""
     items: list[str] = []
     for name in waiting:
-        series = getattr(site, "series", {}).get(name)
+        series = site.series.get(name)
         if series is None or not waiting[name]:
             continue
         kept = [_time(text) for text in series.datetimes if text]

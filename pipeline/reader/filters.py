@@ -22,10 +22,19 @@ class Filters:
     max_cloud: float | None
     date_range: tuple[str, str] | None
     bbox: tuple[float, float, float, float] | None
+    unflagged: bool = False
 
     @staticmethod
     def of(data: DataConfig, modalities: Sequence[str]) -> Filters:
-        return Filters(tuple(modalities), data.split, tuple(data.require), data.max_cloud, data.date_range, data.bbox)
+        return Filters(
+            tuple(modalities),
+            data.split,
+            tuple(data.require),
+            data.max_cloud,
+            data.date_range,
+            data.bbox,
+            data.unflagged,
+        )
 
     def masks(self, index: pa.RecordBatch) -> Iterator[tuple[str, np.ndarray]]:
         """(what is asked, which rows have it: bool [rows]) of every filter that is set; the same filters for every batch."""
@@ -38,6 +47,11 @@ class Filters:
         if self.max_cloud is not None:
             clear = pc.less_equal(pc.fill_null(index["cloud"], 0.0), self.max_cloud)
             yield f"data.max_cloud={self.max_cloud}", _truth(clear)
+        if self.unflagged:
+            # sets from before the column have no corrected date
+            known = "flagged_dates" in index.schema.names
+            flags = pc.fill_null(index["flagged_dates"], 0) if known else pa.array([0] * len(index))
+            yield "data.unflagged=true", _truth(pc.equal(flags, 0))
         if self.date_range is not None:
             first, last = (
                 pc.utf8_slice_codeunits(pc.fill_null(index[f"datetime_{end}"], ""), 0, 10) for end in ("start", "end")

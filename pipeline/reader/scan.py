@@ -233,6 +233,7 @@ def _columns(modalities: Sequence[str]) -> list[str]:
         "split",
         "modalities",
         "cloud",
+        "flagged_dates",
         "bbox",
         "rasters",
         "datetime_start",
