@@ -76,6 +76,7 @@ class FusionConfig:
 
     kind: one sequence per cell of the ground, the footprint of the coarsest sensor's token (`model.cell_fusion`), or one per place of
     the finest grid over frames unfolded to it (the predecessor's, `model.fusion`; ten times the arithmetic at full size).
+    skip (cell): the mean of each sensor's tokens at a place is added to the query's output, through a linear layer per sensor.
     upscale (frames): how many cells per side one token of a modality is unfolded into by the learned pixel shuffle; None derives
     it per modality from the nominal token sizes on the ground (4 for 40 m tokens beside 9.6 m ones).
     """
@@ -84,6 +85,7 @@ class FusionConfig:
     depth: int | None = None
     dim: int | None = None
     heads: int | None = None
+    skip: bool = True
     upscale: dict[str, int] | None = None
 
 

@@ -100,7 +100,7 @@ def _fusion(cfg: ModelConfig) -> int:
     f, depth = cfg.fusion_dim, cfg.fusion_depth
     total = cfg.dims[3] * f + f + 2 * f
     if cfg.fuses_cells:
-        total += cfg.query_side**2 * f
+        total += cfg.query_side**2 * f + (len(cfg.modalities) * (cfg.dims[3] + 1) * f if cfg.fusion.skip else 0)
     else:
         total += sum((f + 1) * f * r * r for r in map(cfg.upscale, cfg.modalities) if r > 1) + (f if depth else 0)
     if depth:
@@ -179,6 +179,9 @@ def _cell_fusion_flops(cfg: ModelConfig, view: ViewSize) -> int:
     queries, tokens = sum(q for q, _ in cells), sum(t for _, t in cells)
     slots, squares = queries + tokens, sum((q + t) ** 2 for q, t in cells)
     total = 2 * tokens * cfg.dims[3] * f + 2 * queries * cfg.query_side**2 * f
+    if cfg.fusion.skip:
+        for name in cfg.modalities:
+            total += 2 * stage_sides(canvas(view, name)[0], cfg.patch, cfg.merges(name))[3] ** 2 * cfg.dims[3] * f
     total += (depth - 1) * (24 * slots * f * f + 4 * squares * f)
     return total + 20 * queries * f * f + 4 * slots * f * f + 4 * sum(q * (q + t) for q, t in cells) * f
 

@@ -317,7 +317,7 @@ class Student(nn.Module):
             share = totals_G2[:, 1].sum() / (len(self.head_of_group) * math.log(self.objective.prototypes))
             metrics["targets/entropy"] = metrics.get("targets/entropy", 0.0) + share
         if self.cross:
-            fused = view_tokens(self.model, batch.u, "fused", valid_u)
+            fused = view_tokens(self.model, batch.u, "fused", features_validity(u))
             loss = loss + self.objective.cross_weight * self._cross(fused, u, targets, metrics)
         return loss
 
