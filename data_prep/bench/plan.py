@@ -204,8 +204,9 @@ def make_parts(folder: str, number: int) -> dict[str, float]:
             begin = time.perf_counter()
             parts.State.look(url, "bench").roll_up(0, names)
             rolled = time.perf_counter() - begin
-            done = parts.read_slice(url, 0)
-            assert done is not None
+            found = parts.read_slice(url, 0)
+            assert found is not None
+            done = found
             tables = {s: storage.read_bytes(parts.part_url(url, parts.slice_name(0), s)) for s in parts.SUFFIXES[1:]}
             continue
         entry = {

@@ -24,7 +24,8 @@ def main(args: argparse.Namespace) -> int:
 
     executor = executor_of(args, args.workers)
     warm = time.perf_counter()
-    jobs, names, first, found = range(args.units), [str(i) for i in range(args.units)], 0.0, []
+    jobs, names, first = range(args.units), [str(i) for i in range(args.units)], 0.0
+    found: list[int] = []
     start, cpu = warm, 0.0
     for answer in run_units(empty, jobs, names, executor, lambda _: None):
         if not found:  # starting workers is not a unit's cost

@@ -46,9 +46,8 @@ class _Dates:
     def take(self, chosen: np.ndarray) -> _Dates:
         rows = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
         return _Dates(
-            *(a[rows] for a in (self.site, self.time, self.cloud, self.cover, self.orbit)),
-            [self.images[i] for i in rows],
-        )
+            self.site[rows], self.time[rows], self.cloud[rows], self.cover[rows], self.orbit[rows], [self.images[i] for i in rows],
+        )  # fmt: skip
 
 
 def choose(sites: np.ndarray, lon: np.ndarray, items: pa.Table, sensor: SensorConfig, is_series: bool) -> Choice:

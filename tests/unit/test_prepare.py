@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import json
+from collections.abc import Set
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ from data_prep.prepare.layout import lay_sites
 from data_prep.prepare.run import SliceJob, claim, finish, prepare_slice, read_dumps, unfinished
 from data_prep.prepare.slices import SliceItems, read_places, site_of
 from data_prep.prepare.spares import read_with_spares
-from data_prep.sources.records import SourceFault
+from data_prep.schema import Series, SiteArrays
+from data_prep.sources.records import SiteRecord, SourceFault
 
 SITE = shapely.box(10.0, 47.0, 10.01, 47.01)
 WIDE = (9.0, 46.0, 11.0, 48.0)
@@ -184,6 +186,18 @@ def test_another_plan_is_refused(config):
         claim(dataclasses.replace(config, prepare=dataclasses.replace(config.prepare, sensors=sensors)))
 
 
+def read_as(own: SiteRecord, without: Set[str] = frozenset(), losses: tuple[str, ...] = ()) -> SiteArrays:
+    """What reading a record gives: one date per asset, bar those in `without`; its assets are told by their hrefs."""
+    kept = [asset for asset in own.assets if asset.datetime not in without and asset.id not in losses]
+    count = len(kept)
+    series = Series(
+        np.zeros((count, 10, 1, 1), np.uint16), np.ones((count, 1, 1), np.uint8), [asset.datetime for asset in kept],
+        (10.0, 0.0, 0.0, 0.0, -10.0, 0.0), 10.0, [asset.href for asset in kept],
+    )  # fmt: skip
+    lost = [{"modality": "s2", "datetime": "", "asset": name, "why": "corrupt"} for name in losses]
+    return SiteArrays(own.key, own.crs, own.bbox_wgs84, own.footprint, {"s2": series}, own.cell, losses=lost)
+
+
 def test_spares_replace_what_is_broken_until_none_is_left(config):
     run_all(config)
     record, spares = site_of(
@@ -195,19 +209,23 @@ def test_spares_replace_what_is_broken_until_none_is_left(config):
         for asset in own.assets:
             if asset.id in broken:
                 raise SourceFault(asset.id, "corrupt")
-        return own
+        return read_as(own)
 
-    first = read_with_spares(record, spares, read)
-    assert [a.id for a in first.assets] == [spares["s2"][0][0].id if a.id in broken else a.id for a in record.assets]
+    spare = spares["s2"][0][0]
+    first = read_with_spares(record, spares, read).series["s2"]
+    assert first.product_ids == [spare.href if a.id in broken else a.href for a in record.assets]
     broken |= {spares["s2"][0][0].id, record.assets[0].id}
     with pytest.raises(SourceFault, match="corrupt"):
         read_with_spares(record, spares, read)
     broken = {record.assets[0].id}
 
     def lossy(own):
-        return type("Site", (), {"losses": [{"asset": a.id} for a in own.assets if a.id in broken], "own": own})()
+        return read_as(own, losses=tuple(a.id for a in own.assets if a.id in broken))
 
-    assert spares["s2"][0][0] in read_with_spares(record, spares, lossy).own.assets
+    mended = read_with_spares(record, spares, lossy)
+    assert mended.series["s2"].product_ids == [spare.href, *(a.href for a in record.assets[1:])]
+    assert mended.losses == []
+    assert len(read_with_spares(record, {}, lossy).losses) == 1  # without a spare the loss stays, and is named
 
 
 def test_a_date_without_a_valid_pixel_is_replaced(config):
@@ -218,8 +236,7 @@ def test_a_date_without_a_valid_pixel_is_replaced(config):
     empty = {record.assets[2].datetime, spares["s2"][0][0].datetime}
 
     def read(own):
-        series = type("Series", (), {"datetimes": [a.datetime for a in own.assets if a.datetime not in empty]})()
-        return type("Site", (), {"series": {"s2": series}})()
+        return read_as(own, without=empty)
 
     dates = read_with_spares(record, spares, read).series["s2"].datetimes
     assert dates == [spares["s2"][1][0].datetime if a is record.assets[2] else a.datetime for a in record.assets]
