@@ -36,7 +36,7 @@ from data_prep.plan import PlannedShard, make_plan, read_catalogs
 from data_prep.planfile import ShardRef, StoredPlan
 from data_prep.prepare.spares import Spares, read_with_spares
 from data_prep.sample import SampleError
-from data_prep.schema import CLEAR, SiteArrays
+from data_prep.schema import CLEAR, MODALITIES, SiteArrays
 from data_prep.shards import FAULTS, INDEX, LOSSES, MANIFEST, ShardWriter
 from data_prep.sources import read_site
 from data_prep.sources.records import SiteRecord, SourceFault
@@ -225,8 +225,10 @@ def build_shard(
 
     Raises RunFailure when there is no space left.
     """
-    reading = read or functools.partial(read_site, quality=job.config.quality, modalities=job.config.source.modalities)
     url, name, config = job.config.output.url, job.shard.name, job.config
+    prepared = isinstance(job.shard, ShardRef) and job.shard.prepared  # its sites hold only what was asked for by name
+    modalities = config.source.modalities or (tuple(MODALITIES) if prepared else ())
+    reading = read or functools.partial(read_site, quality=config.quality, modalities=modalities)
     shard = job.shard.load(config) if isinstance(job.shard, ShardRef) else job.shard
     clock = Stages()
     faults: list[dict[str, str]] = []

@@ -69,6 +69,27 @@ def test_rolled_up_parts_give_the_same_set(world, tmp_path, monkeypatch):
     assert verify(f"{tmp_path}/rolled", decode=True) == []
 
 
+def test_losses_are_listed_from_whichever_parts(world, tmp_path, monkeypatch):
+    """Dates that sites lack, in the order of the set; a mended set no longer has the file."""
+
+    def read_site(record, grid, **options):
+        site = world.read_site(record, grid)
+        if record.key in ("k_3", "k_7"):
+            site.losses = [{"modality": "s2", "datetime": "", "asset": f"{record.key}/s2", "why": "corrupt"}]
+        return site
+
+    monkeypatch.setattr(building, "read_site", read_site)
+    build(own(tmp_path, "rolled"))
+    monkeypatch.setattr(planfile, "MOST_SHARDS", 1)
+    manifest = build(own(tmp_path, "single")).manifest
+    assert seen(tmp_path / "rolled") == seen(tmp_path / "single")
+    assert manifest["losses"] == {"dates": 2, "sites": 2}
+    listed = [json.loads(line)["site"] for line in seen(tmp_path / "rolled")["losses.jsonl"].splitlines()]
+    assert sorted(listed) == ["k_3", "k_7"]
+    assert repair(str(tmp_path / "rolled"), lambda line: None) == []
+    assert seen(tmp_path / "rolled") == seen(tmp_path / "single")
+
+
 def test_row_groups_do_not_show_how_parts_were_bundled(world, tmp_path, monkeypatch):
     from data_prep import merge
 
