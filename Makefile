@@ -72,6 +72,15 @@ real-ground: setup ## shard sets of real patches from $GEOLOOM_DATA for pipeline
 	$(PY) -m data_prep build data_prep/runs/real_hr.yaml grid.tile=false grid.side_m=null source.catalog=[$(REAL)/eurosat/catalog.parquet] output.url=$(REAL)/eurosat/shards
 	for set in s2 hr eurosat; do $(PY) -m data_prep verify $(REAL)/$$set/shards; done
 
+.PHONY: schema
+schema: setup ## JSON schemas of the configs, for editors, written anew beside them
+	$(PY) -m pipeline schema train --out pipeline/runs/schema.json
+	$(PY) -m pipeline schema build --out data_prep/runs/schema.json
+
+.PHONY: golden
+golden: setup ## losses of a small model written anew as files with their provenance (tests/golden); CI holds later code to them
+	$(PY) -m tests.golden
+
 .PHONY: check
 check: setup ## format, lint, types, imports, unit tests
 	$(VENV)/bin/ruff format --check .
@@ -83,6 +92,20 @@ check: setup ## format, lint, types, imports, unit tests
 .PHONY: test
 test: check ## all tests that run on this machine: check, then the integration tier
 	$(PY) -m pytest tests/integration
+
+.PHONY: faults
+faults: setup ## the whole fault campaign: its table in faults_out/table.md, exit 1 if anything is lost, doubled, wrong or hangs
+	mkdir -p faults_out
+	$(PY) -m tests.faults --out faults_out/table.md
+	GEOLOOM_KILLS=20 $(PY) -m pytest tests/integration/test_kill.py tests/integration/test_fenced.py tests/integration/test_canaries.py
+
+.PHONY: properties
+properties: setup ## property tests and fuzzing with other random examples than CI's, 400 of each
+	GEOLOOM_PROPERTIES=random $(PY) -m pytest tests/unit -n 2
+
+.PHONY: licences
+licences: setup ## what is installed, which version, under which licence
+	@$(PY) -m tests.licences
 
 .PHONY: bench
 bench: setup ## benchmarks, ratios side by side, written to bench_out/report.txt
@@ -105,4 +128,4 @@ format: setup ## rewrite formatting
 
 .PHONY: clean
 clean: ## remove what demo and bench wrote
-	rm -rf $(DEMO) bench_out
+	rm -rf $(DEMO) bench_out faults_out

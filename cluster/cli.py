@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cluster.errors import RunFailure, UsageError
+from cluster.secrets import redact, redacted
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,11 +75,16 @@ def dispatch(box: str, description: str, commands: Mapping[str, tuple[str, str]]
 
 def print_json(figures: Mapping[str, Any]) -> None:
     """Prints the machine-readable last line (`--json`): one compact JSON object, keys as given."""
-    print(json.dumps(figures, allow_nan=False, default=str), flush=True)
+    print(json.dumps(redact(figures), allow_nan=False, default=str), flush=True)
 
 
 def explain(prog: str, error: Exception) -> None:
     """Prints the one line a user sees of an error (and, for GEOLOOM_TRACEBACK=1, where it came from)."""
     if os.environ.get("GEOLOOM_TRACEBACK") == "1":
-        traceback.print_exc()
-    print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
+        print(redacted(traceback.format_exc()), file=sys.stderr)
+    print(f"{prog}: error: {redacted(str(error))}", file=sys.stderr, flush=True)
+
+
+def private_files() -> None:
+    """What this process writes is for its owner only, where the storage knows owners. GEOLOOM_UMASK=027 lets a group read."""
+    os.umask(int(os.environ.get("GEOLOOM_UMASK", "077"), 8))

@@ -21,6 +21,8 @@ from typing import Any, Literal, TypeVar, Union, cast
 import yaml
 
 from cluster.errors import UsageError
+from cluster.secrets import redact
+from cluster.yaml12 import Plain, plain, read
 
 T = TypeVar("T")
 
@@ -28,13 +30,53 @@ T = TypeVar("T")
 def load(cls: type[T], path: str | None, overrides: Sequence[str] = ()) -> T:
     """Builds `cls` from a YAML file (none: defaults) and overrides such as `train.steps=50`; the overrides win.
 
+    A file may name another one with `base: other.yaml`, beside it: then it holds only what differs (`layers`).
+
     Raises:
         UsageError: a missing or unparsable file, an unknown key, a wrong type, or a value the dataclass itself refuses.
     """
-    tree = _read_yaml(path) if path else {}
+    files = layers(path) if path else []
+    tree: dict[str, Any] = {}
+    for _, part in files:
+        tree = _merged(tree, part)
     for override in overrides:
         _apply_override(tree, override)
-    return from_dict(cls, tree, where=path or "defaults")
+    below = ", ".join(Path(file).name for file, _ in files[:-1])
+    return from_dict(cls, tree, where=f"{path} (base {below})" if below else path or "defaults")
+
+
+def layers(path: str) -> list[tuple[str, dict[str, Any]]]:
+    """(file, its own keys) of a config file and of all that it is based on, the lowest first.
+
+    Sections are merged key by key, anything else (lists too) is replaced by the file above.
+
+    Raises:
+        UsageError: a file that is missing or no mapping, a `base` that is no file name, or a circle of files.
+    """
+    found: list[tuple[str, dict[str, Any]]] = []
+    seen: list[Path] = []
+    while True:
+        if Path(path).resolve() in seen:
+            raise UsageError(
+                f"config file {path} is based on itself, by way of {' -> '.join(file for file, _ in found)}"
+            )
+        seen.append(Path(path).resolve())
+        tree = _read_yaml(path)
+        below = tree.pop("base", None)
+        found.append((path, tree))
+        if below is None:
+            return found[::-1]
+        if not isinstance(below, str) or not below:
+            raise UsageError(f"config file {path}: base must be the name of a file, found {below!r}")
+        path = str(Path(path).parent / str(below))
+
+
+def _merged(tree: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(tree)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
 
 
 def from_dict(cls: type[T], tree: Mapping[str, Any], where: str = "config") -> T:
@@ -43,8 +85,32 @@ def from_dict(cls: type[T], tree: Mapping[str, Any], where: str = "config") -> T
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The tree as plain JSON types (tuples become lists); `from_dict` of it gives an equal tree."""
-    return json.loads(json.dumps(dataclasses.asdict(config), allow_nan=False))
+    """The tree as plain JSON types (tuples become lists); `from_dict` of it gives an equal tree. This is the form that is kept
+    and sent, so secrets are taken out of it (`cluster.secrets`)."""
+    return redact(json.loads(json.dumps(dataclasses.asdict(config), allow_nan=False)), environment=False)
+
+
+def check_ranges(config: Any, **rules: str) -> None:
+    """Checks numbers of a config dataclass in its `__post_init__`: `check_ranges(self, steps=">= 1", betas="0..1")`. None passes;
+    of a tuple or dict every value is checked.
+
+    Raises:
+        ValueError: names the field, the rule and the value.
+    """
+    for name, rule in rules.items():
+        value = getattr(config, name)
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
+        if not all(item is None or _within(item, rule) for item in values):
+            words = rule.replace("..", " to ") if ".." in rule else rule
+            raise ValueError(f"{name} must be {words}, found {value}")
+
+
+def _within(value: float, rule: str) -> bool:
+    if ".." in rule:
+        low, high = rule.split("..")
+        return float(low) <= value <= float(high)
+    sign, limit = rule.split()
+    return value >= float(limit) if sign == ">=" else value > float(limit)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -67,7 +133,7 @@ def fingerprint(config: Any) -> str:
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        tree = read(Path(path).read_text())
     except FileNotFoundError:
         raise UsageError(
             f"config file {path} does not exist; shipped ones lie under data_prep/runs and pipeline/runs"
@@ -76,7 +142,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise UsageError(f"config file {path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise UsageError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if tree is None:
+    if tree is None or (isinstance(tree, Plain) and tree.value is None):
         return {}
     if not isinstance(tree, dict):
         raise UsageError(f"config file {path} must hold a mapping of keys at the top, found {type(tree).__name__}")
@@ -88,13 +154,17 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise UsageError(f"override {override!r} is not of the form key.path=value")
     try:
-        value = yaml.safe_load(text) if text else ""
+        value = read(text) if text else ""
     except yaml.YAMLError:
         value = text
+    except UsageError as error:
+        raise UsageError(f"override {override!r}: {error}") from None
     node = tree
     *parents, leaf = key.split(".")
     for parent in parents:
-        child = node.setdefault(parent, {})
+        if node.get(parent) is None or (isinstance(node[parent], Plain) and node[parent].value is None):
+            node[parent] = {}  # a section that stands there without keys
+        child = node[parent]
         if not isinstance(child, dict):
             raise UsageError(f"override {override!r}: {parent} holds a value, not a section")
         node = child
@@ -108,6 +178,8 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _build(cls: Any, tree: Any, path: str, where: str) -> Any:
+    if tree is None or (isinstance(tree, Plain) and tree.value is None):
+        tree = {}
     if not isinstance(tree, Mapping):
         raise UsageError(f"{where}: {path or 'the top level'} must be a section of keys, found {tree!r}")
     hints = _hints(cls)
@@ -134,11 +206,15 @@ def _build(cls: Any, tree: Any, path: str, where: str) -> Any:
 
 def _convert(hint: Any, value: Any, path: str, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, Plain) and hint is not str and origin not in (Union, types.UnionType, Literal):
+        value = value.value
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, f"{path}.", where)
     if origin in (Union, types.UnionType):
         return _convert_union(args, value, path, where)
     if origin is Literal:
+        if isinstance(value, Plain):
+            value = str(value) if str(value) in args else value.value
         if value not in args:
             near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1, cutoff=0.0)
             raise UsageError(
@@ -161,7 +237,7 @@ def _convert(hint: Any, value: Any, path: str, where: str) -> Any:
 
 
 def _convert_union(args: Sequence[Any], value: Any, path: str, where: str) -> Any:
-    if value is None and type(None) in args:
+    if type(None) in args and (value is None or (isinstance(value, Plain) and value.value is None)):
         return None
     options = [a for a in args if a is not type(None)]
     for option in options[:-1]:
@@ -174,13 +250,13 @@ def _convert_union(args: Sequence[Any], value: Any, path: str, where: str) -> An
 
 def _convert_scalar(hint: Any, value: Any, path: str, where: str) -> Any:
     if hint is Any:
-        return value
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        return plain(value)
+    if hint is str and isinstance(value, Plain) and value.value is not None:
+        return str(value)  # as typed: 0123 is no number here, and no is no boolean
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise _type_error(where, path, "a number", value) from None
         if not math.isfinite(number):
             raise UsageError(f"{where}: {path}={value!r} must be a finite number")

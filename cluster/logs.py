@@ -16,18 +16,29 @@ import traceback
 from typing import Any
 
 from cluster import storage
+from cluster.errors import Fenced
+from cluster.lease import Lease
+from cluster.secrets import redacted
 
 FORMAT = "%(asctime)s %(levelname).1s rank %(rank)05d %(name)s: %(message)s"
+
+
+class Redacting(logging.Formatter):
+    """Takes secrets out of a finished line, wherever they came from (tracebacks too)."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
 
 
 def rank_log_name(rank: int) -> str:
     return f"rank-{rank:05d}.log"
 
 
-def start_logging(logs_url: str | None, rank: int, level: int = logging.INFO) -> None:
+def start_logging(logs_url: str | None, rank: int, level: int = logging.INFO, lease: Lease | None = None) -> None:
     """Sets up `logging` for this rank: stderr (rank 0: from `level`, others: warnings) and the rank's file.
 
     logs_url: `RunDir.logs_url`; on an object store the file is left out (the batch script uploads its own at the end).
+    lease: of the run directory; once a later start has it, nothing more goes into its file.
     """
     root = logging.getLogger()
     for handler in list(root.handlers):
@@ -40,21 +51,35 @@ def start_logging(logs_url: str | None, rank: int, level: int = logging.INFO) ->
     if logs_url and not captured and storage.is_local(logs_url):
         folder = storage.local_path(logs_url)
         os.makedirs(folder, exist_ok=True)
-        handlers.append(logging.FileHandler(os.path.join(folder, rank_log_name(rank))))
+        file = logging.FileHandler(os.path.join(folder, rank_log_name(rank)))
+        file.addFilter(lambda record: lease is None or _holds(lease))
+        handlers.append(file)
     for handler in handlers:
-        handler.setFormatter(logging.Formatter(FORMAT, defaults={"rank": rank}))
+        handler.setFormatter(Redacting(FORMAT, defaults={"rank": rank}))
         root.addHandler(handler)
 
 
-def record_failure(logs_url: str, rank: int, step: int, error: BaseException) -> None:
-    """Writes why this rank ends. Never raises: it is called while something worse is under way."""
-    record = {
-        "rank": rank, "step": step, "error": f"{type(error).__name__}: {error}", "time": time.time(),
-        "job": os.environ.get("SLURM_JOB_ID"), "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-        "traceback": "".join(traceback.format_exception(error))[-20_000:],
-    }  # fmt: skip
+def _holds(lease: Lease) -> bool:
     try:
-        storage.write_atomic(storage.join(logs_url, f"failure-{rank:05d}.json"), json.dumps(record, indent=2).encode())
+        lease.check()
+    except Fenced:
+        return False
+    return True
+
+
+def record_failure(logs_url: str, rank: int, step: int, error: BaseException, lease: Lease | None = None) -> None:
+    """Writes why this rank ends, unless the directory is a later start's (then this end is of no concern to it). Never raises:
+    it is called while something worse is under way."""
+    record = {
+        "rank": rank, "step": step, "error": redacted(f"{type(error).__name__}: {error}"), "time": time.time(),
+        "job": os.environ.get("SLURM_JOB_ID"), "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        "traceback": redacted("".join(traceback.format_exception(error))[-20_000:]),
+    }  # fmt: skip
+    write = storage.write_atomic if lease is None else lease.write
+    try:
+        write(storage.join(logs_url, f"failure-{rank:05d}.json"), json.dumps(record, indent=2).encode())
+    except Fenced:
+        return
     except Exception as problem:  # the disk may be what failed
         logging.getLogger(__name__).warning("cannot record the failure under %s: %s", logs_url, problem)
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 from cluster.errors import UsageError
 
+FIRST_PORT, NUM_PORTS = 10_000, 22_000
+
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
@@ -59,6 +61,11 @@ class Ranks:
         return ranks
 
 
+def job_port(job: int) -> int:
+    """Where the ranks of a SLURM job meet: below 32768, where Linux begins to hand out ports to whoever connects somewhere."""
+    return FIRST_PORT + job % NUM_PORTS
+
+
 def _from_slurm(env: Mapping[str, str]) -> Ranks:
     world = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
     nodes = int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1")))
@@ -66,7 +73,7 @@ def _from_slurm(env: Mapping[str, str]) -> Ranks:
     job = int(env.get("SLURM_JOB_ID", "0"))
     return Ranks(
         int(env["SLURM_PROCID"]), world, int(env.get("SLURM_LOCALID", "0")), max(world // max(nodes, 1), 1),
-        address, int(env.get("MASTER_PORT", str(20000 + job % 20000))), "srun",
+        address, int(env.get("MASTER_PORT", str(job_port(job)))), "srun",
     )  # fmt: skip
 
 

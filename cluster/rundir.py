@@ -2,32 +2,29 @@
 
 ```
 resolved.json     {"fingerprint", "config"}: the full configuration, written before the first step
-metrics.jsonl     one JSON object per logged step, each step exactly once, also over preemptions
+metrics.jsonl     one JSON object per logged step, each step exactly once, also over preemptions; on an object store
+metrics/          segments of it (cluster.metrics)
 checkpoints/      owned by pipeline.checkpoint
 probes/           what each test site of a probe got (pipeline.probes.outcomes)
 logs/             one log per rank and start, failures as JSON (cluster.logs)
 tracking.json     {"run_id"}: the MLflow run that every restart continues
-writer.json       who may write: a node cut from the network goes on writing, so each start takes a new token (fencing)
+lease/            one record per start: who may write (cluster.lease); every shared write checks it
+writer.json       the newest of them, for people and tools
 ```
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-import os
-import socket
-import time
-import uuid
 from collections.abc import Mapping
-from typing import IO, Any
+from typing import Any
 
-from cluster import storage
+from cluster import metrics, storage
 from cluster.config import fingerprint, to_dict
-from cluster.errors import RunFailure, UsageError
-
-SYNC_EVERY_S = 60.0
-"""Object stores cannot append: there the lines are kept in memory and the object is rewritten at most this often."""
+from cluster.errors import UsageError
+from cluster.lease import Lease
 
 
 class RunDir:
@@ -39,13 +36,11 @@ class RunDir:
         self.url = url.rstrip("/") or "/"
         self.checkpoints_url = storage.join(self.url, "checkpoints")
         self.logs_url = storage.join(self.url, "logs")
-        self.metrics_url = storage.join(self.url, "metrics.jsonl")
-        self._stream: IO[bytes] | None = None
-        self._lines: list[bytes] | None = None
+        self.metrics_url = storage.join(self.url, metrics.FILE)
+        self._writer: metrics.Writer | None = None
         self._last_step: int | None = None
         self._abandoned: dict[int, bytes] = {}
-        self._synced = time.monotonic()
-        self._token: str | None = None
+        self.lease: Lease | None = None
 
     # --- configuration
 
@@ -60,93 +55,62 @@ class RunDir:
         """`{"fingerprint", "config"}` of the run that stands here, or None."""
         return self._read_json("resolved.json")
 
-    # --- metrics
+    # --- metrics (`cluster.metrics` has their form)
 
     def start_metrics(self, step: int) -> None:
-        """Prepares to log what follows `step` (0: a new run): drops lines of later steps and a torn last line.
+        """Prepares to log what follows `step` (0: a new run): lines of later steps no longer count, nor does a torn one.
 
         A checkpoint at step 100 with metrics up to step 130 means that 101–130 are about to be logged again; without
         this they would stand twice.
         """
         self.close()
-        found = self._parse()
-        self._lines = [line for number, line in found if number <= step]
+        found = metrics.read_lines(self.url)
         self._abandoned = {number: line for number, line in found if number > step}
         self._last_step = step
-        self._rewrite()
+        self._writer = metrics.open_writer(
+            self.url, step, self.check_claim, functools.partial(self.write, metrics.FILE)
+        )
 
-    def append_metrics(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Adds one line. `metrics["step"]` must be larger than the last one; non-finite figures are written as null.
+    def append_metrics(self, figures: Mapping[str, Any]) -> dict[str, Any]:
+        """Adds one line. `figures["step"]` must be larger than the last one; non-finite figures are written as null.
 
-        Locally the line reaches the file at once. On an object store it does with the next `sync`, which is called here
-        every SYNC_EVERY_S, and must be called before a checkpoint of this step is committed.
+        Locally the line reaches the file at once; to an object store a thread brings it within a minute. Neither waits for
+        a storage that is away. `sync` must be called before a checkpoint of this step is committed.
 
-        Returns the line as it stands in the file.
+        Returns the line as it stands in the run directory.
         """
-        if self._lines is None:
+        if self._writer is None:
             self.start_metrics(self.last_step() or 0)
-        assert self._lines is not None
-        step = metrics.get("step")
+        assert self._writer is not None
+        step = figures.get("step")
         if not isinstance(step, int) or (self._last_step is not None and step <= self._last_step):
             raise ValueError(f"metrics of step {step!r} come after step {self._last_step}; each step is logged once")
-        line = json.dumps({key: _finite(value) for key, value in metrics.items()}, allow_nan=False).encode()
+        line = json.dumps({key: _finite(value) for key, value in figures.items()}, allow_nan=False).encode()
         line = _first_telling(self._abandoned.pop(step, None), line)
+        if storage.is_local(self.url):  # on an object store the thread that writes looks
+            self.check_claim()
         self._last_step = step
-        if self._stream is not None:
-            self._stream.write(line + b"\n")
-            self._stream.flush()
-        else:
-            self._lines.append(line)
-            if time.monotonic() - self._synced > SYNC_EVERY_S:
-                self.sync()
+        self._writer.append(line)
         return json.loads(line)
 
     def sync(self) -> None:
-        """Makes every line so far durable. Call it before a checkpoint is committed, and at the end."""
-        if self._stream is not None:
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-        elif self._lines is not None:
-            self._rewrite()
+        """Makes every line so far durable. Call it before a checkpoint is committed, and at the end. Raises RunFailure."""
+        if self._writer is not None:
+            self._writer.sync()
 
     def close(self) -> None:
-        """Syncs and lets go of the metrics file. Logging again is allowed."""
-        self.sync()
-        if self._stream is not None:
-            self._stream.close()
-        self._stream, self._lines, self._last_step = None, None, None
+        """Syncs and lets go of the metrics. Logging again is allowed."""
+        writer, self._writer, self._last_step = self._writer, None, None
+        if writer is not None:
+            writer.close()
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Every complete line, in step order; the later one where a step stands twice. No run here: empty."""
-        steps = {number: json.loads(line) for number, line in self._parse()}
-        return [steps[number] for number in sorted(steps)]
+        return [json.loads(line) for _, line in metrics.read_lines(self.url)]
 
     def last_step(self) -> int | None:
         """Step of the last complete metrics line, None without one."""
-        return max((number for number, _ in self._parse()), default=None)
-
-    def _parse(self) -> list[tuple[int, bytes]]:
-        """(step, line) of each complete line; a torn one (killed while writing) is left out."""
-        try:
-            data = storage.read_bytes(self.metrics_url)
-        except FileNotFoundError:
-            return []
-        lines = []
-        for line in data.splitlines():
-            try:
-                lines.append((int(json.loads(line)["step"]), line))
-            except (ValueError, KeyError, TypeError):
-                continue
-        return lines
-
-    def _rewrite(self) -> None:
-        """Writes all lines whole; on a local file system it then stays open for appending and memory lets go of them."""
-        assert self._lines is not None
-        storage.write_atomic(self.metrics_url, b"".join(line + b"\n" for line in self._lines))
-        self._synced = time.monotonic()
-        if storage.is_local(self.url):
-            self._stream = open(storage.local_path(self.metrics_url), "ab")  # noqa: SIM115  (kept open over the run)
-            self._lines = []
+        return max((number for number, _ in metrics.read_lines(self.url)), default=None)
 
     # --- identity
 
@@ -160,31 +124,32 @@ class RunDir:
         self._write_json("tracking.json", {**(self._read_json("tracking.json") or {}), "run_id": value})
 
     def claim(self) -> None:
-        """Takes the directory for this process: from now on an earlier start of the run fails its `check_claim`."""
-        self._token = uuid.uuid4().hex
-        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        self._write_json(
-            "writer.json",
-            {"token": self._token, "host": socket.gethostname(), "pid": os.getpid(),
-             "job": os.environ.get("SLURM_JOB_ID"), "restart": restarts, "time": time.time()},
-        )  # fmt: skip
+        """Takes the directory for this process: from now on an earlier start of the run can write nothing more."""
+        self.lease = Lease.acquire(self.url)
+        self._write_json("writer.json", self.lease.record)
 
     def read_writer(self) -> dict[str, Any] | None:
-        """What the last `claim` wrote: {"token", "host", "pid", "job", "restart", "time"}; None without one."""
+        """What the last `claim` wrote: {"epoch", "token", "host", "pid", "job", "restart", "time"}; None without one."""
         return self._read_json("writer.json")
 
     def check_claim(self) -> None:
-        """Raises RunFailure if another start has claimed the directory since. Call it before committing a checkpoint."""
-        writer = self.read_writer() or {}
-        if self._token is not None and writer.get("token") not in (None, self._token):
-            where = f"{writer.get('host')} (process {writer.get('pid')}, restart {writer.get('restart')})"
-            raise RunFailure(f"{self.url}: a later start of this run on {where} writes here now; this one stops")
+        """Raises Fenced if another start has claimed the directory since. Call it before anything that others can see."""
+        if self.lease is not None:
+            self.lease.check()
+
+    def write(self, name: str, data: bytes) -> None:
+        """Replaces the file `name` (such as `artifacts/loss.png`) whole. Raises Fenced if a later start has claimed the directory."""
+        url = storage.join(self.url, name)
+        if self.lease is not None:
+            self.lease.write(url, data)
+        else:  # a tool beside the run, or before its first start
+            storage.write_atomic(url, data)
 
     # --- small files
 
     def _write_json(self, name: str, tree: Mapping[str, Any]) -> None:
         text = json.dumps(tree, indent=2, sort_keys=True, allow_nan=False)
-        storage.write_atomic(storage.join(self.url, name), f"{text}\n".encode())
+        self.write(name, f"{text}\n".encode())
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
         url = storage.join(self.url, name)

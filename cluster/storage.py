@@ -12,7 +12,7 @@ import io
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 import fsspec
@@ -62,7 +62,9 @@ def local_path(url: str) -> str:
 
 
 def join(url: str, *parts: str) -> str:
-    """Joins with `/`, whatever the protocol."""
+    """Joins with `/`, whatever the protocol. Raises UsageError for a part that would lead out of `url`."""
+    if any(step == ".." for part in parts for step in part.split("/")):
+        raise UsageError(f"{'/'.join(parts)} leads out of {url}: names inside a set or run hold no '..'")
     return "/".join([url.rstrip("/") if len(url) > 1 else url, *[part.strip("/") for part in parts]])
 
 
@@ -99,15 +101,15 @@ def list_names(url: str) -> list[str]:
 
 
 def list_sizes(url: str) -> dict[str, int]:
-    """Bytes of every object directly under a folder, by one listing; empty if there is no such folder."""
+    """Bytes of each object directly under a folder, in one listing; empty if there is no such folder."""
     fs, path = filesystem(url)
     with explained(url):
         try:
             entries = fs.ls(path, detail=True)
         except (FileNotFoundError, NotADirectoryError):
             return {}
-    found = {entry["name"].rsplit("/", 1)[-1]: int(entry["size"] or 0) for entry in entries if entry["type"] == "file"}
-    return {name: size for name, size in sorted(found.items()) if not TEMPORARY.search(name)}
+    found = {name(entry["name"]): int(entry["size"] or 0) for entry in entries if entry["type"] == "file"}
+    return {own: size for own, size in sorted(found.items()) if not TEMPORARY.search(own)}
 
 
 def read_bytes(url: str, start: int | None = None, end: int | None = None) -> bytes:
@@ -134,6 +136,29 @@ def remove(url: str, recursive: bool = False) -> None:
     fs, path = filesystem(url)
     with explained(url), contextlib.suppress(FileNotFoundError):
         fs.rm(path, recursive=recursive)
+
+
+def remove_all(urls: Sequence[str]) -> None:
+    """Removes objects of one storage, in as few requests as it allows (S3: 1,000 in each); absent ones are fine."""
+    if not urls:
+        return
+    fs, _ = filesystem(urls[0])
+    paths = [filesystem(url)[1] for url in urls]
+    with explained(urls[0]):
+        try:
+            fs.rm(paths)
+        except FileNotFoundError:  # one of them went meanwhile: those left one by one
+            for url in urls:
+                remove(url)
+
+
+def list_tree(url: str) -> list[str]:
+    """Paths of all objects below a folder, relative to it, sorted, in one listing; empty if there is no such folder."""
+    fs, path = filesystem(url)
+    folder = path.rstrip("/")
+    with explained(url):
+        found = fs.find(folder)
+    return sorted(entry[len(folder) + 1 :] for entry in found)
 
 
 def write_atomic(url: str, data: bytes) -> None:
@@ -208,6 +233,34 @@ def create(url: str, data: bytes) -> bool:
     return True
 
 
+def version(url: str) -> str | None:
+    """What changes whenever an object of an object store is replaced (its ETag); None if there is none."""
+    fs, path = filesystem(url)
+    with explained(url):
+        try:
+            return str(fs.info(path)["ETag"])
+        except FileNotFoundError:
+            return None
+
+
+def replace(url: str, data: bytes, expected: str | None) -> bool:
+    """Writes an object of an object store only if it still is the `version` given (None: only if there is none).
+
+    Returns False, with nothing written, if somebody else has replaced or made it meanwhile. At most PART_BYTES.
+    """
+    if expected is None:
+        return create(url, data)
+    fs, path = filesystem(url)
+    try:
+        with explained(url):
+            fs.pipe_file(path, data, IfMatch=expected)
+    except OSError:
+        if version(url) == expected:
+            raise
+        return False
+    return True
+
+
 def upload(local: str, url: str) -> None:
     """Copies a finished local file to `url`, atomically."""
     if is_local(url):
@@ -239,6 +292,7 @@ __all__ = [
     "join",
     "list_names",
     "list_sizes",
+    "list_tree",
     "local_path",
     "make_folder",
     "name",
@@ -246,7 +300,10 @@ __all__ = [
     "open_read",
     "read_bytes",
     "remove",
+    "remove_all",
+    "replace",
     "size",
     "upload",
+    "version",
     "write_atomic",
 ]  # fmt: skip

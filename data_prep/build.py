@@ -29,6 +29,7 @@ from cluster import storage
 from cluster.errors import RunFailure, UsageError
 from cluster.progress import Progress
 from data_prep import merge, parts, planfile
+from data_prep.column_file import COLUMNS
 from data_prep.config import BuildConfig, GridConfig
 from data_prep.executors import Executor, run_units
 from data_prep.parts import State
@@ -268,7 +269,7 @@ def sweep(url: str) -> None:
     folder = storage.local_path(url)
     for where in (folder, os.path.join(folder, parts.PARTS)):
         for entry in os.listdir(where):
-            if entry.endswith(".tmp") and not entry.startswith((INDEX, MANIFEST, FAULTS, LOSSES)):
+            if entry.endswith(".tmp") and not entry.startswith((INDEX, MANIFEST, FAULTS, LOSSES, COLUMNS)):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(where, entry))
 

@@ -127,15 +127,8 @@ def open_member(data: Buffer, extension: str) -> Member:
     except MemberError:
         raise
     except (
-        ValueError,
-        KeyError,
-        TypeError,
-        RuntimeError,
-        IndexError,
-        zipfile.BadZipFile,
-        EOFError,
-        struct.error,
-    ) as error:
+        Exception
+    ) as error:  # numpy, blosc2, zarr and zipfile raise whatever their parsers do (SyntaxError, TokenError, …)
         raise MemberError(f"not a readable {extension} member: {error}") from None
 
 

@@ -1,4 +1,5 @@
-"""From finished shards to a set: parts under `_build/` → `index.parquet`, `faults.jsonl` (sites), `losses.jsonl` (dates), `manifest.json`.
+"""From finished shards to a set: parts under `_build/` → `index.parquet`, `columns.safetensors`, `faults.jsonl` (sites), `losses.jsonl`
+(dates), `manifest.json`.
 
 A shard is finished when its part JSON exists, written last, after the tar and the two part tables (`data_prep.parts`). The merge
 reads parts only (no tar), in plan order, holds a few at a time, and gives the same bytes however often, by whomever, in whatever
@@ -19,11 +20,11 @@ import pyarrow.parquet as pq
 from cluster import storage
 from cluster.config import fingerprint, to_dict
 from cluster.errors import RunFailure
-from data_prep import index
+from data_prep import column_file, index
 from data_prep.config import SPLITS, BuildConfig
 from data_prep.parts import PARTS, Bundle, commit_shard, dump, gather, part_url, read_ahead, read_part
 from data_prep.schema import SCHEMA_VERSION
-from data_prep.shards import FAULTS, INDEX, LOSSES, MANIFEST, statistics_splits
+from data_prep.shards import FAULTS, INDEX, LOSSES, MANIFEST, ShardSet, statistics_splits
 from data_prep.statistics import Histograms, statistics_json, statistics_sha256
 
 __all__ = ["PARTS", "commit_shard", "dump", "merge_parts", "part_url", "read_part", "shaping_config", "software"]
@@ -76,6 +77,7 @@ def merge_parts(
     index_sha256, index_bytes = _write_index(url, kept)
     manifest = _manifest(url, kept, config, classes) | dict(extra or {})
     manifest["index"] = {"sha256": index_sha256, "bytes": index_bytes}
+    manifest["columns"] = column_file.write(ShardSet(url, manifest, ""))
     manifest["faults"] = len(faults)
     manifest["losses"] = {"dates": len(losses), "sites": len({loss["site"] for loss in losses})}
     manifest["plan"] = plan

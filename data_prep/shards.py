@@ -1,9 +1,10 @@
 """A shard set: tars + `index.parquet` + `manifest.json` in one folder. Writing one shard, opening a finished set.
 
 manifest.json   schema, software, config, config_fingerprint, counts, shards [{name, split, samples, bytes, sha256}], index
-                {sha256, bytes}, statistics (of train), statistics_sha256, content_sha256, classes, codecs, radiometry, splits
-                (overlap report), faults. Deterministic: no clocks, no host names, no paths.
-index.parquet   see `data_prep.index`.
+                {sha256, bytes}, columns {bytes, header_sha256, sha256}, statistics (of train), statistics_sha256,
+                content_sha256, classes, codecs, radiometry, splits (overlap report), faults. Deterministic: no clocks, no host names, no paths.
+index.parquet   see `data_prep.index`. It is read only after its sha256 has proven to be the manifest's.
+columns.safetensors   the same in the form that the reader maps, see `data_prep.columns`; older sets have none.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -191,12 +193,27 @@ class ShardSet:
 
     @contextlib.contextmanager
     def _index_file(self) -> Iterator[pq.ParquetFile]:
-        place = storage.join(self.url, INDEX)
+        with pq.ParquetFile(self._checked_index[0]) as file:
+            yield file
+
+    @functools.cached_property
+    def _checked_index(self) -> tuple[str, Any]:
+        """Path of the index on this machine, once its sha256 has proven to be the manifest's, and what keeps a copy there."""
+        place, kept = storage.join(self.url, INDEX), None
+        digest = hashlib.sha256()
         with contextlib.ExitStack() as stack:
-            source = (
-                storage.local_path(place) if storage.is_local(place) else stack.enter_context(storage.open_read(place))
-            )
-            yield stack.enter_context(pq.ParquetFile(source))
+            source = stack.enter_context(storage.open_read(place))
+            if not storage.is_local(place):
+                kept = tempfile.NamedTemporaryFile(prefix="geoloom-", suffix=f"-{INDEX}")  # noqa: SIM115  (lives as long as self)
+            while block := source.read(8 << 20):
+                digest.update(block)
+                if kept is not None:
+                    kept.write(block)
+        if kept is not None:
+            kept.flush()
+        if digest.hexdigest() != self.manifest.get("index", {}).get("sha256"):
+            raise pa.ArrowInvalid(f"its sha256 is not that of {MANIFEST}")
+        return (storage.local_path(place) if kept is None else kept.name), kept
 
     def _unreadable(self, error: Exception) -> UsageError:
         place = storage.join(self.url, INDEX)

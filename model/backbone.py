@@ -159,7 +159,10 @@ class Backbone(nn.Module):
     ) -> tuple[Tensor, list[MoEStats]]:
         cfg, enter, sequences = self.cfg, stage.enter, stage.sequences
         assert enter is not None
+        assert stage.centre_T2 is not None
         if cfg.position == "learned":
+            assert stage.entry_centre_E2 is not None
+            assert stage.entry_image_E is not None
             metres_E2 = stage.entry_centre_E2 * gsd_N.index_select(0, stage.entry_image_E)[:, None]
             x_TC = x_TC + self.positions[s - 2](metres_E2).to(x_TC.dtype)
         if cfg.prompts:

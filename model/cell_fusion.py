@@ -83,24 +83,25 @@ class CellFusion(nn.Module):
         return list(zip(parts, masks))
 
     def _short_way(self, view: dict[str, Frames]) -> Tensor:
-        """Σ over sensors of linear(mean over valid dates) at each place, [B, y, x, F]; a sensor that is not there, or hidden from the
-        fusion, adds nothing."""
+        """Σ over sensors of linear(mean over valid dates) at each place, [B, y, x, F]. A sensor that is not there adds nothing; nor does
+        one that the fusion shall not see, but where no other shows the place."""
         lead = view[finest({name: item.grid for name, item in view.items()})].grid
-        total: Tensor | None = None
+        x_ByxF, there_Byx, shown_Byx = [], [], []
         for name, item in view.items():
-            valid_BThw = (
-                item.valid_BThw if item.shown_B is None else item.valid_BThw & item.shown_B[:, None, None, None]
-            )
-            number_Bhw1 = valid_BThw.sum(1)[..., None]
-            mean_BhwD = torch.where(valid_BThw[..., None], item.feat_BThwD, 0).sum(1) / number_Bhw1.clamp_min(1)
-            x_BhwF = torch.where(number_Bhw1 > 0, self.skip[name](mean_BhwD.to(item.feat_BThwD.dtype)), 0)
+            number_Bhw1 = item.valid_BThw.sum(1)[..., None]
+            mean_BhwD = torch.where(item.valid_BThw[..., None], item.feat_BThwD, 0).sum(1) / number_Bhw1.clamp_min(1)
+            x_BhwF, there_Bhw = self.skip[name](mean_BhwD.to(item.feat_BThwD.dtype)), item.valid_BThw.any(1)
             for axis in (0, 1):
                 under = tokens_under(lead, item.grid, axis)
                 if under != list(range(x_BhwF.shape[1 + axis])):
-                    x_BhwF = x_BhwF.index_select(1 + axis, to_device(np.array(under), x_BhwF.device))
-            total = x_BhwF if total is None else total + x_BhwF
-        assert total is not None
-        return total
+                    index = to_device(np.array(under), x_BhwF.device)
+                    x_BhwF, there_Bhw = (t.index_select(1 + axis, index) for t in (x_BhwF, there_Bhw))
+            x_ByxF.append(x_BhwF)
+            there_Byx.append(there_Bhw)
+            shown_Byx.append(there_Bhw if item.shown_B is None else there_Bhw & item.shown_B[:, None, None])
+        any_Byx = torch.stack(shown_Byx).any(0)
+        used_MByx1 = torch.where(any_Byx, torch.stack(shown_Byx), torch.stack(there_Byx))[..., None]
+        return torch.where(used_MByx1, torch.stack(x_ByxF), 0).sum(0)
 
     def plan_of(self, views: Sequence[dict[str, Frames]], dtype: torch.dtype) -> CellPlan:
         first = next(iter(views[0].values()))

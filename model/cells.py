@@ -140,7 +140,7 @@ def _of_view(view: Mapping[str, Seen], table_side: int) -> _View:
         hidden = item.shown_B is not None and ~item.shown_B[:, None, None, None]
         shown.append((item.valid_BThw & ~np.broadcast_to(hidden, shape)).reshape(-1))
         rows, columns = (tokens_under(lead, item.grid, axis) for axis in (0, 1))
-        covered |= item.valid_BThw.any(1)[:, rows][:, :, columns]
+        covered |= np.asarray(item.valid_BThw.any(1))[:, rows][:, :, columns]
     token_cell, token_valid, token_shown = (np.concatenate(part) for part in (cell, valid, shown))
     left = np.bincount(token_cell[token_shown], minlength=sites * num_cells) > 0
     # a cell that no shown sensor sees is fused from all that there is: validity stays what masks say

@@ -200,9 +200,9 @@ def cell_sizes(cfg: ModelConfig, view: ViewSize) -> list[tuple[int, int]]:
         return [under.count(cell) for cell in range(coarse.hw[0])]
 
     counts = {name: along(grid) for name, grid in grids.items()}
-    lead, side = counts[finest(grids)], range(coarse.hw[0])
+    lead, cells = counts[finest(grids)], range(coarse.hw[0])
     return [
-        (lead[a] * lead[b], sum(dates[name] * n[a] * n[b] for name, n in counts.items())) for a in side for b in side
+        (lead[a] * lead[b], sum(dates[name] * n[a] * n[b] for name, n in counts.items())) for a in cells for b in cells
     ]
 
 

@@ -125,7 +125,7 @@ class FrameFusion(nn.Module):
             x_XSF, valid_XS = x_XSF.index_select(1, columns), valid_XS.index_select(1, columns)
         x_XJF = torch.cat([self.extra_F.to(x_XSF.dtype).expand(x_XSF.shape[0], 1, -1), x_XSF], dim=1)
         bias = None if bool(valid_XS.all()) else key_bias(F.pad(valid_XS, (1, 0), value=True), x_XJF.dtype)
-        sequences = Sequences.dense(*x_XJF.shape[:2], bias)
+        sequences = Sequences.dense(x_XJF.shape[0], x_XJF.shape[1], bias)
         x_TF = x_XJF.flatten(0, 1)
         for block in self.blocks[:-1]:
             x_TF, _ = self._run(block, x_TF, sequences)

@@ -39,7 +39,8 @@ class ImageSet(NamedTuple):
     merges: tuple[bool, bool, bool]
 
 
-class Windows(NamedTuple):
+@dataclass(frozen=True)
+class Windows:
     """One bucket of windows: `bias_index_SS` into the table of position biases; see_X1SS: who sees whom, None: all see all."""
 
     count: int
@@ -56,7 +57,8 @@ class WindowPlan(NamedTuple):
     buckets: tuple[Windows, ...]
 
 
-class Bucket(NamedTuple):
+@dataclass(frozen=True)
+class Bucket:
     """`count` sequences of `length` slots, consecutive in the packed rows; bias_N1JJ: 0 or MASKED (J or 1 queries), None: no mask."""
 
     count: int
@@ -142,7 +144,7 @@ def present(cfg: ModelConfig, sets: list[ImageSet]) -> list[str]:
 def halve(grid_Nhw: np.ndarray) -> np.ndarray:
     """bool [N, ⌈h/2⌉, ⌈w/2⌉]: any of the four."""
     corners = _corners(grid_Nhw, False)
-    return corners.any(-1)
+    return np.asarray(corners.any(-1))
 
 
 def _corners(grid_Nhw: np.ndarray, blank: int | bool) -> np.ndarray:
@@ -308,7 +310,11 @@ def _sequence_stage(
     ]
     good_E = np.concatenate([v[s][g >= 0] for v, g in zip(valid, rows)])
     good_K = np.add.reduceat(good_E, start_K) > 0 if num_entries else np.zeros(0, bool)
-    slot, slot_image, slot_modality, slot_good, buckets = [], [], [], [], ([], [])
+    slot: list[np.ndarray] = []
+    slot_image: list[np.ndarray] = []
+    slot_modality: list[np.ndarray] = []
+    slot_good: list[np.ndarray] = []
+    buckets: tuple[list[Bucket], list[Bucket]] = ([], [])
     for group in lengths_to_buckets(count_K + num_prompts):
         longest = int(count_K[group].max())
         prompt_NP = num_entries + group[:, None] * num_prompts + np.arange(num_prompts)

@@ -71,11 +71,12 @@ class WindowAttention(nn.Module):
         qk_X2AH = (F.normalize(qkv_XC[:, :2], dim=-1) * scale_2A1).to(v_XAH.dtype)
         table_RA = self.bias()
         outs, at = [], 0
-        for count, span, index_SS, see_X1SS in plan.buckets:
+        for bucket in plan.buckets:
+            count, span, see_X1SS = bucket.count, bucket.span, bucket.see_X1SS
             rows = slice(at, at + count * span)
             at = rows.stop
             q, k, v = (t[rows].unflatten(0, (count, span)).transpose(1, 2) for t in (*qk_X2AH.unbind(1), v_XAH))
-            bias_XASS = table_RA.T[:, index_SS].view(1, self.heads, span, span).to(v.dtype)
+            bias_XASS = table_RA.T[:, bucket.bias_index_SS].view(1, self.heads, span, span).to(v.dtype)
             if see_X1SS is not None:
                 bias_XASS = torch.where(see_X1SS, bias_XASS, MASKED)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_XASS, scale=1.0)

@@ -36,7 +36,7 @@ def useful_share(cfg: ModelConfig, views: Sequence[View], features: Sequence[Fea
             hr_px=next((sides[n] for n in sides if n not in series), 0), series_px=next((sides[n] for n in series), 0),
             **{f"{name}_dates": dates[name] for name in series},
         )  # fmt: skip
-        fusion = float(fusion_flops(cfg, size))  # type: ignore[arg-type]
+        fusion = float(fusion_flops(cfg, size))
         done = done + fusion * (seen.double() / (tokens + found.fused_valid.numel()))
         nominal += fusion
     return done / nominal

@@ -1,13 +1,15 @@
-"""The paper's ablations as overrides of one config: which runs to make, and how to start them."""
+"""An ablation: which runs to make of one config, in which order, within which budget, and how to start them."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from cluster import storage
 from cluster.config import load, to_dict
@@ -15,90 +17,113 @@ from cluster.errors import UsageError
 from cluster.rundir import RunDir
 from cluster.slurm.script import job_name, option, quote
 from pipeline.config import PretrainConfig
+from pipeline.launch import FORWARDED
+from pipeline.tracking.facts import RunFacts
 from pipeline.tracking.mirror import read_record
+from pipeline.variants import BASE, Variant, choose, grid, read_list, single
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One run: its name (last part of its run directory) and the overrides that make it."""
+class PlannedRun:
+    """One setting with one seed."""
 
-    name: str
-    overrides: tuple[str, ...]
+    variant: str
+    config: PretrainConfig
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}/seed-{self.config.train.seed}"
 
 
 @dataclass(frozen=True)
-class Ablation:
-    """about: what it asks; variants: each changes ONE key of the base run."""
+class Plan:
+    """root: folder of all runs; runs: seed by seed, so that what is finished early is a whole round; references: by variant the one it
+    is held against; claims: what is asked of a variant; left_out: variants that are what the base is anyway."""
 
-    about: str
-    variants: tuple[Variant, ...]
-
-
-def _one(key: str, **named: object) -> tuple[Variant, ...]:
-    return tuple(Variant(name, (f"{key}={json.dumps(value)}",)) for name, value in named.items())
-
-
-# method.md section 5: what the paper varied (arXiv 2507.13812), and the switches of ours that do it
-ABLATIONS: dict[str, Ablation] = {
-    "experts": Ablation(
-        "number of experts (paper: 4 / 8 / 16)", _one("model.moe.experts", experts_4=4, experts_8=8, experts_16=16)
-    ),
-    "placement": Ablation("experts in the last blocks or spread out", _one("model.moe.placement", spread="uniform")),
-    "prompts": Ablation("modality prompt tokens", _one("model.prompts", no_prompts=0)),
-    "attention": Ablation(
-        "global attention in stages 3-4, or windows", _one("model.attention", window_attention="window")
-    ),
-    "qsacl": Ablation("query-based semantic aggregation", _one("objective.qsacl_weight", no_qsacl=0.0)),
-    "ita": Ablation("dense image-text alignment", _one("objective.ita_weight", no_ita=0.0)),
-    "unified": Ablation("one backbone for all modalities, or one each", _one("model.separate", separate=True)),
-}
+    root: str
+    runs: tuple[PlannedRun, ...]
+    references: dict[str, str] = field(default_factory=dict)
+    claims: dict[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
 
 def plan(
-    config: str, overrides: Sequence[str], names: Sequence[str], extra: Sequence[str]
-) -> list[tuple[str, PretrainConfig]]:
-    """(name, config) of the base run and of every variant that differs from it.
+    config: str,
+    overrides: Sequence[str],
+    names: Sequence[str] = (),
+    extra: Sequence[str] = (),
+    variants: str | None = None,
+    seeds: int = 1,
+) -> Plan:
+    """The base and every variant that differs from it, each with `seeds` seeds from the config's own on.
 
-    extra: `key=value` variants of the user's own, one run each. Run directories lie under the config's `run.dir`.
+    overrides: of every run; one with several values (`KEY=V1,V2`) spans a grid. names: of the list, see `variants.choose`. extra:
+    `key=value` variants of the user's own, one each. variants: a list of named ones; `claims` where nothing else is asked for. Runs
+    lie at `run.dir/VARIANT/seed-S`.
 
     Raises:
-        UsageError: an unknown ablation, or a variant the config refuses.
+        UsageError: an unknown list or name, or a variant the config refuses.
     """
-    unknown = [name for name in names if name not in ABLATIONS]
-    if unknown:
-        raise UsageError(f"--only {unknown[0]}: known ones are {', '.join(ABLATIONS)}")
-    base = load(PretrainConfig, config, overrides)
-    variants = (
-        [variant for name in (names or ABLATIONS) for variant in ABLATIONS[name].variants] if names or not extra else []
-    )
-    variants += [Variant(_folder(text), (text,)) for text in extra]
-    runs = [("base", base)]
-    for variant in variants:
-        made = load(PretrainConfig, config, [*overrides, *variant.overrides])
-        if made != base:  # the base has this value already
-            runs.append((variant.name, made))
-    if len(runs) == 1:
-        raise UsageError("no variant differs from the base config; choose others with --only or --set key=value")
-    return [
-        (
-            name,
-            replace(
-                made,
-                run=replace(
-                    made.run, dir=storage.join(base.run.dir, name), name=f"{storage.name(base.run.dir)}-{name}"
-                ),
-            ),
+    if seeds < 1:
+        raise UsageError(f"--seeds {seeds}: at least 1")
+    fixed, wanted = grid(overrides)
+    if variants or names or not (extra or wanted):
+        listed = read_list(variants or "claims")
+        fixed = [*listed.base, *fixed]
+        wanted += choose(listed.variants, names)
+    wanted += [single(text) for text in extra]
+    twice = [variant.name for i, variant in enumerate(wanted) if variant.name in {other.name for other in wanted[:i]}]
+    if twice:
+        raise UsageError(
+            f"two variants are called {twice[0]}; give one of them in a list of your own (--variants FILE)"
         )
-        for name, made in runs
-    ]
+    base = load(PretrainConfig, config, fixed)
+    settings, left_out = {BASE: base}, []
+    for variant in wanted:
+        made = load(PretrainConfig, config, [*fixed, *variant.overrides])
+        if made.train.seed != base.train.seed:
+            raise UsageError(f"{variant.name} changes train.seed: that is what --seeds N does, for every setting alike")
+        if _in_effect(made) == _in_effect(base):
+            left_out.append(variant.name)
+        else:
+            settings[variant.name] = made
+    if len(settings) == 1 and seeds == 1:
+        raise UsageError(
+            "no variant differs from the base config; choose others with --variants, --only or --set key=value"
+        )
+    kept: list[Variant] = [variant for variant in wanted if variant.name in settings]
+    return Plan(
+        base.run.dir,
+        tuple(_placed(name, made, base, seed) for seed in range(seeds) for name, made in settings.items()),
+        {variant.name: variant.against if variant.against in settings else BASE for variant in kept},
+        {variant.name: variant.claim for variant in kept if variant.claim},
+        tuple(left_out),
+    )
 
 
-def write_configs(runs: Sequence[tuple[str, PretrainConfig]], root: str) -> list[str]:
+def _placed(name: str, made: PretrainConfig, base: PretrainConfig, more: int) -> PlannedRun:
+    seed = base.train.seed + more
+    run = replace(
+        made.run,
+        dir=storage.join(base.run.dir, name, f"seed-{seed}"),
+        name=f"{storage.name(base.run.dir)}-{name}-seed-{seed}",
+    )
+    return PlannedRun(name, replace(made, run=run, train=replace(made.train, seed=seed)))
+
+
+def _in_effect(config: PretrainConfig) -> PretrainConfig:
+    """Without the embeddings of class names the alignment term is off, whatever its weight."""
+    if config.objective.ita_embeddings is not None:
+        return config
+    return replace(config, objective=replace(config.objective, ita_weight=0.0))
+
+
+def write_configs(planned: Plan) -> list[str]:
     """Writes each run's full config as JSON (which is YAML) under `root/configs`; returns their URLs in order."""
     urls = []
-    for name, config in runs:
-        url = storage.join(root, "configs", f"{name}.json")
-        storage.write_atomic(url, json.dumps(to_dict(config), indent=1).encode())
+    for run in planned.runs:
+        url = storage.join(planned.root, "configs", f"{run.name.replace('/', '-')}.json")
+        storage.write_atomic(url, json.dumps(to_dict(run.config), indent=1).encode())
         urls.append(url)
     return urls
 
@@ -112,10 +137,54 @@ def is_finished(config: PretrainConfig) -> bool:
     return read_record(rundir)["status"] == "FINISHED"  # the last line is written before the last checkpoint is
 
 
+@dataclass(frozen=True)
+class Budget:
+    """A limit on all runs together, in samples or in hours of training (of the job, not of each GPU)."""
+
+    limit: float
+    unit: str
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """`200000` or `200000samples`, `4h` or `1.5h`."""
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?) *(h|hours|samples)?", text.strip())
+        if not found or float(found[1]) <= 0:
+            raise UsageError(f"--budget {text}: samples such as 200000, or hours such as 4h")
+        return cls(float(found[1]), "h" if (found[2] or "").startswith("h") else "samples")
+
+    def allows(self, runs: Sequence[PlannedRun], new: PlannedRun) -> bool:
+        """Whether `new` can be brought to its end within what the runs have not used yet. Hours are told by what the runs took per
+        sample so far; before the first one nothing is known, and it is started."""
+        used = {run.name: _used(run.config) for run in runs}
+        samples, hours = (sum(values) for values in zip(*used.values()))
+        still = new.config.train.steps * new.config.train.batch - used[new.name][0]
+        if self.unit == "samples":
+            return samples + still <= self.limit
+        return hours + (still * hours / samples if samples else 0.0) <= self.limit
+
+
+def _used(config: PretrainConfig) -> tuple[int, float]:
+    """(samples, hours of training) that a run has seen so far."""
+    rundir = RunDir(config.run.dir)
+    lines = rundir.read_metrics()
+    if not lines:
+        return 0, 0.0
+    world = RunFacts.from_dict(read_record(rundir)["facts"]).world
+    return int(lines[-1].get("samples", 0)), float(lines[-1].get("gpu_hours") or 0.0) / max(world, 1)
+
+
 def train_one(config_path: str, processes: int | None) -> int:
-    """Runs `pipeline train` on a written config in a process of its own; returns its exit code."""
+    """Runs `pipeline train` on a written config in a process of its own; returns its exit code. Signals are passed on to it; it dies
+    with this process, even by SIGKILL, so that the next start finds nobody in the run directory."""
     command = [sys.executable, "-m", "pipeline", "train", config_path]
-    return subprocess.run([*command, "--processes", str(processes)] if processes else command, check=False).returncode
+    words = [*command, "--processes", str(processes)] if processes else command
+    child = subprocess.Popen(words, env={**os.environ, "GEOLOOM_LAUNCHER": str(os.getpid())}, start_new_session=True)
+    previous = {number: signal.signal(number, lambda n, _: child.send_signal(n)) for number in FORWARDED}
+    try:
+        return child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 ARRAY_BODY = """
@@ -135,9 +204,3 @@ def array_script(arguments: Sequence[str], tasks: int, name: str) -> str:
     head = ["#!/bin/bash", *(option(key, value) for key, value in settings.items()), ""]
     head += [f"WORK_DIR={quote(os.getcwd())}", f"PYTHON={quote(sys.executable)}", f"TASKS={tasks}"]
     return "\n".join([*head, f"ARGUMENTS=({' '.join(quote(word) for word in arguments)})"]) + "\n" + ARRAY_BODY
-
-
-def _folder(override: str) -> str:
-    key, _, value = override.partition("=")
-    text = f"{key.rsplit('.', 1)[-1]}_{value}"
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in text)[:60]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from cluster.config import check_ranges
 from model.config import ModelConfig, ObjectiveConfig
 
 
@@ -27,6 +28,9 @@ class ViewConfig:
     series_px: int = 16
     s2_dates: int = 20
     s1_dates: int = 10
+
+    def __post_init__(self) -> None:
+        check_ranges(self, hr_px=">= 1", series_px=">= 1", s2_dates=">= 1", s1_dates=">= 1")
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class DataConfig:
             (`pipeline.reader.shared`; without cache_dir below the system's temporary directory).
         verify_checksums: CRC-32C of every member read (about 40 µs per MB).
         error_budget: share of the samples that may be unreadable; past it the run stops with their list.
-        retries, timeout_s: attempts after the first for one request, and how long one may stand still.
+        retries, timeout_s: attempts after the first for one request, and how long one may stand still. 12 attempts wait out an
+            outage of about 80 s (each waits twice as long, 20 s at most, half of it on average).
     """
 
     url: str | tuple[str, ...] = ""
@@ -84,7 +89,7 @@ class DataConfig:
     cache_gb: float = 100.0
     verify_checksums: bool = True
     error_budget: float = 0.001
-    retries: int = 5
+    retries: int = 12
     timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
@@ -100,6 +105,15 @@ class DataConfig:
                 raise ValueError(f"{name} must be 0 or more, found {getattr(self, name)}")
         if not 0.0 <= self.series_jitter < 1.0:
             raise ValueError(f"series_jitter must lie in [0, 1), found {self.series_jitter}")
+        check_ranges(
+            self,
+            error_budget="0..1",
+            min_clear="0..1",
+            max_cloud="0..1",
+            cache_gb="> 0",
+            timeout_s="> 0",
+            weights="> 0",
+        )
         if self.weights and len(self.weights) != len(self.urls):
             raise ValueError(f"weights holds {len(self.weights)} numbers for {len(self.urls)} shard sets")
 
@@ -122,6 +136,11 @@ class TrainConfig:
     stall_timeout_s: float = 600.0
     compile: bool = False
 
+    def __post_init__(self) -> None:
+        check_ranges(
+            self, steps=">= 1", batch=">= 1", micro_batch=">= 1", seed=">= 0", log_every=">= 1", stall_timeout_s="> 0"
+        )
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -137,17 +156,28 @@ class OptimizerConfig:
     clip: float = 3.0
     lr_scale: dict[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_ranges(
+            self, lr=">= 0", lr_end=">= 0", warmup=">= 0", betas="0..1", eps="> 0", weight_decay=">= 0", clip=">= 0",
+            lr_scale=">= 0",
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """zero_stage 0-3; ep: expert-parallel degree, divides the ranks; offload: optimizer state in CPU memory. reduce: precision in
-    which gradients are summed over ranks with bf16 weights (fp32 doubles that traffic, and loses nothing over many ranks).
+    """zero_stage 0-3; ep: expert-parallel degree, divides the ranks of a node (or, with `ep_across_nodes`, of the job: rows
+    then travel to their experts over the slow link); offload: optimizer state in CPU memory. reduce: precision in which gradients
+    are summed over ranks with bf16 weights (fp32 doubles that traffic, and loses nothing over many ranks).
     """
 
     zero_stage: int = 2
     ep: int = 1
+    ep_across_nodes: bool = False
     offload: bool = False
     reduce: Literal["fp32", "bf16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        check_ranges(self, zero_stage="0..3", ep=">= 1")
 
 
 @dataclass(frozen=True)
@@ -163,14 +193,18 @@ class CheckpointConfig:
     asynchronous: bool = True
     allow_changed_data: bool = False
 
+    def __post_init__(self) -> None:
+        check_ranges(self, every=">= 0", keep_last=">= 1", keep_every=">= 0")
+
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """uri: MLflow server or store (`http://…`, `sqlite:///…`, `postgresql://…`); "none" logs to the run directory only."""
+    """uri: MLflow server or store (`http://…`, `sqlite:///…`, `postgresql://…`); "none" logs to the run directory only; "env" takes
+    GEOLOOM_TRACKING_URI, else MLFLOW_TRACKING_URI: the place for one with a password, which is never written down.
+    """
 
     uri: str = "none"
     experiment: str = "geoloom"
-    system_metrics: bool = True
 
 
 @dataclass(frozen=True)
@@ -191,6 +225,9 @@ class ProbeConfig:
     views: ViewConfig | None = None
     pool: Literal["mean", "mean_std"] = "mean_std"
     stage: Literal["last", 1, 2, 3, 4, "all"] = "last"
+
+    def __post_init__(self) -> None:
+        check_ranges(self, every=">= 0", samples=">= 1")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cluster import storage
 from cluster.config import from_dict
+from cluster.secrets import redact
 from model.config import ModelConfig
 from model.pretrained import Pretrained, load_backbone, save_backbone
 
@@ -28,7 +29,7 @@ def load_weights(
     facts = {
         "checkpoint": checkpoint.url, "step": checkpoint.step, "samples": checkpoint.samples, "weights": owner,
         "run_id": manifest.get("run_id"), "manifest_sha256": manifest["data"]["manifest_sha256"],
-        "fingerprint": manifest["fingerprint"], "run_config": dict(manifest["config"]),
+        "fingerprint": manifest["fingerprint"], "run_config": redact(manifest["config"]),
     }  # fmt: skip
     kept = {name.removeprefix(PREFIX): value for name, value in weights.items() if name.startswith(PREFIX)}
     return kept, cfg, dict(manifest["statistics"]), facts

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import json
 import logging
 import math
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
 
-from cluster.errors import RunFailure
+from cluster.errors import Fenced, RunFailure
 from cluster.logs import record_failure
 from cluster.ranks import Ranks
+from cluster.rundir import RunDir
 
 PHASES = ("start", "data", "teacher", "student", "update", "log", "probe", "save", "end")
 PATIENCE, SLOW_PHASES = 10, ("start", "probe", "save", "end")  # these may take so many times longer than the rest
+ALARM, ANSWER_S = "stalled", 10.0
 log = logging.getLogger(__name__)
 
 
@@ -54,6 +59,10 @@ def check_step(step: int, result: Any, keys: Sequence[str], ranks: Ranks) -> Non
     )
 
 
+class FencedTogether(AgreedFailure, Fenced):
+    """Another start has taken the run directory over, and every rank of this one knows."""
+
+
 class SpikeWatch:
     """Tells when the loss leaves what it has lately been: above mean + `sigmas` standard deviations of the last `window` steps."""
 
@@ -79,18 +88,23 @@ class Heartbeat:
 
     A rank that hangs (a stuck read, a stopped process) makes the others wait in a collective for ever; their stack traces
     show only waiting. So each rank tells a store its step and phase; after `timeout_s` without progress every rank that
-    waits compares, says who is behind or silent, and ends with code 1, which ends the job.
+    waits compares, says who is behind or silent, and ends with code 1, which ends the job. Before that, every rank that can
+    writes where its threads stand (`logs/stacks-00003.txt`).
+
+    The store lives in the first rank's process: should that one be stopped, nobody gets an answer. So nothing that asks it runs in
+    the thread that watches the clock, and asking has a time limit.
     """
 
-    def __init__(self, ranks: Ranks, timeout_s: float, logs_url: str | None) -> None:
-        self.ranks, self.timeout_s, self.logs_url = ranks, timeout_s, logs_url
+    def __init__(self, ranks: Ranks, timeout_s: float, rundir: RunDir | None) -> None:
+        self.ranks, self.timeout_s, self.rundir = ranks, timeout_s, rundir
         self.step, self.phase, self._moved = 0, "start", time.monotonic()
         self._interval = min(5.0, timeout_s / 8)
         self._count = 0
         self._over = threading.Event()
         self._store = dist.TCPStore(ranks.address, ranks.port, None, False) if ranks.world > 1 else None
-        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
-        self._thread.start()
+        self._dumped = False
+        for target in (self._watch, self._tell):
+            threading.Thread(target=target, name=f"heartbeat{target.__name__}", daemon=True).start()
 
     def at(self, phase: str, step: int | None = None) -> None:
         """This rank now does `phase` (of PHASES) of `step`."""
@@ -102,10 +116,33 @@ class Heartbeat:
 
     def _watch(self) -> None:
         while not self._over.wait(self._interval):
-            self._publish()
             waited = time.monotonic() - self._moved
             if waited > self.timeout_s * (PATIENCE if self.phase in SLOW_PHASES else 1):
                 self._end(waited)
+
+    def _tell(self) -> None:
+        """Publishes this rank's place, and writes its stacks when another rank has raised the alarm. May hang with the store."""
+        while not self._over.wait(self._interval):
+            try:
+                self._publish()
+                if self._store is not None and self._store.check([ALARM]):
+                    self._dump_stacks()
+            except Exception:  # the store has gone: the watch notices what that means
+                return
+
+    def _dump_stacks(self) -> None:
+        """Where every thread of this process stands, to stderr and into the run directory; once."""
+        if self._dumped:
+            return
+        self._dumped = True
+        with tempfile.TemporaryFile("w+") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            text = f"rank {self.ranks.rank} in {self.phase} of step {self.step}\n{file.read()}"
+        print(text, file=sys.stderr, flush=True)
+        if self.rundir is not None:
+            with contextlib.suppress(Exception):
+                self.rundir.write(f"logs/stacks-{self.ranks.rank:05d}.txt", text.encode())
 
     def _publish(self) -> None:
         self._count += 1
@@ -113,20 +150,20 @@ class Heartbeat:
             self._store.set(f"beat/{self.ranks.rank}", json.dumps([self.step, PHASES.index(self.phase), self._count]))
 
     def _end(self, waited: float) -> None:
-        try:
-            message = f"no progress for {waited:.0f} s in step {self.step} ({self.phase}); {self._who_lags()}"
-        except Exception as error:  # the store's host may be what died
-            message = (
-                f"no progress for {waited:.0f} s in step {self.step} ({self.phase}); others cannot be asked: {error}"
-            )
+        answer = within(4 * self._interval + ANSWER_S, self._who_lags)
+        lag = answer or "rank 0, which keeps everybody's place, does not answer: it is stopped, or its node is gone"
         if self._over.is_set():
             return
+        message = f"no progress for {waited:.0f} s in step {self.step} ({self.phase}); {lag}"
+        self._dump_stacks()
         print(f"pipeline train: rank {self.ranks.rank}: {message}", file=sys.stderr, flush=True)
-        if self.logs_url:
-            record_failure(self.logs_url, self.ranks.rank, self.step, RunFailure(message))
+        if self.rundir is not None:
+            record_failure(self.rundir.logs_url, self.ranks.rank, self.step, RunFailure(message), self.rundir.lease)
         os._exit(1)
 
     def _who_lags(self) -> str:
+        if self._store is not None:
+            self._store.set(ALARM, "1")
         before = self._read_all()
         time.sleep(2.5 * self._interval)
         self._publish()
@@ -137,6 +174,22 @@ class Heartbeat:
             return [[self.step, PHASES.index(self.phase), self._count]]
         keys = [f"beat/{rank}" for rank in range(self.ranks.world)]
         return [json.loads(self._store.get(key)) if self._store.check([key]) else None for key in keys]
+
+
+def within(seconds: float, ask: Callable[[], str]) -> str | None:
+    """What `ask` answers, or what went wrong with it; None if it takes longer."""
+    answers: list[str] = []
+
+    def call() -> None:
+        try:
+            answers.append(ask())
+        except Exception as error:  # the store's host may be what died
+            answers.append(f"others cannot be asked: {error}")
+
+    thread = threading.Thread(target=call, name="heartbeat-ask", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else None
 
 
 def describe_lag(before: Sequence[Sequence[int] | None], after: Sequence[Sequence[int] | None]) -> str:

@@ -13,6 +13,7 @@ from model.moe.experts import Experts
 from model.moe.router import Router
 from model.swin import PositionBias
 from pipeline.config import OptimizerConfig
+from pipeline.parallel.pieces import Group
 
 # What is decayed: matrices that multiply activations. All else is a scale, an offset, or a learned vector that stands for itself
 # (prompt, query, day, position table): decay would pull what it says to zero (method.md section 4).
@@ -72,6 +73,16 @@ def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[st
     if unused:
         raise UsageError(f"optimizer.lr_scale.{min(unused)} matches no parameter; prefixes look like skysense.backbone")
     return [groups[key] for key in sorted(groups)]
+
+
+def groups_of(module: nn.Module, config: OptimizerConfig, ep: int) -> list[Group]:
+    """The optimizer's groups of a one-process model (also on `meta`), as `pipeline.parallel.pieces` takes them."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    found = []
+    for group in parameter_groups(module, config):
+        members = tuple((names[id(p)], tuple(p.shape)) for p in group["params"])
+        found.append(Group(members, ep > 1 and group["kind"].endswith("experts")))
+    return found
 
 
 def _matches(name: str, prefix: str) -> bool:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import time
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from cluster.errors import Fenced
 from cluster.progress import Progress
 from cluster.rundir import RunDir
 from pipeline.engine import StepResult
@@ -52,6 +57,8 @@ class StepLog:
         self._bar = Progress(steps - start, "train") if layout.rank == 0 else None
         self._steps_left = steps - start
         self._system = SystemSampler()
+        self._bad: dict[str, dict[str, Any]] = {}  # quarantined on any rank, by key
+        self._told = 0  # of this rank's own
         self._experts = ExpertWatch(rundir.read_metrics()[-WINDOW:] if start and layout.rank == 0 else ())
 
     @property
@@ -67,13 +74,24 @@ class StepLog:
         if self._bar is not None:
             self._bar.advance(1, f"loss {result.loss:.4f}  |g| {result.grad_norm:.2f}")
 
-    def write(self, step: int, samples: int, result: StepResult, more: Mapping[str, float]) -> None:
-        """One line for this step, and a new window. Collective (the slowest reader's waiting time counts)."""
+    def write(
+        self,
+        step: int,
+        samples: int,
+        result: StepResult,
+        more: Mapping[str, float],
+        quarantined: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """One line for this step, and a new window. Collective (the slowest reader's waiting time counts).
+
+        quarantined: this rank's unreadable samples, key → why. The first rank counts and names those of all ranks.
+        """
         now = time.monotonic()
         since, waited, seen = self._window
         window_s = max(now - since, 1e-9)
         waited = agree_max(waited, self.device)
         self._window = (now, 0.0, 0)
+        self._gather_quarantined(step, quarantined)
         if self.layout.rank != 0:
             return
         rate = seen / window_s
@@ -81,12 +99,34 @@ class StepLog:
             "step": step, "samples": samples, "loss": result.loss, **dict(sorted(result.metrics.items())), "lr": result.lr,
             "grad_norm": result.grad_norm, "samples_per_s": rate, "data_wait": waited / window_s,
             "time": time.time(), "gpu_hours": self.device_hours, "eta_s": self._steps_left * self.layout.batch / rate if rate else 0.0, **self._system.sample(), **more,
+            **({"data/quarantined": float(len(self._bad))} if self._bad else {}),
         }  # fmt: skip
         if self.peak:
             useful = self.flops_per_sample * result.metrics.get("work/share", 1.0)
             figures["mfu"] = rate * useful / (self.peak * self.layout.world)
         self._watch_experts(step, figures)
-        self.tracker.log(step, samples, self.rundir.append_metrics(figures))
+        with contextlib.suppress(Fenced):  # the lease remembers; all ranks end together, after the step
+            self.tracker.log(step, samples, self.rundir.append_metrics(figures))
+
+    def _gather_quarantined(self, step: int, own: Mapping[str, str]) -> None:
+        """All ranks, when one of them has more than before: `artifacts/quarantine.json` then names every sample, rank and reason."""
+        news = agree_max(float(len(own) - self._told), self.device)
+        if news <= 0:
+            return
+        self._told = len(own)
+        gathered: list[Any] = [dict(own)]
+        if self.layout.world > 1:
+            gathered = [None] * self.layout.world
+            dist.all_gather_object(gathered, dict(own))
+        for rank, found in enumerate(gathered):
+            for key, why in found.items():
+                self._bad.setdefault(key, {"why": why, "rank": rank, "step": step})
+        if self.layout.rank == 0:
+            with contextlib.suppress(Fenced):
+                self.rundir.write("artifacts/quarantine.json", json.dumps(self._bad, indent=1, sort_keys=True).encode())
+                self.tracker.tag(
+                    "alarm.quarantined", f"{len(self._bad)} samples by step {step}, named in quarantine.json"
+                )
 
     def _watch_experts(self, step: int, figures: dict[str, Any]) -> None:
         """First rank: one warning when experts die, a metric of how many are dead, and a tag that names them."""
@@ -107,7 +147,8 @@ class StepLog:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-            self.rundir.close()
+            with contextlib.suppress(Fenced):
+                self.rundir.close()
 
 
 def peak_flops(device: torch.device, precision: str) -> float:

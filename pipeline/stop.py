@@ -9,6 +9,9 @@ import signal
 from types import FrameType
 from typing import Any
 
+from cluster.lease import Lease
+
+FENCED = 1 << 10  # above every signal's number
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -23,8 +26,16 @@ class StopFlag:
     def _set(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
 
-    def agreed(self, device: Any) -> bool:
-        """Whether any rank has been told to stop; collective, once per step."""
+    def agreed(self, device: Any, lease: Lease | None = None) -> bool:
+        """Whether any rank has been told to stop; collective, once per step.
+
+        lease: the run directory's. Raises FencedTogether on every rank when one has noticed that a later start holds it.
+        """
+        from pipeline.health import FencedTogether
         from pipeline.parallel.processes import agree_max
 
-        return agree_max(float(self.signal), device) > 0
+        fenced = lease is not None and lease.is_lost
+        answer = agree_max(float(FENCED if fenced else self.signal), device)
+        if answer >= FENCED:
+            raise FencedTogether(lease.why() if lease is not None else "a later start of this run has taken over")
+        return answer > 0

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from cluster import logs, storage
+from cluster import logs
 from cluster.config import fingerprint, to_dict
-from cluster.errors import UsageError
+from cluster.errors import Fenced, UsageError
 from cluster.exit_codes import DONE, REQUEUE
 from cluster.ranks import Ranks
 from cluster.rundir import RunDir
@@ -65,7 +66,8 @@ def train(config: PretrainConfig, ranks: Ranks, resume_from: str, stop: StopFlag
         code = loop(run, stop)
     except BaseException as error:
         if not isinstance(error, UsageError):  # bad input leaves nothing behind
-            logs.record_failure(RunDir(config.run.dir).logs_url, ranks.rank, run.step if run else 0, error)
+            rundir = run.rundir if run else RunDir(config.run.dir)
+            logs.record_failure(rundir.logs_url, ranks.rank, run.step if run else 0, error, rundir.lease)
         if run is not None:
             close(run, "FAILED")
         raise
@@ -107,13 +109,17 @@ def loop(run: Run, stop: StopFlag) -> int:
         scores = probe(run) if probing else {}
         run.beat.at("log")
         if logging_step:
-            run.log.write(run.step, run.samples, result, {**run.reader.metrics(), **scores})
-        stopping = stop.agreed(run.device)
+            bad = run.reader.faults.quarantined
+            run.log.write(run.step, run.samples, result, {**run.reader.metrics(), **scores}, bad)
+        stopping = stop.agreed(run.device, run.rundir.lease)
         run.beat.at("save")
-        run.saver.check()
-        if stopping or due(run.step, config.checkpoint.every, last):
-            save(run)
-    run.saver.wait()
+        with suppress(Fenced):  # one rank's writer may notice first: all end together, after the next step
+            run.saver.check()
+            if stopping or due(run.step, config.checkpoint.every, last):
+                save(run)
+    with suppress(Fenced):
+        run.saver.wait()
+    stop.agreed(run.device, run.rundir.lease)
     if stopping and run.step < last:
         if run.ranks.is_first:
             log.warning("stopped by signal after step %d, checkpoint committed; the same command continues", run.step)
@@ -127,7 +133,7 @@ def build(config: PretrainConfig, ranks: Ranks, resume_from: str) -> Run:
     rundir = RunDir(config.run.dir)
     device = start(ranks, timeout_s=2 * config.train.stall_timeout_s)
     logs.start_logging(None, ranks.rank)
-    beat = Heartbeat(ranks, config.train.stall_timeout_s, rundir.logs_url)
+    beat = Heartbeat(ranks, config.train.stall_timeout_s, rundir)
 
     reader = Reader(
         config.data, config.model, seed=config.train.seed, rank=ranks.rank, world=ranks.world,
@@ -146,14 +152,16 @@ def build(config: PretrainConfig, ranks: Ranks, resume_from: str) -> Run:
     found = resume.continue_run(engine, urls, strict=resume_from != "auto", rank=ranks.rank)
     step, samples, device_hours = 0, 0, 0.0
     if found is not None:
-        resume.check_data(found, reader.manifest_sha256, config.checkpoint.allow_changed_data)
-        reader.load_state_dict(found.manifest["reader"])
+        changed = resume.check_data(found, reader.manifest_sha256, config.checkpoint.allow_changed_data)
+        reader.load_state_dict(found.manifest["reader"], changed_data=changed)
         step, samples, device_hours = found.step, found.samples, float(found.manifest["device_hours"])
 
-    logs.start_logging(rundir.logs_url, ranks.rank)  # from here on the run directory is written to
+    resume.take_over(
+        rundir, ranks
+    )  # from here on the run directory is written to, and an earlier start writes nothing more
+    logs.start_logging(rundir.logs_url, ranks.rank, lease=rundir.lease)
     tracker = None
     if ranks.is_first:
-        rundir.claim()  # and an earlier start of this run commits nothing more
         tracker = open_run(config, rundir, layout, reader, step)
         describe(found, config, layout)
 
@@ -222,11 +230,12 @@ def probe(run: Run) -> dict[str, float]:
     """Scores of the teacher's features; all ranks take part (experts may live on any of them)."""
     skysense, shardset = run.engine.teacher.module.skysense, probe_set(run.config)
     kept_in = run.rundir.url if run.ranks.is_first else None
-    figures = run_probes(skysense, run.config, shardset, run.device, kept_in, run.step)
+    figures = run_probes(skysense, run.config, shardset, run.device, kept_in, run.step, run.rundir.lease)
     if run.step == run.config.train.steps:
         picture = feature_sheet(skysense, run.config, shardset, run.device)
         if run.ranks.is_first:
-            storage.write_atomic(storage.join(run.rundir.url, "artifacts", "features.png"), picture)
+            with suppress(Fenced):
+                run.rundir.write("artifacts/features.png", picture)
     return figures
 
 

@@ -16,4 +16,8 @@ __all__ = ["s3_server", "s3_url"]
 
 # derandomized: a property that fails in CI fails on a laptop with the same example
 settings.register_profile("geoloom", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-settings.load_profile("geoloom")
+# `make properties`: other examples each time, and more of them
+settings.register_profile(
+    "random", deadline=None, max_examples=400, suppress_health_check=list(HealthCheck), print_blob=True
+)
+settings.load_profile(os.environ.get("GEOLOOM_PROPERTIES", "geoloom"))

@@ -3,6 +3,7 @@
 examples:
   python -m cluster plan pipeline/runs/skysense_v2.yaml --nodes 16 --gpus-per-node 8 --hardware h20
   python -m cluster plan pipeline/runs/tiny.yaml parallel.ep=4 --nodes 1 --gpus-per-node 8 --price-per-gpu-hour 2.5
+  python -m cluster plan pipeline/runs/tiny.yaml parallel.ep=8 train.batch=1024 train.micro_batch=1 --nodes 128 --gpus-per-node 8 --verify 0,513,1023
   python -m cluster plan pipeline/runs/demo.yaml --nodes 1 --gpus-per-node 0 --tasks-per-node 2
 
 Memory (CPU formulas) and communication volumes are checked against measured ones by the integration tests. Not validated
@@ -12,6 +13,7 @@ here: step times, what accelerators' fused kernels save, the reserve for allocat
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 from cluster.cli import print_json
@@ -21,7 +23,7 @@ from cluster.plan.compute import anchor, step_flops, step_seconds
 from cluster.plan.facts import Hardware, Layout, configured_layout, hardware, model_facts
 from cluster.plan.memory import memory_bytes
 from cluster.plan.recommend import FILL, as_overrides, recommend
-from cluster.slurm.resolve import resolve
+from cluster.slurm.resolve import resolve, run_layout
 
 CHECKED = ["memory on CPU ranks, ZeRO 0-2: within 10 %", "collective bytes, ZeRO 0-2: within 5 %"]
 NOT_CHECKED = ["step time and GPU-hours", "what accelerators' fused attention keeps", "reserve", "ZeRO-3", "offload"]
@@ -37,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hardware", default=None, help="profile of cluster/plan/hardware.yaml (default h100; cpu without GPUs)"
     )
+    parser.add_argument(
+        "--verify", nargs="?", const="", default=None, metavar="RANK,…",
+        help="also build these ranks of the job here, under a fake process group, and compare them with the plan",
+    )  # fmt: skip
     parser.add_argument("--price-per-gpu-hour", type=float, default=None, help="any currency; adds the cost of the run")
     parser.add_argument("--json", action="store_true")
 
@@ -63,9 +69,16 @@ def main(args: argparse.Namespace) -> int:
         figures["cost"] = args.price_per_gpu_hour * figures["gpu_hours"]
     for line in describe(figures, layout, device):
         print(line)
+    code = 0
+    if args.verify is not None:
+        ranks = ["--ranks", args.verify] if args.verify else []
+        world = ["--world", str(layout.world), "--per-node", str(per_node), *ranks]
+        code, lines = run_layout(args.config, args.overrides, world)
+        print("\n".join(["", "built here (python -m pipeline layout)", *lines[:-1]]))
+        figures["verified"] = json.loads(lines[-1])
     if args.json:
         print_json(figures)
-    return 0
+    return code
 
 
 def figures_of(answer: dict[str, Any], layout: Layout, device: Hardware) -> dict[str, Any]:

@@ -7,14 +7,23 @@ example:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
+import re
+import shlex
 
 from cluster import logs, storage
-from cluster.exit_codes import REQUEUE
+from cluster.cli import private_files
+from cluster.errors import RunFailure
+from cluster.exit_codes import FAILED, FENCED, REQUEUE
+from cluster.lease import overtaken
 from cluster.rundir import RunDir
-from cluster.slurm.commands import call, job_fields
-from cluster.slurm.requeue import Attempt, decide, is_ended_by_slurm, read_attempts, record_attempt
+from cluster.slurm.commands import call_patiently, job_fields
+from cluster.slurm.requeue import Attempt, Decision, decide, is_ended_by_slurm, read_attempts, record_attempt
+
+PATIENCE_S = float(os.environ.get("GEOLOOM_SLURM_PATIENCE_S", "1800"))
+"""How long a controller that is away is waited for before a start that should go back into the queue is given up."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,16 +34,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    private_files()
     record = json.loads(storage.read_bytes(storage.join(args.job_dir, "job.json")))
     run = RunDir(record["run_dir"])
     job = os.environ.get("SLURM_JOB_ID", "")
-    attempt = read_attempt(run, args.job_dir, job, args.code, args.asked_to_stop)
-    fields = job_fields(job) if job else {}
-    ended = is_ended_by_slurm(fields)
-    decision = decide(attempt, read_attempts(args.job_dir), ended, record.get("max_requeues"))
-    record_attempt(args.job_dir, attempt, decision)
+    attempt, earlier = read_attempt(run, args.job_dir, job, args.code, args.asked_to_stop), read_attempts(args.job_dir)
+    record_attempt(args.job_dir, attempt, None)  # before the controller is asked: it may be away
+    decision = decide(
+        attempt,
+        earlier,
+        is_ended_by_slurm(ask(job)),
+        record.get("max_requeues"),
+        total_steps(run),
+        fenced_by(run, attempt),
+    )
+    record_attempt(args.job_dir, attempt, decision, again=True)
     print(f"{decision.action}: {decision.why}", flush=True)
-    _upload_logs(record, run)
+    if attempt.code != FENCED:
+        _upload_logs(record, run)
     if decision.action == "done":
         return 0
     if decision.action in ("stop", "leave"):
@@ -42,8 +59,45 @@ def main(args: argparse.Namespace) -> int:
     if args.chained:
         print("the next job of the chain continues", flush=True)
     else:
-        call(["scontrol", "requeue", job])
+        try:
+            call_patiently(["scontrol", "requeue", job], PATIENCE_S, say)
+        except RunFailure as failure:
+            again = f"sbatch {shlex.quote(os.path.join(args.job_dir, 'job.sbatch'))}"
+            lost = Decision("leave", f"should go back into the queue, but {failure}; by hand: {again}")
+            record_attempt(args.job_dir, dataclasses.replace(attempt, code=attempt.code or FAILED), lost, again=True)
+            raise RunFailure(lost.why) from None
     return REQUEUE
+
+
+def ask(job: str) -> dict[str, str]:
+    """What SLURM says of this job; nothing if it does not answer for PATIENCE_S (then it is not SLURM that ends the job)."""
+    if not job:
+        return {}
+    try:
+        return job_fields(job, PATIENCE_S)
+    except RunFailure as failure:
+        say(str(failure))
+        return {}
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def fenced_by(run: RunDir, attempt: Attempt) -> str | None:
+    """Who took the run directory over from this start, in words; None if nobody did, or nobody can say."""
+    try:
+        other = overtaken(run.url, attempt.job, attempt.restart)
+    except (OSError, RunFailure) as problem:
+        say(f"who holds {run.url} cannot be read: {problem}")
+        return None
+    return f"job {other.get('job') or '-'} (process {other.get('pid')} on {other.get('host')})" if other else None
+
+
+def total_steps(run: RunDir) -> int | None:
+    """Length of the run in steps, if it is written down."""
+    steps = ((run.read_resolved() or {}).get("config", {}).get("train") or {}).get("steps")
+    return steps if isinstance(steps, int) else None
 
 
 def read_attempt(run: RunDir, job_dir: str, job: str, code: int, asked_to_stop: bool) -> Attempt:
@@ -62,7 +116,17 @@ def read_attempt(run: RunDir, job_dir: str, job: str, code: int, asked_to_stop: 
     error = failures[0].get("error", "") if failures else _describe(code)
     if failures and code > 128:  # who was killed recorded nothing; what the others saw is its echo
         error = f"{_describe(code)}; rank {failures[0].get('rank')} then saw: {error}"
-    return Attempt(job, restart, code, step or 0, error, (marked and code == 0) or signalled, asked_to_stop)
+    checkpointed = (marked and code == 0) or signalled
+    return Attempt(job, restart, code, step or 0, error, checkpointed, asked_to_stop, newest_checkpoint(run))
+
+
+def newest_checkpoint(run: RunDir) -> int | None:
+    """Step of the checkpoint that LATEST names; None without one."""
+    try:
+        found = re.search(rb"(\d+)\s*$", storage.read_bytes(storage.join(run.checkpoints_url, "LATEST")))
+    except FileNotFoundError:
+        return None
+    return int(found[1]) if found else None
 
 
 def _describe(code: int) -> str:

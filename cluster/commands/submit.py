@@ -15,10 +15,13 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from cluster.cli import print_json
+from cluster.cli import print_json, private_files
+from cluster.config import flatten
 from cluster.errors import UsageError
+from cluster.secrets import MASK, redact
 from cluster.slurm import script, submit
 from cluster.slurm.resolve import resolve
 
@@ -52,7 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chain", type=int, default=1, help="jobs that follow one another, where requeueing is not allowed"
     )
     parser.add_argument("--max-requeues", type=int, help="stop after so many (default: as long as there is progress)")
+    parser.add_argument(
+        "--follow",
+        action="store_true",
+        help="a job works on this run already: start when it has ended (default: refuse)",
+    )
     parser.add_argument("--python", default=sys.executable, help="interpreter on the nodes (default: this one)")
+    parser.add_argument(
+        "--container-python", metavar="PYTHON",
+        help="interpreter of the ranks inside the container (default with --container: python3)",
+    )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the script, write and send nothing")
     parser.add_argument("--json", action="store_true")
     parser.epilog = "also taken, as sbatch takes them: " + " ".join(f"--{name}" for name in PASS_THROUGH)
@@ -64,6 +76,8 @@ def main(args: argparse.Namespace) -> int:
         for name, text in submit.preview(submission).items():
             print(f"# ---- {name}\n{text}", end="")
         return 0
+    if args.kind == "train":
+        private_files()
     sent = submit.submit(submission)
     if args.json:
         print_json(sent)
@@ -81,6 +95,7 @@ def plan_submission(args: argparse.Namespace) -> submit.Submission:
     world = ["--processes", str(args.nodes * tasks_per_node)] if args.kind == "train" else []
     answer = resolve(args.kind, args.config, args.overrides, world)
     resolved = answer["resolved"]
+    refuse_secrets(resolved)
     target = resolved["run"]["dir"] if args.kind == "train" else resolved["output"]["url"]
     target = submit.absolute_url(target)
     named = (resolved["run"].get("name") if args.kind == "train" else None) or target.rstrip("/").rsplit("/", 1)[-1]
@@ -89,7 +104,8 @@ def plan_submission(args: argparse.Namespace) -> submit.Submission:
     }
     job = script.Job(
         name=script.job_name(args.job_name or f"geoloom-{args.kind}-{named}"), command=_as_typed(sys.argv),
-        job_dir="", logs_dir="", work_dir=os.getcwd(), python=args.python, nodes=args.nodes,
+        job_dir="", logs_dir="", work_dir=os.getcwd(), python=args.python,
+        rank_python=args.container_python or ("python3" if args.container else None), nodes=args.nodes,
         tasks_per_node=tasks_per_node, gpus_per_node=args.gpus_per_node, cpus_per_task=args.cpus_per_task,
         signal_s=args.signal_s, options=options | key_values("--sbatch", args.sbatch),
         srun_options=({"container": args.container} if args.container else {}) | key_values("--srun", args.srun),
@@ -97,8 +113,21 @@ def plan_submission(args: argparse.Namespace) -> submit.Submission:
     tasks = args.tasks if args.tasks is not None else args.nodes
     _at_least_one("tasks", tasks)
     return submit.Submission(
-        args.kind, job, target, resolved, answer["fingerprint"], args.chain, tasks, args.max_requeues, args.dependency
+        args.kind, job, target, resolved, answer["fingerprint"], args.chain, tasks, args.max_requeues, args.dependency,
+        args.follow,
     )  # fmt: skip
+
+
+def refuse_secrets(resolved: Mapping[str, Any]) -> None:
+    """A job reads its settings from files, which hold no secrets: those reach it by the environment, which sbatch hands on."""
+    for key, value in flatten(resolved).items():
+        if isinstance(value, str) and MASK in value:
+            fix = (
+                "export GEOLOOM_TRACKING_URI=… and set tracking.uri=env"
+                if key == "tracking.uri"
+                else "use the environment"
+            )
+            raise UsageError(f"{key} holds a password, which would stand in the job's files; {fix}")
 
 
 def key_values(flag: str, texts: Sequence[str]) -> dict[str, str | None]:
@@ -134,4 +163,4 @@ def _at_least_one(name: str, value: int) -> None:
 
 def _as_typed(argv: Sequence[str]) -> str:
     """The command for the script's first comment line."""
-    return "python -m cluster submit " + " ".join(shlex.quote(word) for word in argv[2:])
+    return "python -m cluster submit " + " ".join(shlex.quote(str(redact(word))) for word in argv[2:])

@@ -16,7 +16,8 @@ FILL = 0.92
 def layouts(model: Model, base: Layout) -> Iterator[Layout]:
     """All supported layouts on `base`'s ranks and batch (the trainer's matrix: ARCHITECTURE.md)."""
     per_rank = base.samples_per_rank
-    degrees = [ep for ep in range(1, model.experts + 1) if model.experts % ep == 0 and base.world % ep == 0] or [1]
+    room = base.world if base.per_node == 1 else base.per_node  # the trainer keeps the all-to-all inside a node
+    degrees = [ep for ep in range(1, model.experts + 1) if model.experts % ep == 0 and room % ep == 0] or [1]
     for stage in (1, 2, 3) if base.precision == "bf16" else (0, 1, 2, 3):
         for ep in degrees if stage < 3 else [1]:
             for micro in [m for m in range(per_rank, 0, -1) if per_rank % m == 0]:

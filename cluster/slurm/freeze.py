@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import RunFailure
+from cluster.secrets import redacted
 
 CODE = Path(__file__).resolve().parents[2]
 """Root of the code that is running: the folder that holds cluster/, data_prep/, model/, pipeline/."""
+
+REVISION_FILE = "revision.json"
+"""In a frozen copy: what `git` would say of it."""
 
 BOXES = ("cluster", "data_prep", "model", "pipeline")
 
@@ -45,7 +49,8 @@ def next_folder(jobs_dir: str) -> str:
 def freeze_code(folder: Path) -> dict[str, Any]:
     """Copies the boxes' files into `folder/code`; `folder/code.diff` holds what differs from the revision in the result.
 
-    Files that git ignores stay behind. Returns {"revision", "dirty"}; revision None without git.
+    Files that git ignores stay behind. Returns {"revision", "dirty", "untracked"}, which also stands in `folder/code/REVISION_FILE`
+    for the job to tell; revision None without git.
     """
     inside = _git("rev-parse", "--show-prefix")
     is_checkout = inside is not None and inside.strip() == ""
@@ -58,9 +63,11 @@ def freeze_code(folder: Path) -> dict[str, Any]:
             shutil.copyfile(source, target)
     revision = (_git("rev-parse", "HEAD") or "").strip() if is_checkout else ""
     diff = (_git("diff", "--no-color", "HEAD") or "") if revision else ""
-    (folder / "code.diff").write_text(diff)
+    (folder / "code.diff").write_text(redacted(diff))
     untracked = (_git("ls-files", "-oz", "--exclude-standard", "--", *BOXES) or "") if is_checkout else ""
-    return {"revision": revision or None, "dirty": bool(diff), "untracked": [n for n in untracked.split("\0") if n]}
+    told = {"revision": revision or None, "dirty": bool(diff), "untracked": [n for n in untracked.split("\0") if n]}
+    (folder / "code" / REVISION_FILE).write_text(json.dumps(told, indent=1) + "\n")
+    return told
 
 
 def write_config(folder: Path, resolved: dict[str, Any], digest: str) -> None:

@@ -12,15 +12,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from cluster import storage
-from cluster.exit_codes import DONE, USAGE
+from cluster.exit_codes import DONE, FENCED, USAGE
 
 NO_PROGRESS_LIMIT = 10
-"""Starts in a row that were asked to stop before a single new step: a time limit too short for start-up looks like this."""
+"""Starts in a row that came no further than the one before them: a time limit too short for start-up looks like this."""
+
+LOOP, LOOP_SHARE, LOOP_STEPS = 20, 0.01, 20
+"""So many failures in a row with the same error are a loop, if all of them together came less far than LOOP_SHARE of the run
+(LOOP_STEPS steps, where its length is not known)."""
+
+
+UNDECIDED = "undecided"
 
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """How one start of a run ended. code: srun's; step: last step logged; error: the first failing rank's, or the code's."""
+    """How one start of a run ended. code: srun's; step: last step logged; error: the first failing rank's, or the code's;
+    saved: step of the newest checkpoint then (None: not known)."""
 
     job: str
     restart: int
@@ -29,6 +37,12 @@ class Attempt:
     error: str
     checkpointed: bool
     asked_to_stop: bool = False
+    saved: int | None = None
+
+    @property
+    def reached(self) -> int:
+        """How far the run has come for good: what a further start does not have to do again."""
+        return self.step if self.saved is None else self.saved
 
     @property
     def failed(self) -> bool:
@@ -44,9 +58,22 @@ class Decision:
 
 
 def decide(
-    attempt: Attempt, earlier: Sequence[Attempt], ended_by_slurm: bool = False, max_requeues: int | None = None
+    attempt: Attempt,
+    earlier: Sequence[Attempt],
+    ended_by_slurm: bool = False,
+    max_requeues: int | None = None,
+    total_steps: int | None = None,
+    fenced_by: str | None = None,
 ) -> Decision:
-    """What to do after `attempt`, given the attempts before it (oldest first)."""
+    """What to do after `attempt`, given the attempts before it (oldest first).
+
+    A failure is forgotten as soon as the run has come further: only starts since then are compared with it. total_steps: length
+    of the run. fenced_by: who has taken the run directory over, if anybody has.
+    """
+    if attempt.code == FENCED or fenced_by:
+        return Decision(
+            "stop", f"{fenced_by or 'another start'} has taken over this run's directory; it goes on there, not here"
+        )
     if attempt.code == DONE and not attempt.checkpointed:
         return Decision("done", f"finished at step {attempt.step}")
     if attempt.code == USAGE:
@@ -57,15 +84,38 @@ def decide(
         )
     if max_requeues is not None and len(earlier) >= max_requeues:
         return Decision("stop", f"the limit of {max_requeues} requeues is reached")
-    if not attempt.failed:
-        recent = [other.step for other in earlier[-NO_PROGRESS_LIMIT + 1 :]]
-        if len(recent) == NO_PROGRESS_LIMIT - 1 and set(recent) == {attempt.step}:
-            return Decision("stop", f"{NO_PROGRESS_LIMIT} starts in a row came no further than step {attempt.step}; "
-                                    "the time limit may be too short to start up")  # fmt: skip
-        return Decision("requeue", f"checkpointed after a signal at step {attempt.step}")
-    if any(same_failure(attempt, other) for other in earlier):
+    recent = since_progress(attempt, earlier)
+    if attempt.failed and any(same_failure(attempt, other) for other in recent):
         return Decision("stop", f"failed twice at step {attempt.step} with the same error: {attempt.error}")
+    if len(recent) >= NO_PROGRESS_LIMIT - 1:
+        hint = attempt.error if attempt.failed else "the time limit may be too short to start up"
+        return Decision(
+            "stop", f"{NO_PROGRESS_LIMIT} starts in a row came no further than step {attempt.reached}; {hint}"
+        )
+    if not attempt.failed:
+        return Decision("requeue", f"checkpointed after a signal at step {attempt.step}")
+    advance = loop_advance(attempt, earlier)
+    if advance is not None and advance < (LOOP_SHARE * total_steps if total_steps else LOOP_STEPS):
+        return Decision(
+            "stop", f"{LOOP} failures in a row with the same error, and {advance} steps between them: {attempt.error}"
+        )
     return Decision("requeue", f"failed at step {attempt.step} for the first time like this: {attempt.error}")
+
+
+def since_progress(attempt: Attempt, earlier: Sequence[Attempt]) -> Sequence[Attempt]:
+    """The earlier attempts from the one on that first came as far as any did; none if `attempt` came further."""
+    best = max((other.reached for other in earlier), default=-1)
+    if attempt.reached > best:
+        return ()
+    return earlier[next(i for i, other in enumerate(earlier) if other.reached == best) :]
+
+
+def loop_advance(attempt: Attempt, earlier: Sequence[Attempt]) -> int | None:
+    """Steps that the last LOOP starts came forward together, if all of them failed with the same error; else None."""
+    last = [*earlier[-LOOP + 1 :], attempt]
+    if len(last) < LOOP or any(not one.failed or signature(one.error) != signature(attempt.error) for one in last):
+        return None
+    return attempt.reached - last[0].reached
 
 
 def is_ended_by_slurm(fields: Mapping[str, str]) -> bool:
@@ -98,12 +148,22 @@ def read_attempts(job_dir: str) -> list[Attempt]:
     return [Attempt(**{key: value for key, value in record.items() if key in names}) for record in records]
 
 
-def record_attempt(job_dir: str, attempt: Attempt, decision: Decision) -> None:
-    """Adds to `attempts.json`; `stopped` or `finished` tell later links of a chain that nothing is left to do."""
+def record_attempt(job_dir: str, attempt: Attempt, decision: Decision | None, again: bool = False) -> None:
+    """Adds to `attempts.json` (again: replaces the last one), decision None meaning that it is still open; `stopped` or `finished`
+    tell later links of a chain that nothing is left to do."""
     url = storage.join(job_dir, "attempts.json")
     records = json.loads(storage.read_bytes(url)) if storage.exists(url) else []
-    records.append({**dataclasses.asdict(attempt), **dataclasses.asdict(decision)})
+    if again:
+        records.pop()
+    told = (
+        dataclasses.asdict(decision)
+        if decision
+        else {"action": UNDECIDED, "why": "the SLURM controller is being asked"}
+    )
+    records.append({**dataclasses.asdict(attempt), **told})
     storage.write_atomic(url, json.dumps(records, indent=1).encode())
+    if decision is None:
+        return
     storage.remove(storage.join(job_dir, "cut_off"))  # this start came to an orderly end: the script counts anew
     final = {"stop": "stopped", "done": "finished"}.get(decision.action)
     if final:

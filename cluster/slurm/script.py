@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from cluster.errors import UsageError
 from cluster.exit_codes import REQUEUE
+from cluster.ranks import FIRST_PORT, NUM_PORTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Job:
     job_dir: folder of this submission on a file system that all nodes see (script, frozen code, config, attempts);
     logs_dir: where rank logs go; work_dir: where relative paths of the config start; options: sbatch long options
     (None: a flag without value); srun_options: the same for srun; signal_s: how long before the end of the allocation the
-    ranks are told to write a checkpoint.
+    ranks are told to write a checkpoint; python: interpreter of the node, which runs what is outside a container; rank_python:
+    that of the ranks inside one (None: the same).
     """
 
     name: str
@@ -31,6 +33,7 @@ class Job:
     logs_dir: str
     work_dir: str
     python: str
+    rank_python: str | None = None
     nodes: int = 1
     tasks_per_node: int = 1
     gpus_per_node: int = 0
@@ -48,7 +51,8 @@ def train_script(job: Job) -> str:
         "signal": f"B:USR1@{job.signal_s}", **_resources(job),
     }  # fmt: skip
     head = _head(job, settings, {"CHAINED": "1" if job.chained else ""})
-    return head + TRAIN_BODY.replace("@REQUEUE@", str(REQUEUE)).replace("@SRUN@", _srun(job))
+    values = {"REQUEUE": str(REQUEUE), "SRUN": _srun(job), "FIRST_PORT": str(FIRST_PORT), "NUM_PORTS": str(NUM_PORTS)}
+    return head + re.sub(r"@([A-Z_]+)@", lambda match: values[match[1]], TRAIN_BODY)
 
 
 def build_script(job: Job, tasks: int) -> str:
@@ -125,7 +129,8 @@ def _head(job: Job, settings: Mapping[str, str | None], variables: Mapping[str, 
     lines = [option(key, value) for key, value in {"job-name": job.name, "output": "/dev/null", **settings}.items()]
     lines += [option(key, value) for key, value in job.options.items()]
     values = {
-        "JOB_DIR": job.job_dir, "LOGS": job.logs_dir, "WORK_DIR": job.work_dir, "PYTHON": job.python, **variables
+        "JOB_DIR": job.job_dir, "LOGS": job.logs_dir, "WORK_DIR": job.work_dir, "PYTHON": job.python,
+        "RANK_PYTHON": job.rank_python or job.python, **variables
     }  # fmt: skip
     assignments = [f"{key}={quote(value)}" for key, value in values.items()]
     comment = "".join(c if c.isprintable() else "?" for c in job.command)
@@ -151,13 +156,14 @@ COMMON_BODY = """
 set -u
 mkdir -p -- "$LOGS" && exec >>"$LOGS/$LOG_NAME" 2>&1
 cd -- "$WORK_DIR" || exit 1
-export PYTHONPATH="$JOB_DIR/code" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1   # the frozen code, not the checkout's
+export PYTHONPATH="$JOB_DIR/code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1   # the frozen code, not the checkout's
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 echo "--- $(date -Is) job ${SLURM_JOB_ID}, start ${SLURM_RESTART_COUNT:-0}, on ${SLURM_JOB_NODELIST}"
 """
 
 TRAIN_BODY = (
     r"""LOG_NAME=batch.log
+umask "${GEOLOOM_UMASK:-077}"
 
 # Preemption, time limit (USR1, ahead of the end) and SIGTERM: tell the ranks, then go on waiting for them.
 asked_to_stop= signalled= srun_pid=
@@ -185,8 +191,8 @@ rm -f -- "$JOB_DIR/checkpointed"
 
 # Where the ranks meet.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-export MASTER_ADDR MASTER_PORT JOB_DIR LOGS PYTHON
+MASTER_PORT=$((@FIRST_PORT@ + SLURM_JOB_ID % @NUM_PORTS@))   # below the ports that Linux hands out to connections
+export MASTER_ADDR MASTER_PORT JOB_DIR LOGS RANK_PYTHON
 
 # What each task does. srun signals its whole process group, so the shell ignores what is meant for the trainer.
 # "Checkpointed, requeue me" must not look like a crash to --kill-on-bad-exit, which would end ranks that still close files.
@@ -196,7 +202,7 @@ run_rank() {
     export GEOLOOM_RANK_LOG
     exec >>"$GEOLOOM_RANK_LOG" 2>&1
     echo "--- job $SLURM_JOB_ID start ${SLURM_RESTART_COUNT:-0} rank $SLURM_PROCID on $(uname -n)"
-    "$PYTHON" -m pipeline train "$JOB_DIR/config.json" --resume auto
+    "$RANK_PYTHON" -m pipeline train "$JOB_DIR/config.json" --resume auto
     code=$?
     case $code in
         @REQUEUE@ | 138 | 143) : >"$JOB_DIR/checkpointed"; exit 0 ;;   # 138, 143: the signal came before the trainer was up
@@ -242,7 +248,7 @@ stop() {
 trap 'stop USR1' USR1
 trap 'stop TERM' TERM
 
-srun --export=ALL --ntasks=1@SRUN@ "$PYTHON" -m data_prep build "$JOB_DIR/config.json" --task "$SLURM_ARRAY_TASK_ID" --tasks "$TASKS" &
+srun --export=ALL --ntasks=1@SRUN@ "$RANK_PYTHON" -m data_prep build "$JOB_DIR/config.json" --task "$SLURM_ARRAY_TASK_ID" --tasks "$TASKS" &
 srun_pid=$!
 wait "$srun_pid"
 exit $?
@@ -254,7 +260,7 @@ MERGE_BODY = (
 """
     + COMMON_BODY
     + r"""
-srun --export=ALL --ntasks=1@SRUN@ "$PYTHON" -m data_prep merge "$JOB_DIR/config.json"
+srun --export=ALL --ntasks=1@SRUN@ "$RANK_PYTHON" -m data_prep merge "$JOB_DIR/config.json"
 exit $?
 """
 )

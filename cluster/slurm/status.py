@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -10,7 +12,10 @@ from typing import Any
 from cluster import logs, storage
 from cluster.errors import RunFailure, UsageError
 from cluster.rundir import RunDir
-from cluster.slurm.commands import call, job_fields
+from cluster.slurm.commands import call, job_fields, job_records
+from cluster.slurm.submit import jobs_dir
+
+FAILED_STATES = ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "CANCELLED", "BOOT_FAIL", "DEADLINE")
 
 
 def find_record(job_or_folder: str) -> tuple[str, dict[str, Any]]:
@@ -19,17 +24,23 @@ def find_record(job_or_folder: str) -> tuple[str, dict[str, Any]]:
     Raises:
         UsageError: nothing of ours is known under that name.
     """
+    kept_here = [] if storage.is_local(job_or_folder) else _latest(jobs_dir(job_or_folder, "train"))
     for folder in (
         job_or_folder,
         *_latest(storage.join(job_or_folder, "jobs")),
         *_latest(f"{job_or_folder.rstrip('/')}.jobs"),
+        *kept_here,
     ):
         record = _read(storage.join(folder, "job.json"))
         if record:
             return folder, record
     if not job_or_folder.split("_")[0].isdigit():
+        found = _of_run(job_or_folder)
+        if found:
+            return found
+    if not job_or_folder.split("_")[0].isdigit():
         raise UsageError(
-            f"{job_or_folder} is neither a job number nor a folder with a submission in it (jobs/NNN/job.json)"
+            f"{job_or_folder} is neither a job number, nor a run directory, nor a folder with a submission (jobs/NNN/job.json)"
         )
     fields = job_fields(job_or_folder)
     if not fields:
@@ -57,7 +68,7 @@ def report(folder: str, record: Mapping[str, Any]) -> dict[str, Any]:
     queue = [_queue_row(job) for job in record.get("jobs", [])]
     return {
         "kind": record["kind"], "run_dir": record["run_dir"], "job_dir": folder, "code": record["code"].get("revision"),
-        "jobs": queue, "starts": len(attempts) + any(row["state"] == "RUNNING" for row in queue),
+        "jobs": queue, "starts": len(attempts) + any(row["state"] == "RUNNING" or row.get("tasks", {}).get("RUNNING") for row in queue),
         "last_decision": f"{attempts[-1]['action']}: {attempts[-1]['why']}" if attempts else None,
         **(_run_view(run) if record["kind"] == "train" else _build_view(record["run_dir"])),
         "failure": _failure(run, record, attempts),
@@ -90,18 +101,58 @@ def _latest_checkpoint(run: RunDir, names: list[str]) -> str | None:
     return next((name for name in names if name in text), text)
 
 
+def _of_run(url: str) -> tuple[str, dict[str, Any]] | None:
+    """Of a run directory whose submission lies elsewhere (submitted from another folder) or that has none: what it says itself."""
+    run = RunDir(url)
+    if run.read_resolved() is None:
+        return None
+    job = (run.read_writer() or {}).get("job")
+    with contextlib.suppress(RunFailure):
+        folder = os.path.dirname(job_fields(job).get("Command", "")) if job else ""
+        record = _read(storage.join(folder, "job.json")) if folder else None
+        if record:
+            return folder, record
+    return url, {"kind": "train", "run_dir": url, "logs_dir": run.logs_url, "jobs": [job] if job else [], "code": {}}
+
+
 def _queue_row(job: str) -> dict[str, Any]:
     try:
-        fields = job_fields(job)
+        records = job_records(job)
     except RunFailure as failure:
         return {"job": job, "state": "UNKNOWN", "reason": str(failure), "nodes": None, "restarts": None}
-    if not fields:
+    if not records:
         return {"job": job, "state": "GONE", "reason": "no longer in the queue", "nodes": None, "restarts": None}
+    if len(records) > 1 or "ArrayTaskId" in records[0]:
+        return _array_row(job, records)
+    fields = records[0]
     reason = fields.get("Reason")
     return {
         "job": job, "state": fields.get("JobState"), "reason": None if reason in ("None", None) else reason,
         "nodes": fields.get("NodeList") or None, "restarts": int(fields.get("Restarts", "0")),
     }  # fmt: skip
+
+
+def _array_row(job: str, records: list[dict[str, str]]) -> dict[str, Any]:
+    """An array as one row: how many tasks are in which state, and which have failed."""
+    states: collections.Counter[str] = collections.Counter()
+    for fields in records:
+        states[fields.get("JobState", "")] += _num_tasks(fields.get("ArrayTaskId", ""))
+    bad = [f["ArrayTaskId"] for f in records if f.get("JobState") in FAILED_STATES and "ArrayTaskId" in f]
+    nodes = sorted({f.get("NodeList", "") for f in records if f.get("JobState") == "RUNNING"} - {"", "(null)"})
+    return {
+        "job": job, "state": ", ".join(f"{count} {state}" for state, count in sorted(states.items())),
+        "reason": f"tasks {', '.join(bad)} failed" if bad else None, "nodes": ",".join(nodes) or None,
+        "restarts": sum(int(f.get("Restarts", "0")) for f in records), "tasks": dict(states),
+    }  # fmt: skip
+
+
+def _num_tasks(tasks: str) -> int:
+    """Of SLURM's notation for waiting tasks: `3`, `4-9`, `4,6-9%2` (at most 2 at a time)."""
+    count = 0
+    for part in tasks.partition("%")[0].split(","):
+        first, _, last = part.partition("-")
+        count += int(last) - int(first) + 1 if first.isdigit() and last.isdigit() else 1
+    return count
 
 
 def _failure(run: RunDir, record: Mapping[str, Any], attempts: list[dict[str, Any]]) -> dict[str, Any] | None:

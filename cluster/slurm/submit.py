@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
+import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from cluster import storage
 from cluster.errors import RunFailure, UsageError
+from cluster.rundir import RunDir
 from cluster.slurm import freeze, script
-from cluster.slurm.commands import call
+from cluster.slurm.commands import call, job_records
+
+ALIVE = {
+    "PENDING",
+    "RUNNING",
+    "SUSPENDED",
+    "CONFIGURING",
+    "COMPLETING",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "STOPPED",
+    "SIGNALING",
+}
+"""States of a job that may still write, or start."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Submission:
     """One `cluster submit`. job: how each job looks (its folders are filled in here); run_dir: URL of the run or shards;
-    chain: how many jobs follow one another; tasks: array size of a build; dependency: sbatch's own notation."""
+    chain: how many jobs follow one another; tasks: array size of a build; dependency: sbatch's own notation; follow: start when
+    the jobs that work on run_dir have ended, instead of refusing."""
 
     kind: Literal["train", "build"]
     job: script.Job
@@ -30,6 +50,7 @@ class Submission:
     tasks: int = 1
     max_requeues: int | None = None
     dependency: str | None = None
+    follow: bool = False
 
 
 def jobs_dir(run_dir: str, kind: str) -> str:
@@ -50,10 +71,16 @@ def submit(submission: Submission) -> dict[str, Any]:
     """Writes the job folder, sends it to SLURM and returns {"jobs": [id, …], "job_dir", "run_dir"}.
 
     Raises:
+        UsageError: jobs of an earlier submission are working on the run directory, or will: two would throw each other out.
         RunFailure: SLURM refuses or cannot be reached; then no job is left in the queue and no folder on disk.
     """
     parent = jobs_dir(submission.run_dir, submission.kind)
     new_parents = _missing_parents(parent)
+    with _one_at_a_time(parent):
+        return _submit(_after_owners(submission, parent), parent, new_parents)
+
+
+def _submit(submission: Submission, parent: str, new_parents: list[str]) -> dict[str, Any]:
     folder = freeze.new_folder(parent)
     sent: list[str] = []
     try:
@@ -73,11 +100,65 @@ def submit(submission: Submission) -> dict[str, Any]:
         for job in sent:
             _cancel(job)
         shutil.rmtree(folder, ignore_errors=True)
-        for path in new_parents:
-            if os.path.isdir(path) and not os.listdir(path):
-                os.rmdir(path)
+        _remove_empty(new_parents)
         raise
     return {"jobs": sent, "job_dir": str(folder), "run_dir": submission.run_dir}
+
+
+def owners(run_dir: str, parent: str) -> list[tuple[str, str]]:
+    """(job, state) of the jobs in the queue that work on a run directory or will: those of earlier submissions, and the one
+    that wrote to it last."""
+    jobs = [job for folder in storage.list_names(parent) for job in _record(parent, folder).get("jobs", ())]
+    with contextlib.suppress(OSError, RunFailure):  # an object store may be out of a login node's reach
+        writer = (RunDir(run_dir).read_writer() or {}).get("job")
+        jobs += [writer] if writer else []
+    found = []
+    for job in dict.fromkeys(jobs):
+        try:
+            states = {fields.get("JobState", "") for fields in job_records(job)} & ALIVE
+        except RunFailure:  # sbatch, right after, says better what is wrong with SLURM
+            continue
+        if states:
+            found.append((job, ", ".join(sorted(states))))
+    return found
+
+
+def _after_owners(submission: Submission, parent: str) -> Submission:
+    found = owners(submission.run_dir, parent) if submission.kind == "train" else []
+    if not found:
+        return submission
+    if not submission.follow:
+        named = ", ".join(f"{job} ({state})" for job, state in found)
+        raise UsageError(
+            f"{submission.run_dir}: job {named} works on this run already; add --follow to go on when it has ended, "
+            f"scancel {' '.join(job for job, _ in found)}, or choose another run.dir"
+        )
+    given = [submission.dependency] if submission.dependency else []
+    after = ",".join([*given, *(f"afterany:{job}" for job, _ in found)])
+    return dataclasses.replace(submission, dependency=after)
+
+
+def _record(parent: str, folder: str) -> dict[str, Any]:
+    try:
+        return json.loads((Path(parent) / folder / "job.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+@contextlib.contextmanager
+def _one_at_a_time(parent: str) -> Iterator[None]:
+    """Two submissions for one run at the same moment (on one login node) look one after the other. The kernel lets go of the
+    lock of a process that died."""
+    name = f"geoloom-submit-{os.getuid()}-{hashlib.sha256(parent.encode()).hexdigest()[:16]}"
+    with open(os.path.join(tempfile.gettempdir(), name), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _remove_empty(folders: list[str]) -> None:
+    for path in folders:
+        if os.path.isdir(path) and not os.listdir(path):
+            os.rmdir(path)
 
 
 def _scripts(submission: Submission, folder: str) -> dict[str, str]:

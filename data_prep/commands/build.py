@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="check and resolve the config; read and write nothing else"
     )
+    parser.add_argument("--explain", metavar="KEY", help="what a key or section is, and its value here; starts nothing")
     parser.add_argument("--json", action="store_true", help="last line: the figures as one JSON object")
 
 
@@ -42,6 +43,11 @@ def main(args: argparse.Namespace) -> int:
     from cluster import config as settings
     from data_prep.config import BuildConfig
 
+    if args.explain:
+        from cluster.schema import explain
+
+        print(explain(BuildConfig, args.config, args.overrides, args.explain))
+        return 0
     config = settings.load(BuildConfig, args.config, args.overrides)
     if args.dry_run:
         return dry_run(config, args.json)

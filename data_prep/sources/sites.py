@@ -18,7 +18,6 @@ from data_prep.geo import (
     inner_bounds,
     intersection,
     is_metric,
-    outer_bounds,
     same_crs,
     snap_inward,
     utm_code,
@@ -196,12 +195,3 @@ def _part(record: SiteRecord, footprint: Bounds, key: str) -> SiteRecord:
     return dataclasses.replace(
         record, key=key, footprint=footprint, bbox_wgs84=bbox_wgs84(record.crs, footprint), cell=cell
     )
-
-
-def overlap_share(grid: Grid, crs: str, footprint: Bounds) -> float:
-    """Share of the footprint that an asset's extent covers, 0…1 (by upright boxes in the site's CRS)."""
-    shared = intersection([outer_bounds(grid.crs, grid.bounds, crs), footprint])
-    if shared is None:
-        return 0.0
-    area = (footprint[2] - footprint[0]) * (footprint[3] - footprint[1])
-    return (shared[2] - shared[0]) * (shared[3] - shared[1]) / area

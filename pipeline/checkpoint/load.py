@@ -1,13 +1,19 @@
-"""Loading: any layout reads what any other wrote, element by element, and nothing is touched before everything is verified."""
+"""Loading: any layout reads what any other wrote, element by element, and nothing is touched before everything is verified.
+
+A rank reads the parts that hold its own pieces and nothing else (`pipeline.checkpoint.plan`): from object storage by ranges, into
+sparse files of a temporary folder. Every block it uses is checked against the checksums in the file's header, and the header
+against the manifest; a file that is read whole is checked by its digest.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import tempfile
-from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -15,37 +21,39 @@ from torch import Tensor
 
 from cluster import storage
 from cluster.errors import RunFailure, UsageError
-from pipeline.checkpoint import store
+from pipeline.checkpoint import plan, store
+from pipeline.checkpoint.plan import Part
 from pipeline.checkpoint.store import Checkpoint
-from pipeline.checkpoint.tensors import TensorFile, file_digest
+from pipeline.checkpoint.tensors import Header, TensorFile, file_digest
 from pipeline.parallel.zero import MOMENTS
 
 KINDS = ("student", *MOMENTS, "teacher")
+READERS = 8  # requests under way at once
 
 
 class Files:
-    """Verified tensor files of a checkpoint on this machine; remote ones are fetched into a temporary folder."""
+    """Verified tensor files of a checkpoint on this machine, or the parts of them that were asked for.
 
-    def __init__(self, checkpoint: Checkpoint, names: set[str], folder: str) -> None:
-        self._checkpoint, self._open = checkpoint, {}
-        for name in sorted(names):
-            self._open[name] = TensorFile(_verified(checkpoint, name, folder))
+    wanted: per file the parts that are needed; None for a file that is needed whole.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, wanted: Mapping[str, list[Part] | None], folder: str) -> None:
+        self._checkpoint = checkpoint
+        with ThreadPoolExecutor(min(READERS, max(len(wanted), 1))) as pool:
+            opened = pool.map(lambda item: _open(checkpoint, item[0], item[1], folder), sorted(wanted.items()))
+            self._open = dict(zip(sorted(wanted), opened))
 
     def read(self, kind: str, name: str, start: int, size: int) -> Tensor:
         """Elements [start, start + size) of a flattened logical tensor, put together from the pieces that hold them."""
-        spans = self._checkpoint.spans(name)
         out = torch.empty(size, dtype=torch.float32)
-        index = bisect_right([span[0] for span in spans], start) - 1
-        done = 0
-        while done < size:
-            first, count, file = spans[index]
-            a = start + done - first
-            b = min(count, a + size - done)
-            out[done : done + b - a] = self._open[file].read(f"{kind}/{name}@{first}", a, b)
-            done, index = done + b - a, index + 1
+        for first, count, file in plan.overlapping(self._checkpoint.spans(name), start, size):
+            a, b = max(start - first, 0), min(start + size - first, count)
+            at = first + a - start
+            out[at : at + b - a] = self._open[file].read(f"{kind}/{name}@{first}", a, b)
         return out
 
     def buffers(self, owner: str) -> dict[str, Tensor]:
+        """Buffers of the student or the teacher, from the files that are open whole."""
         prefix = f"{owner}_buffer/"
         return {
             name.removeprefix(prefix): file.read(name)
@@ -54,28 +62,33 @@ class Files:
 
 
 @contextlib.contextmanager
-def open_files(checkpoint: Checkpoint, names: set[str] | None = None) -> Iterator[Files]:
-    """Files of a checkpoint (all, or those named), checked against the manifest. Raises RunFailure naming a bad one."""
+def open_files(checkpoint: Checkpoint, wanted: Mapping[str, list[Part] | None] | None = None) -> Iterator[Files]:
+    """Files of a checkpoint (all, or the parts asked for), checked. Raises RunFailure naming a bad one."""
     folder = tempfile.mkdtemp(prefix="geoloom-checkpoint-")
     try:
-        yield Files(checkpoint, set(checkpoint.manifest["files"]) if names is None else names, folder)
+        yield Files(checkpoint, dict.fromkeys(checkpoint.manifest["files"]) if wanted is None else wanted, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def needed_files(checkpoint: Checkpoint, engine: Any) -> set[str]:
-    """Files that hold anything this rank loads; the first file too, for the buffers."""
-    names = {next(iter(sorted(checkpoint.manifest["files"])))}
-    for piece in engine.state.pieces:
-        for first, count, file in checkpoint.spans(piece.name):
-            if first < piece.start + piece.size and first + count > piece.start:
-                names.add(file)
-    return names
+def wanted_parts(checkpoint: Checkpoint, pieces: Sequence[Any], buffers: bool) -> dict[str, list[Part] | None]:
+    """What a rank with these pieces reads of each file. buffers: also the file that holds the buffers."""
+    spans = {name: checkpoint.spans(name) for name in {piece.name for piece in pieces}}
+    needs = [(piece.name, piece.start, piece.size) for piece in pieces]
+    found: dict[str, list[Part] | None] = {}
+    for file, parts in plan.reads(spans, needs).items():
+        wanted_bytes = sum(b - a for _, _, a, b in parts) * 4 * len(KINDS)
+        most = wanted_bytes >= plan.WHOLE_SHARE * checkpoint.manifest["files"][file]["bytes"]
+        remote = not storage.is_local(checkpoint.url)
+        found[file] = None if remote and most else parts
+    if buffers:
+        found[checkpoint.buffers_file] = None
+    return found
 
 
 @torch.no_grad()
 def restore(engine: Any, checkpoint: Checkpoint, files: Files) -> None:
-    """Puts a checkpoint into an engine of whatever layout: masters, moments, step count, teacher, buffers."""
+    """Puts a checkpoint into an engine of whatever layout: masters, moments, step count, teacher."""
     for piece in engine.state.pieces:
         targets = {"student": piece.of(piece.master.tensor), "teacher": engine.teacher.of(piece)}
         targets.update({key: engine.state.moment(piece, key) for key in MOMENTS})
@@ -84,9 +97,14 @@ def restore(engine: Any, checkpoint: Checkpoint, files: Files) -> None:
     engine.state.set_adam_step(int(checkpoint.manifest["adam_step"]))
     engine.state.publish()
     engine.teacher.publish()
+
+
+@torch.no_grad()
+def restore_buffers(engine: Any, found: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """found: per owner (student, teacher) its buffers by name, as `Files.buffers` has them."""
     for owner, module in (("student", engine.student), ("teacher", engine.teacher.module)):
         buffers = dict(module.named_buffers())
-        for name, value in files.buffers(owner).items():
+        for name, value in found[owner].items():
             buffers[name].copy_(value)
 
 
@@ -119,18 +137,62 @@ def consolidated(url: str, owner: str = "teacher") -> tuple[dict[str, Tensor], C
     return weights, checkpoint
 
 
-def _verified(checkpoint: Checkpoint, name: str, folder: str) -> str:
-    url = storage.join(checkpoint.url, name)
+def _open(checkpoint: Checkpoint, name: str, parts: list[Part] | None, folder: str) -> TensorFile:
+    """A file, or the parts of it that are needed, verified. Raises RunFailure."""
+    url, entry = storage.join(checkpoint.url, name), checkpoint.manifest["files"][name]
     try:
-        if storage.is_local(url):
-            path = storage.local_path(url)
-        else:
-            path = os.path.join(folder, name)
-            with storage.open_read(url) as source, open(path, "wb") as target:
-                shutil.copyfileobj(source, target, 16 << 20)
-        digest = file_digest(path)
+        if parts is not None and "header_bytes" in entry:
+            return _open_parts(url, entry, parts, os.path.join(folder, name))
+        return TensorFile(_whole(url, entry, os.path.join(folder, name)))
     except OSError as error:
         raise RunFailure(f"{url} cannot be read: {error}") from None
-    if digest != checkpoint.manifest["files"][name]["sha256"]:
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunFailure(f"{url} is damaged ({type(error).__name__}: {error})") from None
+
+
+def _whole(url: str, entry: Mapping[str, Any], target: str) -> str:
+    """Path of a whole file on this machine, checked by its digest."""
+    if storage.is_local(url):
+        target = storage.local_path(url)
+    else:
+        with storage.open_read(url) as source, open(target, "wb") as file:
+            shutil.copyfileobj(source, file, 16 << 20)
+    if file_digest(target) != entry["sha256"]:
         raise RunFailure(f"{url} is damaged: its sha256 is not the manifest's")
-    return path
+    return target
+
+
+def _open_parts(url: str, entry: Mapping[str, Any], parts: list[Part], target: str) -> TensorFile:
+    local = storage.is_local(url)
+    if local:
+        target = storage.local_path(url)
+        with open(target, "rb") as file:
+            head = file.read(entry["header_bytes"])
+    else:
+        head = storage.read_bytes(url, 0, entry["header_bytes"])
+    if hashlib.sha256(head).hexdigest() != entry["header_sha256"]:
+        raise RunFailure(f"{url} is damaged: its header is not the manifest's")
+    header = Header.parse(head)
+    elements = [(f"{kind}/{name}@{first}", a, b) for name, first, a, b in parts for kind in KINDS]
+    spans = [header.span(*part) for part in elements]
+    if not local:
+        _fetch(url, head, plan.runs(spans, plan.GAP_BYTES), entry["bytes"], target)
+    found = TensorFile(target)
+    raw = found.data.view()
+    raw.flags.writeable = False
+    for (name, a, b), (_low, high) in zip(elements, spans):
+        if high > len(raw) or not header.proves(raw, name, a, b):
+            raise RunFailure(f"{url} is damaged: {name} does not match its checksum")
+    return found
+
+
+def _fetch(url: str, head: bytes, wanted: Sequence[tuple[int, int]], size: int, target: str) -> None:
+    """The header and some ranges of an object, in a sparse file of the same size."""
+    with open(target, "wb") as file:
+        file.truncate(size)
+        os.pwrite(file.fileno(), head, 0)
+        for a, b in wanted:
+            data = storage.read_bytes(url, a, b)
+            if len(data) != b - a:
+                raise RunFailure(f"{url} ends before byte {b}")
+            os.pwrite(file.fileno(), data, a)

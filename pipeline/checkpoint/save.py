@@ -1,11 +1,16 @@
-"""Saving: copy to host memory, then write beside training; every rank its own file, the first rank commits."""
+"""Saving: copy to host memory, then write beside training; every rank its own file, the first rank commits.
+
+What the ranks tell the first one (name, size and checksums of their file) goes through the job's key-value store, not through
+the storage: one message per rank, and one object per rank and save.
+"""
 
 from __future__ import annotations
 
+import datetime
+import functools
 import json
 import logging
 import threading
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +30,43 @@ PEER_TIMEOUT_S = 1800.0
 log = logging.getLogger(__name__)
 
 
+class Notes:
+    """One note per rank and save, gathered by the first rank. kv: a store all ranks reach, of this object alone.
+
+    Of two saves the notes have different keys, so a rank that is already writing the next checkpoint disturbs nothing; it cannot
+    be two ahead, because the steps between are collective.
+    """
+
+    def __init__(self, kv: dist.Store, token: str, world: int) -> None:
+        self._kv, self._token, self._world = kv, token, world
+
+    def put(self, rank: int, step: int, turn: int, note: Mapping[str, Any]) -> None:
+        """Leaves this rank's note; the last rank to come wakes the first one."""
+        self._kv.set(self._key(turn, rank), json.dumps(note))
+        if self._kv.add(f"save/{self._token}/{step}/count", 1) == self._world:
+            self._kv.set(f"save/{self._token}/{step}/all", "1")
+
+    def gather(self, step: int, turn: int) -> list[dict[str, Any]]:
+        """All notes, in order of ranks. Raises RunFailure for ranks that do not come, or that failed."""
+        try:
+            self._kv.wait([f"save/{self._token}/{step}/all"], datetime.timedelta(seconds=PEER_TIMEOUT_S))
+        except (RuntimeError, dist.DistStoreError) as error:
+            missing = [rank for rank in range(self._world) if not self._kv.check([self._key(turn, rank)])]
+            raise RunFailure(
+                f"step {step}: ranks {missing[:8]} of {self._world} did not finish their part in {PEER_TIMEOUT_S:.0f} s: {error}"
+            ) from None
+        notes = [json.loads(text) for text in self._kv.multi_get([self._key(turn, r) for r in range(self._world)])]
+        for what in ("count", "all"):
+            self._kv.delete_key(f"save/{self._token}/{step}/{what}")
+        failed = [(rank, note["error"]) for rank, note in enumerate(notes) if "error" in note]
+        if failed:
+            raise RunFailure(f"step {step}: rank {failed[0][0]} could not write its part: {failed[0][1]}")
+        return notes
+
+    def _key(self, turn: int, rank: int) -> str:
+        return f"save/{self._token}/{turn % 2}/{rank}"
+
+
 class Saver:
     """Writes a run's checkpoints. Collective: every rank calls `save`, `wait` at the same steps.
 
@@ -41,11 +83,13 @@ class Saver:
     ) -> None:  # fmt: skip
         self.url, self.config, self.rank, self.world = url, config, rank, world
         self.before_commit, self.after_commit = before_commit, after_commit
+        self._memory: dict[str, Tensor] = {}  # of the snapshots, kept from save to save: 16 bytes per element owned
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         if rank == 0:
             store.clear_leftovers(url)  # before the token goes out: with it the others may start to write
         self._token = _shared_token(world)
+        self._notes, self._turn = Notes(_own_store(world), self._token, world), 0
 
     def save(self, engine: Engine, step: int, samples: int, extra: Mapping[str, Any]) -> None:
         """Starts writing step `step` (synchronously with `asynchronous: false`). Waits for the save before it.
@@ -53,13 +97,14 @@ class Saver:
         extra: JSON-able state that is the same on all ranks (reader, run id, statistics, configuration, …).
         """
         self.wait()
-        tensors, pieces = snapshot(engine, self.rank)
+        tensors, pieces = snapshot(engine, self.rank, self._memory)
         facts = {
             "format": store.FORMAT, "step": step, "samples": samples, "adam_step": engine.state.adam_step,
             "layout": {"world": self.world, "ep": engine.layout.ep, "zero_stage": engine.layout.zero_stage}, **extra,
         }  # fmt: skip
+        self._turn += 1
         job = threading.Thread(
-            target=self._write, args=(step, tensors, pieces, facts), name=f"save-{step}", daemon=True
+            target=self._write, args=(step, self._turn, tensors, pieces, facts), name=f"save-{step}", daemon=True
         )
         self._thread = job
         job.start()
@@ -81,63 +126,78 @@ class Saver:
             self._thread = None
         self.check()
 
-    def _write(self, step: int, tensors: dict[str, Tensor], pieces: list[list[Any]], facts: dict[str, Any]) -> None:
+    def _write(
+        self, step: int, turn: int, tensors: dict[str, Tensor], pieces: list[list[Any]], facts: dict[str, Any]
+    ) -> None:
         try:
             work = store.work_url(self.url, step, self._token)
-            file = f"rank-{self.rank:05d}.safetensors"
-            if work.endswith(
-                store.folder_name(step)
-            ):  # object store: files of an older attempt must not be mistaken for ours
-                file = f"rank-{self.rank:05d}.{self._token}.safetensors"
-            storage.make_folder(work)
-            note = {"file": file, **write_tensors(storage.join(work, file), tensors), "pieces": pieces}
-            storage.write_atomic(storage.join(work, self._note_name(self.rank)), json.dumps(note).encode())
+            file = store.file_name(self.url, self.rank, self._token)
+            try:
+                storage.make_folder(work)
+                note = {"file": file, **write_tensors(storage.join(work, file), tensors), "pieces": pieces}
+            except Exception as error:
+                self._notes.put(self.rank, step, turn, {"error": f"{type(error).__name__}: {error}"})
+                raise
+            self._notes.put(self.rank, step, turn, note)
             if self.rank == 0:
-                self._commit(step, work, facts)
+                self._commit(step, turn, facts)
         except Exception as error:
             log.warning("checkpoint of step %d: %s", step, error)
             self._error = error
 
-    def _commit(self, step: int, work: str, facts: dict[str, Any]) -> None:
-        started = time.monotonic()
-        notes = [self._await_note(work, rank, started) for rank in range(self.world)]
-        manifest = {**facts, **_index(notes)}
+    def _commit(self, step: int, turn: int, facts: dict[str, Any]) -> None:
+        manifest = {**facts, **_index(self._notes.gather(step, turn))}
         self.before_commit()
         final = store.commit(self.url, step, self._token, manifest)
         store.tidy(final, manifest)
         self.after_commit(final, step)
         store.retain(self.url, self.config.keep_last, self.config.keep_every)
-
-    def _await_note(self, work: str, rank: int, started: float) -> dict[str, Any]:
-        url = storage.join(work, self._note_name(rank))
-        while not storage.exists(url):
-            if time.monotonic() - started > PEER_TIMEOUT_S:
-                raise RunFailure(f"rank {rank} did not finish its part of {work} in {PEER_TIMEOUT_S:.0f} s")
-            time.sleep(0.05 if storage.is_local(url) else 0.5)
-        return json.loads(storage.read_bytes(url))
-
-    def _note_name(self, rank: int) -> str:
-        return f"rank-{rank:05d}.{self._token}.json"
+        store.clear_leftovers(self.url, before=step)  # what a start that was cut off has uploaded since
 
 
-def snapshot(engine: Engine, rank: int) -> tuple[dict[str, Tensor], list[list[Any]]]:
-    """Host copies of what this rank answers for, and the pieces: [name, shape, start, size]."""
+def snapshot(
+    engine: Engine, rank: int, memory: dict[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], list[list[Any]]]:
+    """Host copies of what this rank answers for, and the pieces: [name, shape, start, size].
+
+    memory: where copies of the same names are made, filled by the first call: touching fresh memory costs more than the copy.
+    Pinned for a CUDA engine, so that all copies are under way at once.
+
+    Kind by kind, and each in the order of the optimizer's flat memory: a rank of another layout, whose share of that memory is a
+    range of it, then needs a range of the file.
+    """
     tensors, pieces = {}, []
-    for piece in sorted(engine.state.pieces, key=lambda p: (p.name, p.start)):
+    sources: dict[str, Callable[[Any], Tensor]] = {
+        "student": lambda piece: piece.of(piece.master.tensor.detach()),
+        **{key: functools.partial(engine.state.moment, key=key) for key in MOMENTS},
+        "teacher": lambda piece: engine.teacher.of(piece),
+    }
+    owned = [piece for piece in engine.state.pieces if piece.owned[0] < piece.owned[1]]
+    for piece in owned:
         a, b = piece.owned
-        if a == b:
-            continue
-        start = piece.start + a
-        pieces.append([piece.name, list(piece.shape), start, b - a])
-        parts = {"student": piece.of(piece.master.tensor.detach()), "teacher": engine.teacher.of(piece)}
-        parts.update({key: engine.state.moment(piece, key) for key in MOMENTS})
-        for kind, part in parts.items():
-            tensors[f"{kind}/{piece.name}@{start}"] = part[a:b].detach().to("cpu", torch.float32, copy=True)
+        pieces.append([piece.name, list(piece.shape), piece.start + a, b - a])
+    for kind, source in sources.items():
+        for piece in owned:
+            a, b = piece.owned
+            name = f"{kind}/{piece.name}@{piece.start + a}"
+            tensors[name] = _copied(source(piece)[a:b].detach(), memory, name)
     if rank == 0:
         for owner, module in (("student", engine.student), ("teacher", engine.teacher.module)):
             for name, buffer in _persistent_buffers(module).items():
                 tensors[f"{owner}_buffer/{name}"] = buffer.detach().to("cpu", copy=True)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return tensors, pieces
+
+
+def _copied(part: Tensor, memory: dict[str, Tensor] | None, name: str) -> Tensor:
+    """fp32 on the host; still on its way from a CUDA device into pinned memory."""
+    if memory is None:
+        return part.to("cpu", torch.float32, copy=True)
+    held = memory.get(name)
+    if held is None:
+        held = memory[name] = torch.empty(part.shape, dtype=torch.float32, pin_memory=part.is_cuda)
+    return held.copy_(part, non_blocking=True)
 
 
 def _persistent_buffers(module: torch.nn.Module) -> dict[str, Tensor]:
@@ -152,8 +212,15 @@ def _index(notes: list[dict[str, Any]]) -> dict[str, Any]:
             parameters.setdefault(name, {"shape": shape, "pieces": []})["pieces"].append([start, size, note["file"]])
     for entry in parameters.values():
         entry["pieces"].sort()
-    files = {note["file"]: {"bytes": note["bytes"], "sha256": note["sha256"]} for note in notes}
+    files = {note["file"]: {k: v for k, v in note.items() if k not in ("file", "pieces")} for note in notes}
     return {"parameters": parameters, "files": files}
+
+
+def _own_store(world: int) -> dist.Store:
+    """A connection of its own to the job's key-value store: waiting on a shared one would block its other users."""
+    if world == 1:
+        return dist.HashStore()
+    return dist.distributed_c10d._get_default_store().clone()
 
 
 def _shared_token(world: int) -> str:

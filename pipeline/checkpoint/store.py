@@ -38,6 +38,11 @@ class Checkpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(entry["shape"]) for name, entry in self.manifest["parameters"].items()}
 
+    @property
+    def buffers_file(self) -> str:
+        """The file that holds the buffers: the first rank's."""
+        return min(self.manifest["files"])
+
     def spans(self, name: str) -> list[tuple[int, int, str]]:
         """Pieces of one logical parameter: (start, size, file), ascending and gapless."""
         return [(int(a), int(n), str(f)) for a, n, f in self.manifest["parameters"][name]["pieces"]]
@@ -86,14 +91,13 @@ def resolve(url: str) -> str:
 
 
 def check_sizes(checkpoint: Checkpoint) -> None:
-    """Raises RunFailure if a file of the checkpoint is missing or has another size (a cheap look; digests come with reading)."""
+    """Raises RunFailure if a file of the checkpoint is missing or has another size: one listing (digests come with reading)."""
+    found = storage.list_sizes(checkpoint.url)
     for name, entry in checkpoint.manifest["files"].items():
-        try:
-            size = storage.size(storage.join(checkpoint.url, name))
-        except FileNotFoundError:
-            raise RunFailure(f"{checkpoint.url}: {name} is missing") from None
-        if size != entry["bytes"]:
-            raise RunFailure(f"{checkpoint.url}: {name} has {size} bytes instead of {entry['bytes']}")
+        if name not in found:
+            raise RunFailure(f"{checkpoint.url}: {name} is missing")
+        if found[name] != entry["bytes"]:
+            raise RunFailure(f"{checkpoint.url}: {name} has {found[name]} bytes instead of {entry['bytes']}")
 
 
 def work_url(checkpoints_url: str, step: int, token: str) -> str:
@@ -115,10 +119,9 @@ def commit(checkpoints_url: str, step: int, token: str, manifest: Mapping[str, A
 
 
 def tidy(url: str, manifest: Mapping[str, Any]) -> None:
-    """Removes what lies in a committed checkpoint's folder and is none of it: notes, files of an older attempt."""
-    for name in storage.list_names(url):
-        if name != MANIFEST and name not in manifest["files"]:
-            storage.remove(storage.join(url, name))
+    """Removes what lies in a committed checkpoint's folder and is none of it: files of an older attempt."""
+    strays = [name for name in storage.list_names(url) if name != MANIFEST and name not in manifest["files"]]
+    storage.remove_all([storage.join(url, name) for name in strays])
 
 
 def remove(url: str) -> None:
@@ -130,12 +133,35 @@ def remove(url: str) -> None:
         storage.remove(url, recursive=True)
 
 
-def clear_leftovers(checkpoints_url: str) -> None:
-    """Removes what killed writers left. Called once by the first rank when a run starts."""
-    for name in storage.list_names(checkpoints_url):
-        if name.startswith(".writing-"):
-            with contextlib.suppress(OSError):
-                shutil.rmtree(storage.local_path(storage.join(checkpoints_url, name)))
+def file_name(checkpoints_url: str, rank: int, token: str) -> str:
+    """A rank's file. On an object store it says which start wrote it: the folder is the final one, and a start that was cut off
+    may write there, too."""
+    suffix = "" if storage.is_local(checkpoints_url) else f".{token}"
+    return f"rank-{rank:05d}{suffix}.safetensors"
+
+
+def clear_leftovers(checkpoints_url: str, before: int | None = None) -> None:
+    """Removes what killed writers left: called by the first rank when a run starts (no rank writes yet), and after each
+    commit with `before`, its step: saves of this start come one after another, so a step folder before that one without a
+    manifest is no save under way.
+
+    Locally that is what lies under temporary names. On an object store nothing can be renamed, so it is every step folder
+    without a manifest, whatever its step: the same rule, and one listing.
+    """
+    if storage.is_local(checkpoints_url):
+        for name in storage.list_names(checkpoints_url) if before is None else ():
+            if name.startswith(".writing-"):
+                with contextlib.suppress(OSError):
+                    shutil.rmtree(storage.local_path(storage.join(checkpoints_url, name)))
+        return
+    folders: dict[str, list[str]] = {}
+    for path in storage.list_tree(checkpoints_url):
+        folder, _, name = path.partition("/")
+        folders.setdefault(folder, []).append(name)
+    for folder, names in folders.items():
+        match = STEP.match(folder)
+        if match and MANIFEST not in names and (before is None or int(match[1]) < before):
+            storage.remove_all([storage.join(checkpoints_url, folder, name) for name in names])
 
 
 def retain(checkpoints_url: str, keep_last: int, keep_every: int) -> list[str]:

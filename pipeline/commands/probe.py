@@ -176,7 +176,7 @@ def show(results: Sequence[ProbeResult]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=sys.stdout, highlight=False)
+    console = Console(markup=False, emoji=False, file=sys.stdout, highlight=False)
     for result in results:
         what = "mean IoU" if result.task == "segment" else "accuracy"
         facts = "".join(f", {key.replace('_', ' ')} {value:,}" for key, value in result.facts.items())

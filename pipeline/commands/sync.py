@@ -1,5 +1,6 @@
 """`python -m pipeline sync RUN_DIR`: brings MLflow level with a run directory, each step once.
 
+Of a run on an object store it also makes `metrics.jsonl` from the segments that the run wrote.
 For compute nodes without network, and after an outage that outlasted the run. Running it again changes nothing.
 A run whose process is gone without a word ends as FAILED (it left a failure record) or KILLED, and other runs of the same
 directory that MLflow shows as RUNNING are closed. What MLflow cannot take back: steps redone after a resume with another
@@ -22,9 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    from cluster import metrics
     from cluster.cli import print_json
     from cluster.errors import RunFailure
     from cluster.rundir import RunDir
+    from cluster.secrets import redacted
     from pipeline.tracking.mirror import Mirror, ranges, status_now
     from pipeline.tracking.mlflow_store import MlflowStore
     from pipeline.tracking.store import StoreUnavailable
@@ -37,13 +40,14 @@ def main(args: argparse.Namespace) -> int:
             sent = 0
         else:
             sent = mirror.send(rundir.read_metrics())
+            metrics.write_merged(rundir.url)
             mirror.send_files()
             mirror.note_redone()
             stale = mirror.close_stale()
             mirror.end(status)
         faults, redone = mirror.differences(), mirror.redone()
     except StoreUnavailable as error:
-        raise RunFailure(f"{uri} does not answer ({error}); nothing is lost, try again later") from None
+        raise RunFailure(f"{redacted(uri)} does not answer ({error}); nothing is lost, try again later") from None
     for fault in faults[:20]:
         print(fault)
     for run_id in stale:
@@ -64,13 +68,15 @@ def _uri(given: str | None, rundir: object) -> str:
 
     from cluster.errors import UsageError
     from cluster.rundir import RunDir
+    from pipeline.tracking.uri import VARIABLES, tracking_uri
 
     assert isinstance(rundir, RunDir)
     resolved = rundir.read_resolved()
     if resolved is None:
         raise UsageError(f"{rundir.url} holds no run (no resolved.json); give the run.dir of a training run")
     configured = resolved["config"].get("tracking", {}).get("uri", "none")
-    uri = given or (configured if configured != "none" else None) or os.environ.get("MLFLOW_TRACKING_URI")
+    uri = given or (tracking_uri(configured) if configured != "none" else None)
+    uri = uri or next((os.environ[name] for name in VARIABLES if os.environ.get(name)), None)
     if not uri:
         raise UsageError(
             f"{rundir.url} was run with tracking.uri=none; say where to: --uri sqlite:///mlflow.db or http://…"

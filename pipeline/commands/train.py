@@ -6,6 +6,7 @@ step, write a checkpoint and exit with code 85; the same command then continues.
 examples:
   python -m pipeline train pipeline/runs/demo.yaml data.url=demo_out/shards run.dir=demo_out/moe --processes 2
   python -m pipeline train pipeline/runs/skysense_v2.yaml --dry-run
+  python -m pipeline train pipeline/runs/demo_dense.yaml --explain model.moe
   torchrun --nproc-per-node 8 -m pipeline train pipeline/runs/tiny.yaml data.url=s3://bucket/shards
 """
 
@@ -13,20 +14,23 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import traceback
 from dataclasses import replace
 from typing import NoReturn
 
-from cluster.cli import explain, print_json
+from cluster.cli import explain, print_json, private_files
 from cluster.config import fingerprint, load, to_dict
 from cluster.errors import RunFailure, UsageError
 from cluster.exit_codes import DONE, FAILED
 from cluster.ranks import Ranks
 from cluster.rundir import RunDir
+from cluster.secrets import redacted
 from pipeline.config import PretrainConfig
 from pipeline.launch import die_with_launcher, free_port, launch
 from pipeline.parallel.layout import Layout
 from pipeline.stop import StopFlag
+from pipeline.tracking.uri import tracking_uri
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,18 +43,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", default="auto", metavar="auto|never|PATH",
         help="auto: continue run.dir if it holds a checkpoint; never: refuse to; PATH: a checkpoint or run directory",
     )  # fmt: skip
+    parser.add_argument("--explain", metavar="KEY", help="what a key or section is, and its value here; starts nothing")
     parser.add_argument("--dry-run", action="store_true", help="parameters, FLOPs and layout; starts nothing")
     parser.add_argument("--json", action="store_true", help="print figures as a JSON last line")
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.explain:
+        from cluster.schema import explain as explain_key
+
+        print(explain_key(PretrainConfig, args.config, args.overrides, args.explain))
+        return 0
     config = load(PretrainConfig, args.config, args.overrides)
     if args.dry_run:
         return dry_run(config, args.processes, args.json)
+    private_files()
     ranks = Ranks.from_environment()
     check(config, args.processes, ranks)
     json_flag = ["--json"] if args.json else []
     if args.processes and ranks.launcher == "none" and args.processes > 1:
+        die_with_launcher()  # of `ablate`, if it is one that started us; the ranks die with us
         return launch(args.processes, ["train", args.config, *args.overrides, "--resume", args.resume, *json_flag])
     run_rank(config, ranks, args.resume, args.json)
 
@@ -67,6 +79,7 @@ def check(config: PretrainConfig, processes: int | None, ranks: Ranks) -> None:
     if ranks.launcher == "none":
         ranks = replace(ranks, world=processes or 1)
     Layout.of(config, ranks)
+    tracking_uri(config.tracking.uri)
     urls = (config.data.url,) if isinstance(config.data.url, str) else config.data.url
     if not urls or not all(urls):
         raise UsageError("data.url is missing: give the shard set, such as data.url=demo_out/shards")
@@ -105,7 +118,7 @@ def run_rank(config: PretrainConfig, ranks: Ranks, resume: str, as_json: bool) -
     except KeyboardInterrupt:
         code = 130
     except BaseException:
-        traceback.print_exc()
+        print(redacted(traceback.format_exc()), file=sys.stderr, flush=True)
     if as_json and code == DONE and ranks.is_first:
         report(config)
     finish(code, together)

@@ -20,6 +20,8 @@ from pipeline.compare.terminal import shown
 from pipeline.compare.verdict import differing
 from pipeline.probes.scores import Difference
 
+ONE_SEED = "one seed each: whether another seed would say the same is not decided (--seeds 3)"
+
 
 @dataclass(frozen=True)
 class Change:
@@ -77,7 +79,7 @@ def show_ablation(runs: Sequence[RunData], summaries: Sequence[Summary], pairs: 
         table.add_column(head, overflow="fold")
     for effect in found:
         table.add_row(*effect_row(effect, keys))
-    Console(file=sys.stdout, highlight=False).print(table)
+    Console(markup=False, emoji=False, file=sys.stdout, highlight=False).print(table)
 
 
 def legend(found: Sequence[Effect], keys: Sequence[str]) -> str:
@@ -88,7 +90,7 @@ def legend(found: Sequence[Effect], keys: Sequence[str]) -> str:
         rules.append("* = paired 95 % interval of the difference excludes 0")
     if any(change.paired is None for change in changes):
         rules.append("† = no outcomes to pair, the runs' own intervals do not touch")
-    return "; ".join(["score and difference to the first run", *rules])
+    return "; ".join(["score and difference to the first run", *rules, ONE_SEED])
 
 
 def headline_probes(found: Sequence[Effect]) -> list[str]:

@@ -31,9 +31,9 @@ def pair(runs: Sequence[RunData], samples: int) -> Pairs:
     found: list[dict[str, Difference]] = [{} for _ in runs]
     notes: list[str] = []
     first = runs[0]
-    kept, offline = _in_loop(first, samples, notes), _offline(first, samples, notes)
+    kept, elsewhere = in_loop(first, samples, notes), offline(first, samples, notes)
     for i, run in enumerate(runs[1:], start=1):
-        own, own_offline = _in_loop(run, samples, notes), _offline(run, samples, notes)
+        own, own_elsewhere = in_loop(run, samples, notes), offline(run, samples, notes)
         if not judge([first, run]).comparable:  # the verdict says so; scores of other data are not ranked
             continue
         if kept and own:
@@ -45,8 +45,8 @@ def pair(runs: Sequence[RunData], samples: int) -> Pairs:
                 f"{first.name} and {run.name} cannot be paired site by site ({why}); their intervals are each run's own: "
                 "intervals apart mean a clear difference, intervals that touch do not mean that there is none"
             )
-        for kind in sorted(offline.keys() & own_offline.keys()):
-            pairs = _paired((first, *offline[kind]), (run, *own_offline[kind]), notes)
+        for kind in sorted(elsewhere.keys() & own_elsewhere.keys()):
+            pairs = _paired((first, *elsewhere[kind]), (run, *own_elsewhere[kind]), notes)
             found[i] |= {f"probe/{name} ({kind.partition('-')[2][:8]})": value for name, value in pairs.items()}
     if any(found):
         notes.append(
@@ -69,7 +69,7 @@ def _paired(
     return differences(outcomes, base_outcomes)
 
 
-def _in_loop(run: RunData, samples: int, notes: list[str]) -> tuple[int, Outcomes] | None:
+def in_loop(run: RunData, samples: int, notes: list[str]) -> tuple[int, Outcomes] | None:
     """(samples seen, outcomes) of the last in-loop probe; None where it kept none, or its file is not of that probe."""
     probed = [line for line in up_to(run, samples) if line.get("probe/split") is not None]
     if not probed or run.folder is None:
@@ -84,7 +84,7 @@ def _in_loop(run: RunData, samples: int, notes: list[str]) -> tuple[int, Outcome
     return int(probed[-1].get("samples", 0)), outcomes
 
 
-def _offline(run: RunData, samples: int, notes: list[str]) -> dict[str, tuple[int, Outcomes]]:
+def offline(run: RunData, samples: int, notes: list[str]) -> dict[str, tuple[int, Outcomes]]:
     """(samples seen, outcomes) of the last `pipeline probe` of each task and split, by `<task>-<split>`."""
     if run.folder is None:
         return {}

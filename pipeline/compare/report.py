@@ -10,8 +10,10 @@ import numpy as np
 
 from pipeline.compare.ablation import effect_row, effects, headline_probes, legend
 from pipeline.compare.figures import Summary, curve, curve_names, level
+from pipeline.compare.groups import Group
 from pipeline.compare.load import RunData
 from pipeline.compare.paired import Pairs
+from pipeline.compare.seed_tables import TextTable
 from pipeline.compare.terminal import NAMES, difference_rows, figure_rows, shown
 from pipeline.compare.verdict import Verdict
 
@@ -30,8 +32,9 @@ figure{margin:0} figcaption{font-weight:600;font-size:.9rem} .key{display:inline
 
 
 def html_report(
-    runs: Sequence[RunData], verdict: Verdict, summaries: Sequence[Summary], pairs: Pairs, ablation: bool = False
-) -> str:
+    runs: Sequence[RunData], verdict: Verdict, summaries: Sequence[Summary], pairs: Pairs, ablation: bool = False,
+    evaluations: Sequence[tuple[str, list[str]]] = (),
+) -> str:  # fmt: skip
     """The whole page."""
     names = " · ".join(
         f'<span><span class="key" style="background:{COLOURS[i % len(COLOURS)]}"></span>{html.escape(run.name)}</span>'
@@ -50,6 +53,10 @@ def html_report(
     if rows:
         parts += ["<h2>Differences of probe scores</h2><p>Paired over test sites, 95 % intervals; * = excludes 0.</p>",
                   _table(["probe", *(run.name for run in runs)], [[key, *cells] for key, cells in rows])]  # fmt: skip
+    if evaluations:
+        parts += ["<h2>Evaluations on published sets</h2><p>95 % intervals over test items; below, the difference from the first run, paired over "
+                  "the items; * = excludes 0.</p>",
+                  _table(["row", *(run.name for run in runs)], [[key, *cells] for key, cells in evaluations])]  # fmt: skip
     if ablation:
         found = effects(runs, summaries, pairs)
         keys = headline_probes(found)
@@ -57,6 +64,29 @@ def html_report(
         parts += [f"<h2>Ablation</h2><p>{html.escape(legend(found, keys))}</p>",
                   _table(head, [effect_row(effect, keys) for effect in found])]  # fmt: skip
     parts += ["<h2>Curves by samples seen</h2>", _plots(runs), "<h2>Runs</h2>", _runs(runs), "</body></html>"]
+    return "\n".join(parts)
+
+
+def html_groups(
+    runs: Sequence[RunData], groups: Sequence[Group], verdict: Verdict, notes: Sequence[str], found: Sequence[TextTable]
+) -> str:
+    """The page of runs that differ in seeds: the tables of groups, curves coloured by group, the runs."""
+    names = " · ".join(
+        f'<span><span class="key" style="background:{COLOURS[i % len(COLOURS)]}"></span>{html.escape(group.name)} '
+        f"({len(group.members)})</span>"
+        for i, group in enumerate(groups)
+    )
+    parts = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
+        f"<title>Comparison of {html.escape(', '.join(group.name for group in groups))}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>Comparison of {len(groups)} settings, {len(runs)} runs</h1><p>{names}</p>",
+        "<h2>Is the comparison fair?</h2>", _verdict(verdict, notes),
+    ]  # fmt: skip
+    for one in found:
+        below = f"<p>{html.escape(one.below)}</p>" if one.below else ""
+        parts.append(f"<h2>{html.escape(one.title)}</h2>{below}{_table(one.head, one.rows)}")
+    colours = [next(n for n, group in enumerate(groups) if i in group.members) for i in range(len(runs))]
+    parts += ["<h2>Curves by samples seen</h2>", _plots(runs, colours), "<h2>Runs</h2>", _runs(runs), "</body></html>"]
     return "\n".join(parts)
 
 
@@ -97,18 +127,28 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numeric: bool = T
     return f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _plots(runs: Sequence[RunData]) -> str:
+def _plots(runs: Sequence[RunData], colours: Sequence[int] | None = None) -> str:
+    names = curve_names(runs)
     figures = [
-        f"<figure><figcaption>{html.escape(key)}</figcaption>{svg_plot(runs, key)}</figure>"
-        for key in curve_names(runs)[:MAX_PLOTS]
+        f"<figure><figcaption>{html.escape(key)}</figcaption>{svg_plot(runs, key, colours)}</figure>"
+        for key in names[:MAX_PLOTS]
     ]
-    return f'<div class="plots">{"".join(figures)}</div>' if figures else "<p>No metric was logged more than once.</p>"
+    cut = f"<p>{len(names) - MAX_PLOTS} more metrics are not drawn: {html.escape(', '.join(names[MAX_PLOTS:]))}</p>"
+    more = cut if len(names) > MAX_PLOTS else ""
+    return (
+        f'<div class="plots">{"".join(figures)}</div>{more}'
+        if figures
+        else "<p>No metric was logged more than once.</p>"
+    )
 
 
-def svg_plot(runs: Sequence[RunData], key: str) -> str:
+def svg_plot(runs: Sequence[RunData], key: str, colours: Sequence[int] | None = None) -> str:
     """One metric of all runs over samples seen, as an SVG element; probe scores with their intervals and, as horizontal lines, what
-    the same sites give untrained (dotted) and from pixel statistics (dashed)."""
+    the same sites give untrained (dotted) and from pixel statistics (dashed). colours: number of each run's colour; runs that share
+    one (seeds of a setting) have no legend: the page's head names them."""
     import matplotlib
+
+    colours = range(len(runs)) if colours is None else colours
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
         from matplotlib.figure import Figure
@@ -117,7 +157,7 @@ def svg_plot(runs: Sequence[RunData], key: str) -> str:
         axes = figure.add_subplot()
         for i, run in enumerate(runs):
             x, y = curve(run, key)
-            colour = COLOURS[i % len(COLOURS)]
+            colour = COLOURS[colours[i] % len(COLOURS)]
             axes.plot(
                 x, y, color=colour, linewidth=1.6, marker="o" if len(x) < 12 else None, markersize=3, label=run.name
             )
@@ -133,7 +173,7 @@ def svg_plot(runs: Sequence[RunData], key: str) -> str:
         axes.set_xlabel("samples seen")
         axes.grid(alpha=0.3)
         axes.ticklabel_format(axis="x", style="plain" if _max_samples(runs) < 1e6 else "sci")
-        if len(runs) <= len(COLOURS):
+        if len(runs) <= len(COLOURS) and len(set(colours)) == len(runs):
             axes.legend(fontsize=7, frameon=False)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})

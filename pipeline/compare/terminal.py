@@ -21,16 +21,9 @@ def show(
     runs: Sequence[RunData], verdict: Verdict, summaries: Sequence[Summary], pairs: Pairs, width: int | None = None
 ) -> None:
     """Prints to stdout."""
-    console = Console(file=sys.stdout, width=width, highlight=False)
+    console = Console(markup=False, emoji=False, file=sys.stdout, width=width, highlight=False)
     console.print(settings_table(runs, verdict))
-    if verdict.comparable:
-        console.print("comparable: same data, same statistics, same probe split", style="green")
-    else:
-        console.print("NOT COMPARABLE:", style="bold red")
-        for reason in verdict.reasons:
-            console.print(f"  - {reason}", style="red")
-    for note in (*verdict.notes, *pairs.notes):
-        console.print(f"note: {note}")
+    show_fairness(verdict, pairs.notes, width)
     console.print(figures_table(runs, summaries))
     rows = difference_rows(runs, summaries, pairs)
     if rows:
@@ -41,6 +34,19 @@ def show(
         for label, cells in rows:
             table.add_row(label, *cells)
         console.print(table)
+
+
+def show_fairness(verdict: Verdict, more: Sequence[str], width: int | None = None) -> None:
+    """Prints whether scores may be ranked, why not, and what to keep in mind."""
+    console = Console(file=sys.stdout, width=width, highlight=False)
+    if verdict.comparable:
+        console.print("comparable: same data, same statistics, same probe split", style="green")
+    else:
+        console.print("NOT COMPARABLE:", style="bold red")
+        for reason in verdict.reasons:
+            console.print(f"  - {reason}", style="red")
+    for note in (*verdict.notes, *more):
+        console.print(f"note: {note}")
 
 
 def settings_table(runs: Sequence[RunData], verdict: Verdict) -> Table:

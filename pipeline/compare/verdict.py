@@ -34,9 +34,9 @@ class Verdict:
     differs: dict[str, list[Any]]
 
 
-def judge(runs: Sequence[RunData]) -> Verdict:
-    """Compares every run with the first one."""
-    differs = differing(runs)
+def judge(runs: Sequence[RunData], differs: dict[str, list[Any]] | None = None) -> Verdict:
+    """Compares every run with the first one. differs: what counts as differing, if that is not every setting (seeds of one)."""
+    differs = differing(runs) if differs is None else differs
     reasons = [*_data_reasons(runs), *_probe_reasons(runs)]
     return Verdict(not reasons, reasons, _notes(runs, differs), differs)
 

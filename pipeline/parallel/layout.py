@@ -62,7 +62,7 @@ class Layout:
         micro = train.micro_batch or per_rank
         if micro < 1 or per_rank % micro:
             raise UsageError(f"train.micro_batch={micro} does not divide the {per_rank} samples of a rank's step")
-        _check_degrees(config, ranks.world)
+        _check_degrees(config, ranks)
         accumulation = per_rank // micro
         _check_precision(config, accumulation)
         return Layout(
@@ -76,8 +76,8 @@ class Layout:
         return " · ".join(parts + (["optimizer offloaded"] if self.offload else []))
 
 
-def _check_degrees(config: PretrainConfig, world: int) -> None:
-    parallel, experts = config.parallel, config.model.moe.experts
+def _check_degrees(config: PretrainConfig, ranks: Ranks) -> None:
+    parallel, experts, world = config.parallel, config.model.moe.experts, ranks.world
     if parallel.zero_stage not in (0, 1, 2, 3):
         raise UsageError(f"parallel.zero_stage={parallel.zero_stage} is not one of 0, 1, 2, 3")
     if parallel.ep < 1 or world % parallel.ep:
@@ -88,6 +88,11 @@ def _check_degrees(config: PretrainConfig, world: int) -> None:
         raise UsageError(f"parallel.ep={parallel.ep} needs experts, and model.moe.experts=0; set parallel.ep=1")
     if experts % parallel.ep:
         raise UsageError(f"parallel.ep={parallel.ep} does not divide model.moe.experts={experts}")
+    if 1 < ranks.local_world < world and ranks.local_world % parallel.ep and not parallel.ep_across_nodes:
+        raise UsageError(
+            f"parallel.ep={parallel.ep} does not fit into nodes of {ranks.local_world} processes: its all-to-all would leave the "
+            f"node; use a divisor of {ranks.local_world}, or allow it with parallel.ep_across_nodes=true"
+        )
     if parallel.zero_stage == 3:
         raise UsageError(
             "parallel.zero_stage=3 with parallel.ep>1: DeepSpeed shards no expert group there; use ZeRO-2, or ep=1"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import os
+import resource
 import sys
 import warnings
 from typing import NoReturn
@@ -30,6 +32,7 @@ def start(ranks: Ranks, timeout_s: float) -> torch.device:
     """
     choose_accelerator()
     cuda = torch.cuda.is_available()
+    allow_open_files(4 * ranks.world)
     os.environ.update(ranks.environment())
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -41,7 +44,7 @@ def start(ranks: Ranks, timeout_s: float) -> torch.device:
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
     # `timeout` of init_process_group does not reach groups made later, and DeepSpeed passes none
     torch.distributed.new_group = functools.partial(dist.new_group, timeout=timeout)
-    _start_deepspeed()
+    start_deepspeed()
     return device
 
 
@@ -54,7 +57,18 @@ def set_matmul_precision(cuda: bool) -> None:
         torch.backends.cudnn.allow_tf32 = True
 
 
-def _start_deepspeed() -> None:
+def allow_open_files(wanted: int) -> None:
+    """Raises this process's soft limit: gloo connects every rank with every other one, and 1,024 is what many systems allow."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = max(soft, wanted + 4096)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
+        )
+
+
+def start_deepspeed() -> None:
+    """Imports DeepSpeed and hands it the process group that is there."""
     import logging
 
     import deepspeed

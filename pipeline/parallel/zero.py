@@ -14,7 +14,7 @@ Checked against DeepSpeed 0.19.8; what is read here is listed at each function.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,8 +219,3 @@ def _scatter_partitioned(places: list[Any]) -> Callable[[dict[str, nn.Parameter]
             twin[name].view(-1).copy_(partitions[:, offset : offset + size].reshape(-1)[: twin[name].numel()])
 
     return scatter
-
-
-def iterate_pieces(state: ShardedState) -> Iterator[Piece]:
-    """Pieces this rank answers for, in a deterministic order."""
-    return iter(sorted(state.pieces, key=lambda piece: (piece.name, piece.start)))

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from cluster.errors import UsageError
+from cluster.lease import Lease
 from data_prep.shards import ShardSet
 from pipeline.config import PretrainConfig, ProbeConfig, ViewConfig
 from pipeline.parallel.processes import agree_max
@@ -39,7 +40,7 @@ def probe_set(cfg: PretrainConfig) -> ShardSet:
 
 def run_probes(
     skysense: nn.Module, cfg: PretrainConfig, shardset: ShardSet, device: torch.device | str = "cpu",
-    rundir_url: str | None = None, step: int = 0,
+    rundir_url: str | None = None, step: int = 0, lease: Lease | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """`probe/<task>/<modality|fused|concat>`, with `…/low` and `…/high`, what untrained network and pixel statistics got and the
     paired differences to both (see `outcomes.against`), collapse figures, `probe/split` (a number that names sites, labels and
@@ -68,7 +69,7 @@ def run_probes(
                 log.warning("probe: %s", note)
         if pixels is None:
             pixels = sit(plan, described[1], "mean").outcomes
-        figures |= keep_round(probed.outcomes, pixels, rundir_url, step)
+        figures |= keep_round(probed.outcomes, pixels, rundir_url, step, lease)
     figures["probe/seconds"] = time.monotonic() - start
     return figures
 

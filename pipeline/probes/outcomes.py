@@ -24,6 +24,7 @@ import numpy as np
 
 from cluster import storage
 from cluster.errors import RunFailure, UsageError
+from cluster.lease import Lease
 from pipeline.probes.scores import Difference, Outcome, difference, total_score
 
 log = logging.getLogger(__name__)
@@ -64,8 +65,8 @@ def list_offline(rundir_url: str) -> list[tuple[int, str]]:
     return sorted((int(match[1]), match[2]) for match in found if match and match[2])
 
 
-def write_outcomes(url: str, outcomes: Outcomes) -> None:
-    """Writes the file whole or not at all; one that is there (a step done again) is replaced."""
+def write_outcomes(url: str, outcomes: Outcomes, lease: Lease | None = None) -> None:
+    """Writes the file whole or not at all; one that is there (a step done again) is replaced. lease: of the run that trains."""
     arrays = {
         "split": np.array(outcomes.split), "keys": np.array(outcomes.keys, np.str_),
         "names": np.array(list(outcomes.by_name), np.str_),
@@ -75,7 +76,7 @@ def write_outcomes(url: str, outcomes: Outcomes) -> None:
         arrays[f"counts_{i}"] = outcome.counts.astype(np.min_scalar_type(int(outcome.counts.max(initial=0))))
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    storage.write_atomic(url, buffer.getvalue())
+    (storage.write_atomic if lease is None else lease.write)(url, buffer.getvalue())
 
 
 def read_outcomes(url: str) -> Outcomes:
@@ -139,15 +140,17 @@ def stored_pixels(rundir_url: str, split: str, tasks: Sequence[str]) -> Outcomes
     return outcomes if is_whole else None
 
 
-def keep_round(outcomes: Outcomes, pixels: Outcomes, rundir_url: str, step: int) -> dict[str, float]:
+def keep_round(
+    outcomes: Outcomes, pixels: Outcomes, rundir_url: str, step: int, lease: Lease | None = None
+) -> dict[str, float]:
     """Writes the outcomes of an in-loop probe, and returns how they stand `against` pixel statistics and the untrained network (the
     round of step 0). A store that fails costs the comparison, not the run: it is a warning."""
     figures = against(outcomes, pixels, PIXELS)
     try:
         url = pixels_url(rundir_url, pixels.split)
         if not storage.exists(url) or step == UNTRAINED_STEP:
-            write_outcomes(url, pixels)
-        write_outcomes(url_of(rundir_url, step), outcomes)
+            write_outcomes(url, pixels, lease)
+        write_outcomes(url_of(rundir_url, step), outcomes, lease)
         base = outcomes if step == UNTRAINED_STEP else read_outcomes(url_of(rundir_url, UNTRAINED_STEP))
     except FileNotFoundError:
         log.warning("step %d: the run kept no probe of its untrained network; python -m pipeline probe shows it", step)

@@ -65,7 +65,7 @@ def difference(score: Outcome, base: Outcome, seed: int = 0) -> Difference | Non
     if not both.any():
         return None
     a, b = score.counts[both], base.counts[both]
-    low, high = np.quantile(_draws(a, seed) - _draws(b, seed), [0.025, 0.975])
+    low, high = np.quantile(site_draws(a, seed) - site_draws(b, seed), [0.025, 0.975])
     return Difference(_score(a.sum(0), len(a)) - _score(b.sum(0), len(b)), float(low), float(high))
 
 
@@ -78,7 +78,7 @@ def total_score(outcome: Outcome) -> float:
 def score_of(outcome: Outcome, chance: float, seed: int = 0) -> Score:
     """Score and interval of what each site got; counts may be means over several rounds, between 0 and 1."""
     counts = outcome.counts[outcome.tested]
-    low, high = np.quantile(_draws(counts, seed), [0.025, 0.975])
+    low, high = np.quantile(site_draws(counts, seed), [0.025, 0.975])
     return Score(total_score(outcome), float(low), float(high), chance, len(counts))
 
 
@@ -86,7 +86,7 @@ def accuracy(predicted: np.ndarray, truth: np.ndarray, trained_on: np.ndarray, s
     """Share of sites named rightly. Chance: guessing with the frequencies of the training labels, expected."""
     frequency = np.bincount(trained_on, minlength=int(truth.max()) + 1) / len(trained_on)
     right = predicted == truth
-    low, high = np.quantile(_draws(right, seed), [0.025, 0.975])
+    low, high = np.quantile(site_draws(right, seed), [0.025, 0.975])
     return Score(float(right.mean()), float(low), float(high), float(frequency[truth].mean()), len(truth))
 
 
@@ -96,7 +96,7 @@ def mean_iou(confusions_SKK: np.ndarray, commonest: int, seed: int = 0) -> Score
     Chance: always naming the commonest training class.
     """
     whole = confusions_SKK.sum(0)
-    low, high = np.quantile(_draws(confusions_SKK, seed), [0.025, 0.975])
+    low, high = np.quantile(site_draws(confusions_SKK, seed), [0.025, 0.975])
     constant = np.zeros_like(whole)
     constant[:, commonest] = whole.sum(1)
     return Score(_miou(whole), float(low), float(high), _miou(constant), len(confusions_SKK))
@@ -120,8 +120,9 @@ def _score(total: np.ndarray, sites: int) -> float:
     return _miou(total) if total.ndim == 2 else float(total) / sites
 
 
-def _draws(counts: np.ndarray, seed: int) -> np.ndarray:
-    """[DRAWS] scores of resampled sites; counts as in `Outcome`. The draws hang on the seed and the number of sites only."""
+def site_draws(counts: np.ndarray, seed: int) -> np.ndarray:
+    """[DRAWS] scores of resampled sites; counts as in `Outcome`. The draws hang on the seed and the number of sites only: equal
+    ones draw the same sites for every probe of the same split."""
     sites = len(counts)
     picks = np.random.default_rng(seed).integers(0, sites, (DRAWS, sites))
     per_site = counts.reshape(sites, -1).astype(np.float64)  # whole numbers: sums are exact in any order

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import logging
 import random
 import threading
 import time
@@ -17,6 +18,7 @@ from typing import TypeVar
 from cluster.errors import RunFailure
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class TransientFault(Exception):
@@ -65,6 +67,8 @@ class FaultLog:
     def quarantine(self, key: str, why: str) -> None:
         """Lists a sample. Raises RunFailure, with the list, when that is more than the budget."""
         with self._lock:
+            if key not in self.quarantined:
+                log.warning("sample %s cannot be read and takes part as all invalid: %s", key, why)
             self.quarantined[key] = why
             over = len(self.quarantined) > self.budget
             listed = list(self.quarantined.items())

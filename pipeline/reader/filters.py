@@ -1,4 +1,4 @@
-"""Which rows of an index a run takes: the filters of `data.*`, on one batch of rows at a time."""
+"""Which rows of an index a run takes: the filters of `data.*`, on the columns of one set."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
+from cluster.errors import UsageError
+from data_prep.columns import UNKNOWN_DAY, Columns
+from data_prep.config import SPLITS
+from data_prep.schema import MODALITIES
 from pipeline.config import DataConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Filters:
-    """All that decides which rows are taken, and nothing else: it is part of the name of shared columns. See `DataConfig`."""
+    """All that decides which rows are taken. See `DataConfig`."""
 
     modalities: tuple[str, ...]
     split: str
@@ -36,56 +38,69 @@ class Filters:
             data.unflagged,
         )
 
-    def masks(self, index: pa.RecordBatch) -> Iterator[tuple[str, np.ndarray]]:
-        """(what is asked, which rows have it: bool [rows]) of every filter that is set; the same filters for every batch."""
-        yield f"modalities {', '.join(self.modalities)}", _num_held(index, self.modalities) > 0
+    def rows(self, columns: Columns, where: str) -> np.ndarray:
+        """Numbers of the rows that pass all filters, ascending: int64.
+
+        Raises UsageError if none is left, naming the filter that removed the last ones. where: URL of the set.
+        """
+        before = len(columns["shard"])
+        if not before:
+            raise UsageError(f"{where}: the index is empty")
+        keep = np.ones(before, bool)
+        for name, mask in self.masks(columns):
+            keep &= mask
+            left = int(np.count_nonzero(keep))
+            if not left:
+                raise UsageError(f"{where}: no sample left after {name} ({before} before it)")
+            before = left
+        first, last = int(keep.argmax()), len(keep) - int(keep[::-1].argmax())
+        if last - first == before:  # together, as the rows of a split are
+            return np.arange(first, last)
+        return np.flatnonzero(keep)
+
+    def masks(self, columns: Columns) -> Iterator[tuple[str, np.ndarray]]:
+        """(what is asked, which rows have it: bool [N]) of every filter that is set."""
+        held = columns["modalities"]
+        yield f"modalities {', '.join(self.modalities)}", (held & _bits(self.modalities)) > 0
         if self.split:
-            yield f"data.split={self.split}", _truth(pc.equal(index["split"], self.split))
+            code = SPLITS.index(self.split) if self.split in SPLITS else -1
+            yield f"data.split={self.split}", columns["split"] == code
         if self.require:
-            wanted = set(self.require)
-            yield f"data.require={list(self.require)}", _num_held(index, sorted(wanted)) == len(wanted)
+            known = all(name in MODALITIES for name in self.require)
+            wanted = _bits(self.require)
+            yield f"data.require={list(self.require)}", ((held & wanted) == wanted) & known
         if self.max_cloud is not None:
-            clear = pc.less_equal(pc.fill_null(index["cloud"], 0.0), self.max_cloud)
-            yield f"data.max_cloud={self.max_cloud}", _truth(clear)
-        if self.unflagged:
-            # sets from before the column have no corrected date
-            known = "flagged_dates" in index.schema.names
-            flags = pc.fill_null(index["flagged_dates"], 0) if known else pa.array([0] * len(index))
-            yield "data.unflagged=true", _truth(pc.equal(flags, 0))
+            cloud = np.nan_to_num(columns["cloud"].astype(np.float64))  # as limits are; without s2 nothing is cloudy
+            yield f"data.max_cloud={self.max_cloud}", cloud <= self.max_cloud
+        if self.unflagged:  # sets from before the column have no corrected date
+            yield "data.unflagged=true", ~columns.get("flagged", np.zeros(len(held), bool))
         if self.date_range is not None:
-            first, last = (
-                pc.utf8_slice_codeunits(pc.fill_null(index[f"datetime_{end}"], ""), 0, 10) for end in ("start", "end")
-            )
-            inside = pc.and_(pc.less_equal(first, self.date_range[1]), pc.greater_equal(last, self.date_range[0]))
-            yield f"data.date_range={list(self.date_range)}", _truth(inside)
+            first, last = (_day(text) for text in self.date_range)
+            known_day = columns["day_last"] != UNKNOWN_DAY
+            inside = (columns["day_first"] <= last) & (columns["day_last"] >= first)
+            yield f"data.date_range={list(self.date_range)}", inside & known_day
         if self.bbox is not None:
-            yield f"data.bbox={list(self.bbox)}", _meets(index, self.bbox)
+            yield f"data.bbox={list(self.bbox)}", _meets(columns, self.bbox)
 
 
-def _truth(values: pa.BooleanArray) -> np.ndarray:
-    return pc.fill_null(values, False).to_numpy(zero_copy_only=False)
+def _bits(names: Sequence[str]) -> np.uint8:
+    return np.uint8(sum(1 << i for i, name in enumerate(MODALITIES) if name in names))
 
 
-def _num_held(index: pa.RecordBatch, names: Sequence[str]) -> np.ndarray:
-    """How many of the modalities each row has (a row lists none twice): int64 [rows]."""
-    lists = index["modalities"]
-    row_M = np.repeat(np.arange(len(lists)), pc.fill_null(lists.value_lengths(), 0).to_numpy(zero_copy_only=False))
-    found = _truth(pc.is_in(lists.flatten(), pa.array(names, pa.string())))
-    return np.bincount(row_M[found], minlength=len(lists))
+def _day(text: str) -> int:
+    """Days since 1970. Raises UsageError."""
+    try:
+        return int(np.datetime64(text, "D").astype(np.int64))
+    except ValueError:
+        raise UsageError(f"data.date_range: {text!r} is not a day such as 2021-03-31") from None
 
 
-def _meets(index: pa.RecordBatch, bbox: tuple[float, float, float, float]) -> np.ndarray:
+def _meets(columns: Columns, bbox: tuple[float, float, float, float]) -> np.ndarray:
     """Whether a sample's bbox meets `bbox`; either may cross the antimeridian (west > east)."""
-    west, south, east, north = sides(index)
+    west, south, east, north = (columns[side] for side in ("west", "south", "east", "north"))
     east = np.where(east < west, east + 360, east)
     box_east = bbox[2] + 360 if bbox[2] < bbox[0] else bbox[2]
     meets = np.zeros(len(west), bool)
     for shift in (-360, 0, 360):
         meets |= (west + shift <= box_east) & (east + shift >= bbox[0])
     return meets & (south <= bbox[3]) & (north >= bbox[1])
-
-
-def sides(index: pa.RecordBatch) -> list[np.ndarray]:
-    """West, south, east, north of each row's bbox in degrees: float64 [rows] each."""
-    box = index["bbox"]
-    return [np.asarray(pc.struct_field(box, side), np.float64) for side in ("xmin", "ymin", "xmax", "ymax")]

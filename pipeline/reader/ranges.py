@@ -27,6 +27,7 @@ from pipeline.reader.faults import BadSample, RetryPolicy, TransientFault, deadl
 
 IDLE_S = 4.0
 SIGNED_S = 3600  # a presigned URL holds for an hour and is used for half of it
+SIGNED_URLS = 32_768  # held at most, about 1 kB each; the oldest goes first
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/")
 
 
@@ -111,18 +112,18 @@ class S3Ranges:
             self._connections.clear()
 
     def _signed(self, url: str) -> urllib.parse.SplitResult:
+        """Signed once per shard and half hour, by whichever thread is first; none waits for another (two may sign the same)."""
         held = self._urls.get(url)
         if held is not None and time.monotonic() < held[0]:
             return held[1]
         bucket, _, key = url.partition("://")[2].partition("/")
-        with self._lock:
-            signed = self._client.generate_presigned_url(
-                "get_object", {"Bucket": bucket, "Key": key}, ExpiresIn=SIGNED_S
-            )
-            if len(self._urls) > 4096:
-                self._urls.clear()
-            target = urllib.parse.urlsplit(signed)
-            self._urls[url] = (time.monotonic() + SIGNED_S / 2, target)
+        signed = self._client.generate_presigned_url("get_object", {"Bucket": bucket, "Key": key}, ExpiresIn=SIGNED_S)
+        target = urllib.parse.urlsplit(signed)
+        self._urls.pop(url, None)  # so that the oldest come first
+        self._urls[url] = (time.monotonic() + SIGNED_S / 2, target)
+        while len(self._urls) > SIGNED_URLS:
+            with contextlib.suppress(StopIteration, RuntimeError):  # another thread put one in between
+                self._urls.pop(next(iter(self._urls)), None)
         return target
 
     def _connection(self, target: urllib.parse.SplitResult) -> http.client.HTTPConnection:

@@ -159,8 +159,11 @@ class Reader:
             "order": self._order_fingerprint(), "drawn": self._stream.drawn(number),
         }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues after `state`. Raises UsageError if it belongs to other data, another order or another seed."""
+    def load_state_dict(self, state: dict[str, Any], changed_data: bool = False) -> None:
+        """Continues after `state`. Raises UsageError if it belongs to other data, another order or another seed.
+
+        changed_data: other data is meant. The stream goes on after as many samples, in the order that the new set has there.
+        """
         if state.get("schema") != STATE_SCHEMA:
             raise UsageError(f"reader state has schema {state.get('schema')!r}, this version reads {STATE_SCHEMA}")
         mine = {"seed": self.seed, "sets": self.table.fingerprints, "order": self._order_fingerprint()}
@@ -169,6 +172,8 @@ class Reader:
             "order": "data.block_samples, data.interleave or data.weights",
         }  # fmt: skip
         for name, value in mine.items():
+            if name == "sets" and changed_data:
+                continue
             if state.get(name) != value:
                 raise UsageError(
                     f"cannot resume the data order: {hints[name]} differ from the checkpoint's ({state.get(name)} there, {value} "
@@ -219,10 +224,10 @@ class Reader:
         return first, last, start + count
 
     def _rows_ahead(self, stream: Stream) -> Iterator[int]:
-        """The samples of this rank from the start on, for reading ahead (in another thread, so on a stream of its own)."""
+        """The rows of this rank from the start on, for reading ahead (in another thread, so on a stream of its own)."""
         k = 0
         while (bounds := self._bounds(k)) is not None:
-            yield from stream.at(bounds[0], bounds[1]).sample.tolist()
+            yield from self.table.rows.of(stream.at(bounds[0], bounds[1]).sample).tolist()
             k += 1
 
     def _submit(self) -> bool:
@@ -263,10 +268,9 @@ class Reader:
         return self._free.popleft() if self._free else None
 
     def _fill(self, buffers: BatchBuffers, drawn: Drawn, first: int, last: int, ticket: int) -> None:
-        for i in range(first, last):
-            self._samples.fill(
-                buffers, i, int(drawn.sample[i]), int(drawn.epoch[i]), int(drawn.position[i]), ticket + i - first
-            )
+        rows = self.table.rows.of(drawn.sample[first:last]).tolist()
+        for i, row in enumerate(rows, first):
+            self._samples.fill(buffers, i, row, int(drawn.epoch[i]), int(drawn.position[i]), ticket + i - first)
 
     def _take(self) -> tuple[Batch, int, BatchBuffers]:
         """The next batch in CPU memory, the stream number after it, and its buffers. Raises StopIteration."""

@@ -11,12 +11,12 @@ import google_crc32c
 import numpy as np
 
 from data_prep.codec import Member, MemberError, open_member
+from data_prep.columns import EXTENSIONS, UNCHECKED
 from pipeline.config import DataConfig, ViewConfig
 from pipeline.reader.assemble import SiteMembers, fill_site
 from pipeline.reader.buffers import BatchBuffers
 from pipeline.reader.faults import BadSample, FaultLog
 from pipeline.reader.fetch import Fetcher, Parts
-from pipeline.reader.scan import EXTENSIONS, UNCHECKED
 from pipeline.reader.table import Members, Table
 from pipeline.reader.views import ViewPlan, plan, plan_whole
 
@@ -66,7 +66,7 @@ class SampleReader:
         finally:
             self._fetcher.release(ticket)
         buffers.keys[i], buffers.position_B[i] = table.keys[row], position
-        buffers.scene_B[i], buffers.lonlat_B2[i] = table.scene_N[row], table.lonlat_N2[row]
+        buffers.scene_B[i], buffers.lonlat_B2[i] = table.scene_N[row], table.lonlat(row)
 
     def _fill_from(self, parts: Parts, plans: list[ViewPlan], buffers: BatchBuffers, i: int, row: int) -> None:
         began = time.thread_time()

@@ -1,20 +1,21 @@
-"""The columns of an index once per node: files on local disk that every rank maps into its memory.
+"""The columns of an index as this node holds them: mapped where they lie, once for all its ranks.
 
-Why: 65 dates of s2 and 50 of s1 make about 0.9 kB per sample. 21.5 million samples are 19 GB, which 8 ranks would each read
-for minutes and hold: 150 GB. Mapped, they are 19 GB of the node's page cache, made by whichever rank is first, and a restart
-finds them. A set of fewer than SHARED_FROM samples (90 MB) is held by each process alone and leaves no file.
+A set carries its columns in the form they are mapped (`data_prep.column_file`): on a mounted file system they are mapped there
+and nothing is made. From object storage they are fetched once per node; of a set without them (an older build) and of several
+sets together they are made once per node. With 65 dates of s2 and 50 of s1 a sample has about 0.9 kB: 21.5 million samples are
+19 GB of the node's page cache, where 8 ranks with their own copies would need 150 GB. Sets of fewer than SHARED_FROM samples
+(90 MB) that would have to be fetched or made are held by each process alone and leave no file.
 
-An entry is a folder of `.npy` files and `facts.json`, under `data.cache_dir`/index, or a folder of the user's own in the
-system's temporary directory. Its name is a hash of all that decides its content (`_about`), so nothing in it can be stale. It
-appears whole (temporary name, fsync, rename) and is used only if all its checksums are right, else made again. One process
-builds and the others wait at a lock file, which the kernel opens when a builder dies; where a file system has no locks, several
-build, to the same bytes, and one of them wins. If the disk fails or is full, each process holds its own columns.
+An entry is a folder with the file and `facts.json`, under `data.cache_dir`/index, or a folder of the user's own in the system's
+temporary directory. Its name is a hash of all that decides its content, so nothing in it can be stale. It appears whole
+(temporary name, fsync, rename) and is used only if all its checksums are right, else made again. One process makes it and the
+others wait at a lock file, which the kernel opens when a maker dies; where a file system has no locks, several make it, the same
+bytes, and one of them wins. If the disk fails or is full, each process holds its own columns.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
 import json
@@ -26,49 +27,144 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import google_crc32c
 import numpy as np
 
 from cluster import storage
+from cluster.errors import RunFailure, UsageError
+from data_prep import column_file
+from data_prep.column_file import COLUMNS, WrongColumns
+from data_prep.columns import FORMAT, Columns, Memory, scan, segments
 from data_prep.shards import ShardSet
-from pipeline.reader.filters import Filters
-from pipeline.reader.scan import Columns, Memory, Part, scan
 
 SHARED_FROM = 100_000  # samples in the sets
-FORMAT = 1  # of the columns: count up when `scan` writes others
 FACTS = "facts.json"
 UNUSED_S = 14 * 86_400.0  # an entry that nobody opened for so long is removed
-ABANDONED_S = 86_400.0  # and what a killed builder left, after so long
-BLOCK_BYTES = 64 << 20
+ABANDONED_S = 86_400.0  # and what a killed maker left, after so long
+ALWAYS = ("key.", "shard", "label.", "width_m", "height_m", "west", "south", "east", "north", "scene", "split", "modalities",
+          "cloud", "day_")  # fmt: skip
 
 log = logging.getLogger(__name__)
+Make = Callable[[BinaryIO], dict[str, Any]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Held:
-    """What `scan` found. columns: arrays that may not be written to."""
+def hold(sets: Sequence[ShardSet], modalities: Sequence[str], cache_dir: str | None) -> Columns:
+    """All rows of all sets, one behind the other, with the columns of some modalities; read-only.
 
-    columns: Columns
-    parts: list[Part]
-    label: str | None
+    Raises UsageError for an index that is missing, damaged or not the one its manifest lists.
+    """
+    wanted = [*ALWAYS, *(f"{m}." for m in modalities)]
+    if len(sets) == 1:
+        return _of_set(sets[0], wanted, cache_dir)
 
+    def pieces() -> Any:
+        return segments([(_of_set(s, None, cache_dir), len(s.manifest["shards"])) for s in sets])
 
-def hold(sets: Sequence[ShardSet], filters: Filters, label: str | None, cache_dir: str | None) -> Held:
-    """The columns of the sets, shared with the other processes of this node where that pays. Raises what `scan` raises."""
+    about = _about("joined", [shardset.manifest_sha256 for shardset in sets])
+    held = None
     if sum(shardset.num_samples for shardset in sets) >= SHARED_FROM:
+        held = _on_node(cache_dir, about, lambda stream: column_file.assemble(stream, pieces()), wanted)
+    return held or {name: np.concatenate(parts) for name, parts in pieces()}
+
+
+def _of_set(shardset: ShardSet, wanted: Sequence[str] | None, cache_dir: str | None) -> Columns:
+    """The columns of one set, from the nearest place that has them."""
+    entry = shardset.manifest.get("columns")
+    if entry is not None:
+        place = storage.join(shardset.url, COLUMNS)
         try:
-            return _shared(_folder(cache_dir), sets, filters, label)
-        except OSError as error:
-            log.warning(
-                "this process holds its own copy of the index (data.cache_dir on local disk saves it): %s", error
-            )
-    memory = Memory()
-    parts, label = scan(sets, filters, label, memory)
-    return Held(memory.columns(), parts, label)
+            held = _carried(place, entry, shardset.num_samples >= SHARED_FROM, wanted, cache_dir)
+        except (WrongColumns, FileNotFoundError) as error:
+            raise UsageError(
+                f"{place} is not the index that the manifest lists ({error}); mend it with python -m data_prep verify "
+                f"{shardset.url} --repair"
+            ) from None
+        if held is not None:
+            return held
+        log.info("%s was written by another version of geoloom: its columns are made from index.parquet", place)
+    return _made(shardset, wanted, cache_dir)
+
+
+def _carried(
+    place: str, entry: dict[str, Any], large: bool, wanted: Sequence[str] | None, cache_dir: str | None
+) -> Columns | None:
+    """The file that travels with the set; None: in another form. Raises WrongColumns."""
+    if storage.is_local(place):
+        return column_file.map_file(storage.local_path(place), entry, wanted)
+
+    def fetch(stream: BinaryIO) -> dict[str, Any]:
+        with storage.open_read(place) as source:
+            shutil.copyfileobj(source, stream, 16 << 20)
+        return entry
+
+    if large:
+        held = _on_node(cache_dir, _about("fetched", entry["header_sha256"]), fetch, wanted, entry)
+        if held is not None:
+            return held
+    return column_file.parse(np.frombuffer(storage.read_bytes(place), np.uint8), entry, wanted)
+
+
+def _made(shardset: ShardSet, wanted: Sequence[str] | None, cache_dir: str | None) -> Columns:
+    """Columns made from index.parquet: of a set that carries none. Raises UsageError."""
+
+    def make(stream: BinaryIO) -> dict[str, Any]:
+        with column_file.spooled(shardset, Path(stream.name).parent) as found:
+            return column_file.assemble(stream, found)
+
+    try:
+        if shardset.num_samples >= SHARED_FROM:
+            held = _on_node(cache_dir, _about("made", shardset.manifest_sha256), make, wanted)
+            if held is not None:
+                return held
+        memory = Memory()
+        scan(shardset, memory)
+    except RunFailure as error:
+        raise UsageError(str(error)) from None
+    except ValueError as error:
+        raise UsageError(column_file.damaged(shardset.url, error)) from None
+    return memory.columns()
+
+
+# --- entries of this node
+
+
+def _about(what: str, of: Any) -> dict[str, Any]:
+    """All that decides the content of an entry, as JSON has it; a manifest holds the hash of its index."""
+    return {"format": FORMAT, "byteorder": sys.byteorder, what: of}
+
+
+def _on_node(
+    cache_dir: str | None, about: dict[str, Any], make: Make, wanted: Sequence[str] | None,
+    listed: dict[str, Any] | None = None,
+) -> Columns | None:  # fmt: skip
+    """The node's entry, made by `make` if there is none; None where the disk does not do.
+
+    listed: what the manifest says of the file, where it does; a file that differs raises WrongColumns.
+    """
+    try:
+        folder = _folder(cache_dir)
+        place = folder / hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+        held = _open(place, about, wanted)
+        if held is None:
+            with open(f"{place}.lock", "w") as lock:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                held = _open(place, about, wanted)
+                if held is None:
+                    began = time.monotonic()
+                    _make(place, about, make, listed)
+                    held = _open(place, about, wanted)
+                    log.info("index columns on this node in %.0f s: %s", time.monotonic() - began, place)
+                    _sweep(folder)
+        if held is None:
+            raise OSError(f"{place} cannot be read back")
+        return held
+    except OSError as error:
+        log.warning("this process holds its own copy of the index (data.cache_dir on local disk saves it): %s", error)
+        return None
 
 
 def _folder(cache_dir: str | None) -> Path:
@@ -86,54 +182,23 @@ def _folder(cache_dir: str | None) -> Path:
     return own / "index"
 
 
-def _about(sets: Sequence[ShardSet], filters: Filters, label: str | None) -> dict[str, Any]:
-    """All that decides the columns, as JSON has it; a manifest holds the hash of its index."""
-    about = {
-        "format": FORMAT, "byteorder": sys.byteorder, "sets": [shardset.manifest_sha256 for shardset in sets],
-        "filters": dataclasses.asdict(filters), "label": label,
-    }  # fmt: skip
-    return json.loads(json.dumps(about))
-
-
-def _shared(folder: Path, sets: Sequence[ShardSet], filters: Filters, label: str | None) -> Held:
-    about = _about(sets, filters, label)
-    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
-    held = _open(folder / name, about)
-    if held is None:
-        with open(folder / f"{name}.lock", "w") as lock:
-            with contextlib.suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            held = _open(folder / name, about)
-            if held is None:
-                began = time.monotonic()
-                _build(folder / name, about, sets, filters, label)
-                held = _open(folder / name, about)
-                log.info("index columns made in %.0f s: %s", time.monotonic() - began, folder / name)
-                _sweep(folder)
-    if held is None:
-        raise OSError(f"{folder / name} cannot be read back")
-    return held
-
-
-def _build(place: Path, about: dict[str, Any], sets: Sequence[ShardSet], filters: Filters, label: str | None) -> None:
+def _make(place: Path, about: dict[str, Any], make: Make, listed: dict[str, Any] | None) -> None:
     temporary = place.with_name(f"{place.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir()
     try:
-        with _Files(temporary) as files:
-            parts, label = scan(sets, filters, label, files)
-        facts = {
-            "about": about,
-            "columns": files.finished,
-            "label": label,
-            "parts": [dataclasses.asdict(p) for p in parts],
-        }
-        text = json.dumps(facts, sort_keys=True)
-        with open(temporary / FACTS, "w") as file:
-            file.write(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+        with open(temporary / COLUMNS, "wb") as file:
+            entry = make(file)
             file.flush()
             os.fsync(file.fileno())
+        if listed is not None:
+            column_file.map_file(temporary / COLUMNS, listed)
+        text = json.dumps({"about": about, "entry": entry}, sort_keys=True)
+        with open(temporary / FACTS, "w") as facts:
+            facts.write(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+            facts.flush()
+            os.fsync(facts.fileno())
         storage.fsync_folder(temporary)
-        if place.exists() and _open(place, about) is None:
+        if place.exists() and _open(place, about, None) is None:
             place.rename(f"{temporary}.old.tmp")
             shutil.rmtree(f"{temporary}.old.tmp", ignore_errors=True)
         try:
@@ -146,8 +211,8 @@ def _build(place: Path, about: dict[str, Any], sets: Sequence[ShardSet], filters
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _open(place: Path, about: dict[str, Any]) -> Held | None:
-    """The entry, mapped; None if there is none, or not every byte of it is as its builder wrote it."""
+def _open(place: Path, about: dict[str, Any], wanted: Sequence[str] | None) -> Columns | None:
+    """The entry, mapped; None if there is none, or not every byte of it is as its maker wrote it."""
     try:
         digest, _, text = (place / FACTS).read_text().partition("\n")
         if hashlib.sha256(text.encode()).hexdigest() != digest:
@@ -155,64 +220,11 @@ def _open(place: Path, about: dict[str, Any]) -> Held | None:
         facts = json.loads(text)
         if facts["about"] != about:
             return None
-        columns = {name: _map(place / f"{name}.npy", *entry) for name, entry in facts["columns"].items()}
+        columns = column_file.map_file(place / COLUMNS, facts["entry"], wanted)
         os.utime(place)
-        return Held(columns, [Part(**part) for part in facts["parts"]], facts["label"])
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        return columns
+    except (OSError, ValueError, KeyError, TypeError, EOFError, WrongColumns):
         return None
-
-
-def _map(path: Path, dtype: str, count: int, crc: int) -> np.ndarray:
-    """A column, read-only. Raises ValueError if it is another one, OSError."""
-    array = np.asarray(np.load(path, mmap_mode="r" if count else None, allow_pickle=False))
-    if array.dtype.str != dtype or array.shape != (count,):
-        raise ValueError(f"{path} holds other values")
-    array.flags.writeable = False
-    found, data = 0, array.view(np.uint8)
-    for start in range(0, len(data), BLOCK_BYTES):
-        found = google_crc32c.extend(found, data[start : start + BLOCK_BYTES])
-    if found != crc:
-        raise ValueError(f"{path} does not match its checksum")
-    return array
-
-
-class _Files:
-    """A sink (`scan.Sink`) into one `.npy` file per column; `finished` afterwards: per column type, count and CRC-32C."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._open = folder, contextlib.ExitStack()
-        self._files: dict[str, BinaryIO] = {}
-        self.finished: dict[str, tuple[str, int, int]] = {}
-
-    def append(self, name: str, values: np.ndarray) -> None:
-        if name not in self._files:
-            file = (self._folder / f"{name}.npy").open("wb", buffering=1 << 20)
-            self._files[name] = self._open.enter_context(file)
-            self.finished[name] = (values.dtype.str, 0, 0)
-            self._header(name)
-        dtype, count, crc = self.finished[name]
-        data = np.array(values, dtype, ndmin=1).view(np.uint8)  # a copy: the checksum takes read-only arrays only
-        data.flags.writeable = False
-        self._files[name].write(data.data)
-        self.finished[name] = (dtype, count + len(values), google_crc32c.extend(crc, data))
-
-    def _header(self, name: str) -> None:
-        """numpy leaves room in a header for a longer array, so the one with the final count fits in the same place."""
-        dtype, count, _ = self.finished[name]
-        np.lib.format.write_array_header_1_0(
-            self._files[name], {"descr": dtype, "fortran_order": False, "shape": (count,)}
-        )
-
-    def __enter__(self) -> _Files:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        with self._open:
-            for name, file in self._files.items() if kind is None else ():
-                file.seek(0)
-                self._header(name)
-                file.flush()
-                os.fsync(file.fileno())
 
 
 def _sweep(folder: Path) -> None:

@@ -48,9 +48,10 @@ class WholeSites:
         Raises RunFailure for a sample that cannot be read.
         """
         buffers = BatchBuffers(len(rows), self._samples.configs, self._modalities, self.table.label is not None)
-        self._fetcher.follow(iter([int(row) for row in rows]))
-        for i, row in enumerate(rows):
-            self._samples.fill(buffers, i, int(row), 0, int(row), i)
+        in_index = self.table.rows.of(np.asarray(rows, np.int64)).tolist()
+        self._fetcher.follow(iter(in_index))
+        for i, (number, row) in enumerate(zip(rows, in_index)):
+            self._samples.fill(buffers, i, row, 0, int(number), i)
         return buffers.batch()
 
     def close(self) -> None:

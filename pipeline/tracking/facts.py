@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import storage
+from cluster.slurm.freeze import REVISION_FILE
 from data_prep.shards import ShardSet
 from pipeline.config import DataConfig
 
@@ -84,13 +86,25 @@ def absolute(url: str) -> str:
 
 
 def git_revision() -> str | None:
-    """Commit of the checkout this code runs from; `GEOLOOM_REVISION` where it runs from a frozen copy; None if unknown."""
-    return os.environ.get("GEOLOOM_REVISION") or _git("rev-parse", "HEAD")
+    """Commit of the code that runs: of the checkout, or of what a submission has frozen; `GEOLOOM_REVISION` says it where
+    there is neither (an image); None if unknown."""
+    return os.environ.get("GEOLOOM_REVISION") or _frozen().get("revision") or _git("rev-parse", "HEAD")
 
 
 def git_diff() -> str:
-    """What the working tree changes against that commit (tracked files, at most MAX_DIFF_BYTES); empty if nothing."""
+    """What the code changes against that commit (tracked files, at most MAX_DIFF_BYTES); empty if nothing."""
+    if _frozen():
+        beside = REPOSITORY.parent / "code.diff"
+        return beside.read_text(errors="replace")[:MAX_DIFF_BYTES] if beside.is_file() else ""
     return (_git("diff", "HEAD") or "")[:MAX_DIFF_BYTES]
+
+
+def _frozen() -> dict[str, Any]:
+    """What `cluster submit` noted of the copy that runs; empty in a checkout."""
+    try:
+        return dict(json.loads((REPOSITORY / REVISION_FILE).read_text()))
+    except (OSError, ValueError):
+        return {}
 
 
 def _git(*arguments: str) -> str | None:
@@ -98,8 +112,10 @@ def _git(*arguments: str) -> str | None:
         return None
     try:
         done = subprocess.run(
-            ["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, timeout=20, check=True
-        )
+            # in a container the checkout often belongs to somebody else, which git refuses unless told
+            ["git", "-c", f"safe.directory={REPOSITORY}", "-C", str(REPOSITORY), *arguments],
+            capture_output=True, text=True, timeout=20, check=True,
+        )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import socket
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from cluster import storage
 from cluster.config import flatten
 from cluster.logs import read_failures
 from cluster.rundir import RunDir
+from cluster.secrets import redact, redacted
 from pipeline.tracking.facts import RunFacts, describe, git_diff
 from pipeline.tracking.store import Point, Store
 from pipeline.tracking.writer import fate, is_our_place, lives
@@ -29,20 +29,25 @@ from pipeline.tracking.writer import fate, is_our_place, lives
 MARKER = "samples"  # every logged line has it
 CHUNK_LINES = 64
 REDONE = "geoloom.redone_steps"
-_PASSWORD = re.compile(r"(://[^/:@\s]+:)[^@/\s]+@")  # of a database or server URL
 
 
 class Mirror:
     """One run directory and one store. Every method may raise StoreUnavailable; calling it again later is always right."""
 
     def __init__(self, rundir: RunDir, store: Store) -> None:
-        self.rundir, self.store = rundir, store
+        self.rundir, self._store = rundir, store
         self.run_id: str | None = None
         self.newest_step = -1  # of those the store is known to have
         self._present: set[int] | None = None  # steps the store has; None = unsure, ask
         self._sent_tags: dict[str, str] = {}
         self._sent_artifacts: dict[str, str] = {}
-        self._sent_checkpoints: set[tuple[str, int]] = set()
+        self._sent_checkpoints: set[str] = set()
+
+    @property
+    def store(self) -> Store:
+        """The store, after a look at the lease: a start that was taken over sends nothing more. Raises Fenced."""
+        self.rundir.check_claim()
+        return self._store
 
     def open(self) -> str:
         """Creates or continues the run and brings its settings, tags and datasets up to date. Returns the run id."""
@@ -109,7 +114,7 @@ class Mirror:
                 self.store.log_artifact(run_id, path)
             self._sent_artifacts[name] = digest
         for event in read_events(self.rundir):
-            identity = (event["url"], event["step"])
+            identity = json.dumps(event, sort_keys=True)  # with its scores: they may come later
             if identity not in self._sent_checkpoints:
                 self.store.register_checkpoint(run_id, event["url"], event["step"], event["metrics"])
                 self._sent_checkpoints.add(identity)
@@ -194,13 +199,14 @@ def write_record(rundir: RunDir, experiment: str, name: str, facts: RunFacts) ->
     """Puts into the run directory all that a later sync, perhaps on another machine, must know."""
     fingerprint = (rundir.read_resolved() or {}).get("fingerprint", "")
     record = {
-        "experiment": experiment, "name": name, "facts": facts.to_dict(), "tags": describe(facts, rundir.url, fingerprint),
+        "experiment": experiment, "name": name, "facts": redact(facts.to_dict()),
+        "tags": redact(describe(facts, rundir.url, fingerprint)),
         "status": "RUNNING",
     }  # fmt: skip
     _write_json(rundir, "tracked.json", record)
     difference = git_diff()
     if difference:
-        storage.write_atomic(storage.join(rundir.url, "artifacts", "dirty.diff"), difference.encode())
+        rundir.write("artifacts/dirty.diff", redacted(difference).encode())
 
 
 def set_status(rundir: RunDir, status: str) -> None:
@@ -260,7 +266,7 @@ def add_event(rundir: RunDir, url: str, step: int, metrics: Mapping[str, float])
     events = [event for event in read_events(rundir) if (event["url"], event["step"]) != (url, step)]
     events.append({"url": url, "step": step, "metrics": dict(metrics)})
     text = "".join(json.dumps(event) + "\n" for event in events)
-    storage.write_atomic(storage.join(rundir.url, "tracked.jsonl"), text.encode())
+    rundir.write("tracked.jsonl", text.encode())
 
 
 def read_events(rundir: RunDir) -> list[dict[str, Any]]:
@@ -272,9 +278,9 @@ def read_events(rundir: RunDir) -> list[dict[str, Any]]:
 
 
 def _write_json(rundir: RunDir, name: str, tree: Mapping[str, Any]) -> None:
-    storage.write_atomic(storage.join(rundir.url, name), json.dumps(tree, indent=2, sort_keys=True).encode())
+    rundir.write(name, json.dumps(tree, indent=2, sort_keys=True).encode())
 
 
 def _text(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
-    return _PASSWORD.sub(r"\1***@", text)
+    return redacted(text)

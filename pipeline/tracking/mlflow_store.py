@@ -166,9 +166,11 @@ class MlflowStore:
         """A logged model that holds no files: its tags say where the checkpoint lies."""
         name, experiment = f"step-{step:08d}", self.client.get_run(run_id).info.experiment_id
         found = self.client.search_logged_models([experiment], f"name = '{name}' AND source_run_id = '{run_id}'")
+        scores = {f"geoloom.{key}": f"{value:.6g}" for key, value in metrics.items()}
+        if found and scores and any((found[0].tags or {}).get(key) != value for key, value in scores.items()):
+            self.client.set_logged_model_tags(found[0].model_id, scores)
         if not found:
-            tags = {"geoloom.checkpoint_url": url, "geoloom.step": str(step)}
-            tags |= {f"geoloom.{key}": f"{value:.6g}" for key, value in metrics.items()}
+            tags = {"geoloom.checkpoint_url": url, "geoloom.step": str(step), **scores}
             params = {"step": str(step), "url": url[:MAX_VALUE]}
             found = [self.client.create_logged_model(experiment, name, run_id, tags, params, "geoloom-checkpoint")]
         if found[0].status != "READY":

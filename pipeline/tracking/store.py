@@ -49,7 +49,7 @@ class Store(Protocol):
     def log_artifact(self, run_id: str, path: str, folder: str | None = None) -> None: ...
 
     def register_checkpoint(self, run_id: str, url: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Registers by reference; the same url and step again changes nothing."""
+        """Registers by reference; the same url and step again only adds metrics."""
 
     def running(self, experiment: str, run_dir: str) -> list[tuple[str, dict[str, str]]]:
         """(run id, tags) of the runs with status RUNNING whose tag `geoloom.run_dir` is `run_dir`."""
@@ -115,7 +115,7 @@ class MemoryStore:
 
     def register_checkpoint(self, run_id: str, url: str, step: int, metrics: Mapping[str, float]) -> None:
         self._answer()
-        self.runs[run_id]["checkpoints"].setdefault((url, step), dict(metrics))
+        self.runs[run_id]["checkpoints"].setdefault((url, step), {}).update(metrics)
 
     def running(self, experiment: str, run_dir: str) -> list[tuple[str, dict[str, str]]]:
         self._answer()

@@ -7,14 +7,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from cluster import storage
+from cluster.errors import Fenced
 from cluster.rundir import RunDir
+from cluster.secrets import redacted
 from pipeline.config import PretrainConfig
 from pipeline.tracking.facts import RunFacts
-from pipeline.tracking.mirror import Mirror, add_event, add_tag, read_record, set_status, write_record
+from pipeline.tracking.mirror import Mirror, add_event, add_tag, read_events, read_record, set_status, write_record
 from pipeline.tracking.store import Store, StoreUnavailable
+from pipeline.tracking.uri import tracking_uri
 
 FLUSH_S = 2.0  # how far the store lags behind while all is well
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0  # between attempts while it is away
@@ -32,11 +36,12 @@ def open_tracker(cfg: PretrainConfig, rundir: RunDir, facts: RunFacts = RunFacts
         UsageError: `tracking.uri` is nothing MLflow can open.
     """
     write_record(rundir, cfg.tracking.experiment, cfg.run.name or storage.name(rundir.url), facts)
-    if cfg.tracking.uri == "none":
+    uri = tracking_uri(cfg.tracking.uri)
+    if uri == "none":
         return Tracker(rundir, None)
     from pipeline.tracking.mlflow_store import MlflowStore
 
-    return Tracker(rundir, MlflowStore(cfg.tracking.uri))
+    return Tracker(rundir, MlflowStore(uri))
 
 
 class Tracker:
@@ -55,10 +60,10 @@ class Tracker:
         self._pending: list[Mapping[str, Any]] = []
         self._from_directory = self._mirror is not None  # the store may lack what was logged before a restart
         self._new_files = True
-        self._probes: dict[int, dict[str, float]] = {}  # scores by step, of steps without a checkpoint so far
+        self._probes: dict[int, dict[str, float]] = {}  # scores by step
         self._newest_checkpoint, self._looked = "", 0.0
         self._status: str | None = None
-        self._level = self._caught_up = self._swept = False
+        self._level = self._caught_up = self._swept = self._fenced = False
         self._thread: threading.Thread | None = None
         if self._mirror is not None:
             self._thread = threading.Thread(target=self._run, name="tracker", daemon=True)
@@ -95,19 +100,22 @@ class Tracker:
 
     def artifact(self, path: str) -> None:
         """Copies a local file into the run directory's `artifacts/`, from where it goes to the store."""
-        self._guard(lambda: storage.upload(path, storage.join(self.rundir.url, "artifacts", storage.name(path))))
+        self._guard(lambda: self.rundir.write(f"artifacts/{storage.name(path)}", Path(path).read_bytes()))
 
     def checkpoint(self, url: str, step: int, metrics: Mapping[str, float] | None = None) -> None:
-        """Registers a committed checkpoint by reference, with its probe scores. Those of the run directory are found
-        without being told."""
-        self._guard(lambda: add_event(self.rundir, url, step, metrics or {}))
+        """Registers a committed checkpoint by reference, with the scores logged at its step (metrics: others). One of the run
+        directory that nobody told of, because its start died right then, is found."""
+        with self._wake:
+            scores = dict(metrics) if metrics is not None else self._probes.get(step, {})
+        self._guard(lambda: add_event(self.rundir, url, step, scores))
 
     def tag(self, key: str, value: str) -> None:
         """Sets a tag of the run, in the run directory and the store."""
         self._guard(lambda: add_tag(self.rundir, key, value))
 
     def close(self, status: str = "FINISHED") -> None:
-        """Sends what is left and ends the run as FINISHED, FAILED, KILLED or SCHEDULED (it will be requeued)."""
+        """Sends what is left and ends the run as FINISHED, FAILED, KILLED or SCHEDULED (it will be requeued). A start that was
+        taken over does neither: the run is the later start's."""
         self._guard(lambda: set_status(self.rundir, status))
         self._guard(lambda: draw(self.rundir))
         if self._thread is None:
@@ -116,7 +124,7 @@ class Tracker:
             self._status = status
             self._wake.notify()
         self._thread.join(CLOSE_S)
-        if not self._level:
+        if not self._level and not self._fenced:
             print(
                 f"tracking: the store did not answer, it is behind this run; later: python -m pipeline sync {self.rundir.url}",
                 file=sys.stderr,
@@ -126,8 +134,10 @@ class Tracker:
         try:
             action()
             self._new_files = True
+        except Fenced:  # said where the run ends
+            self._fenced = True
         except Exception as error:  # training goes on without this file
-            print(f"tracking: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"tracking: {redacted(' '.join(str(error).split()))}", file=sys.stderr)
 
     def _run(self) -> None:
         wait_s = self._flush_s
@@ -142,11 +152,15 @@ class Tracker:
                 if closing is not None:
                     self._level = True
                     return
+            except Fenced:
+                self._fenced = True
+                return
             except Exception as error:
                 self.failures += 1
                 if not isinstance(error, StoreUnavailable) or self.failures == 1:
                     print(
-                        f"tracking: {error}; the run goes on, metrics are in {self.rundir.metrics_url}", file=sys.stderr
+                        f"tracking: {redacted(str(error))}; the run goes on, metrics are in {self.rundir.metrics_url}",
+                        file=sys.stderr,
                     )
                 wait_s = min(max(FIRST_WAIT_S, wait_s * 2), 2.0 if closing else LONGEST_WAIT_S)
                 if closing:
@@ -155,7 +169,7 @@ class Tracker:
                 self.blocked_s += time.monotonic() - start
 
     def _find_checkpoint(self, now: bool) -> None:
-        """Notes the newest committed checkpoint of the run directory, with the scores logged at its step."""
+        """Notes committed checkpoints of the run directory that are not noted yet, each with the scores logged at its step."""
         if not now and time.monotonic() - self._looked < CHECKPOINT_S:
             return
         self._looked = time.monotonic()
@@ -165,12 +179,28 @@ class Tracker:
             return
         if name == self._newest_checkpoint or not name.startswith("step-"):
             return
-        self._newest_checkpoint, step = name, int(name.removeprefix("step-"))
+        noted = {(storage.name(event["url"]), event["step"]) for event in read_events(self.rundir)}
+        for folder in sorted({name, *storage.list_names(self.rundir.checkpoints_url)}):
+            number = folder.removeprefix("step-")
+            if (
+                folder > name
+                or not folder.startswith("step-")
+                or not number.isdigit()
+                or (folder, int(number)) in noted
+            ):
+                continue
+            if folder == name or storage.exists(storage.join(self.rundir.checkpoints_url, folder, "manifest.json")):
+                scores = self._scores_at(int(number))
+                add_event(self.rundir, storage.join(self.rundir.checkpoints_url, folder), int(number), scores)
+                self._new_files = True
+        self._newest_checkpoint = name
+
+    def _scores_at(self, step: int) -> dict[str, float]:
         with self._wake:
-            scores = self._probes.get(step, {})
-            self._probes = {at: found for at, found in self._probes.items() if at > step}
-        add_event(self.rundir, storage.join(self.rundir.checkpoints_url, name), step, scores)
-        self._new_files = True
+            if step in self._probes:
+                return self._probes[step]
+        lines = [line for line in self.rundir.read_metrics() if line["step"] == step]
+        return {key: value for line in lines for key, value in line.items() if PROBE.match(key) and value is not None}
 
     def _level_once(self, closing: str | None) -> None:
         assert self._mirror is not None
@@ -208,19 +238,18 @@ def draw(rundir: RunDir) -> None:
     """Pictures of the run so far under `artifacts/`: loss curves, expert loads, and a contact sheet of the data, once."""
     from pipeline.tracking.plots import expert_plot, loss_plot
 
-    folder, lines = storage.join(rundir.url, "artifacts"), rundir.read_metrics()
+    lines = rundir.read_metrics()
     for name, picture in (("loss.png", loss_plot(lines)), ("experts.png", expert_plot(lines))):
         if picture is not None:
-            storage.write_atomic(storage.join(folder, name), picture)
-    sheet_url = storage.join(folder, "data.png")
+            rundir.write(f"artifacts/{name}", picture)
     sets = [
         dataset
         for dataset in read_record(rundir)["facts"].get("datasets", ())
         if 0 < dataset["samples"] <= MAX_SHEET_SAMPLES
     ]
-    if sets and lines and not storage.exists(sheet_url):
+    if sets and lines and not storage.exists(storage.join(rundir.url, "artifacts/data.png")):
         from data_prep.shards import ShardSet
         from data_prep.show import sheet
 
         shards = ShardSet.open(sets[0]["url"])
-        storage.write_atomic(sheet_url, sheet(shards, samples=6))
+        rundir.write("artifacts/data.png", sheet(shards, samples=6))

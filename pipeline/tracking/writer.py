@@ -35,12 +35,21 @@ def fate(writer: Mapping[str, Any]) -> Fate:
     return "gone"
 
 
+def runs(job: str) -> bool:
+    """Whether SLURM says that a job is running now; not where nobody can be asked."""
+    try:
+        return job_fields(job).get("JobState") == "RUNNING"
+    except RunFailure:
+        return False
+
+
 def lives(pid: Any, since: Any = None) -> bool:
     """Whether process `pid` of this host runs, and is not another one that got the number after `since` (epoch seconds)."""
     try:
         process = psutil.Process(int(pid))
         reused = since is not None and process.create_time() > float(since) + 1
-        return not reused and process.status() != psutil.STATUS_ZOMBIE
+        # a stopped one may be anything's past: whoever starts the run anew takes it over, and it learns so when it goes on
+        return not reused and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED)
     except (psutil.NoSuchProcess, TypeError, ValueError):
         return False
     except psutil.AccessDenied:

@@ -17,7 +17,7 @@ from pipeline.launch import free_port, rank_environment
 from tests.data_folder import REPOSITORY
 
 pytestmark = pytest.mark.integration
-KILLS = int(os.environ.get("GEOLOOM_KILLS", "3"))
+KILLS = int(os.environ.get("GEOLOOM_KILLS", "6"))
 
 
 def start(folder: Path, processes: int) -> list[subprocess.Popen]:

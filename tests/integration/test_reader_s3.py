@@ -247,9 +247,8 @@ def test_a_process_that_forgets_to_close_still_ends(s3_shards):
 
 def test_a_server_that_goes_and_comes_back_is_waited_for(s3_shards, s3_server):
     url, local = s3_shards
-    patient = RetryPolicy(retries=60, base_s=0.1, cap_s=0.5, timeout_s=5.0)
     data = settings_of(url, threads=2, block_samples=1, range_mb=1, read_ahead_mb=1)
-    with Reader(data, ModelConfig(), seed=7, batch_per_rank=4, epochs=1, policy=patient) as reader:
+    with Reader(data, ModelConfig(), seed=7, batch_per_rank=4, epochs=1) as reader:  # as a run reads
         first = delivered(reader, 1)
         s3_server.kill()
         again = threading.Thread(target=s3_server.start)

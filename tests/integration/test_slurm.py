@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from cluster.ranks import job_port
 from cluster.rundir import RunDir
 from cluster.slurm import script
 from cluster.slurm.status import find_record, report
@@ -98,7 +99,7 @@ def test_a_run_completes_on_two_nodes(slurm: SlurmCluster, tmp_path: Path) -> No
     sent = Sent(slurm, tmp_path / "run").ends()
     sent.assert_every_step_once()
     logs = [(tmp_path / "run" / "logs" / f"rank-0000{rank}.log").read_text() for rank in (0, 1)]
-    first, port = slurm.names[0], 20000 + int(sent.job) % 20000
+    first, port = slurm.names[0], job_port(int(sent.job))
     assert all(f"meets at {first} {port} from 0" in log for log in logs)
     assert ["on node1" in log for log in logs] == [True, False]
     seen = report(*find_record(str(tmp_path / "run")))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from cluster import storage
-from cluster.errors import RunFailure
+from cluster.errors import Fenced, RunFailure
+from cluster.lease import Lease, history
 from cluster.rundir import RunDir
 from tests import storage_contract
+from tests.s3_server import S3Server
 
 pytestmark = pytest.mark.integration
 
@@ -54,3 +57,65 @@ def test_an_endpoint_that_is_away_is_one_line(s3_url: str, monkeypatch: pytest.M
         assert "127.0.0.1:9" in str(caught.value)
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_metrics_of_a_long_run_are_linear_and_outlive_the_server(
+    s3_url: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100,000 lines; the server is killed on the way and comes back; another start then goes back over the last lines."""
+    written: list[int] = []
+    write = storage.write_atomic
+
+    def counting(url: str, data: bytes) -> None:
+        write(url, data)
+        written.append(len(data))
+
+    monkeypatch.setattr(storage, "write_atomic", counting)
+    run, sizes = RunDir(s3_url), []
+    run.start_metrics(0)
+    for step in range(1, 100_001):
+        run.append_metrics({"step": step, "loss": 1.0 / step, "samples": step * 1024})
+        if step % 500 == 0 and not 50_000 <= step <= 60_000:
+            run.sync()
+        if step == 50_000:
+            run.sync()
+            s3_server.kill()
+        if step == 60_000:
+            s3_server.start()
+            run.sync()
+        if step in (25_000, 100_000):
+            sizes.append(sum(written))
+    run.close()
+    later = RunDir(s3_url)
+    later.start_metrics(99_990)
+    later.append_metrics({"step": 99_991, "loss": 2.0})
+    later.close()
+    found = RunDir(s3_url).read_metrics()
+    assert [line["step"] for line in found] == list(range(1, 99_992))
+    assert found[-1]["loss"] == 2.0
+    assert sizes[1] < 4.4 * sizes[0]  # every line once, and once more when segments are gathered
+    assert len(storage.list_names(f"{s3_url}/metrics")) < 80
+
+
+def test_a_write_under_way_during_a_takeover_does_not_survive_it(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first start has looked at the version and the lease, is frozen, and sends its write after the second's."""
+    first, target = Lease.acquire(s3_url), storage.join(s3_url, "tracked.json")
+    first.write(target, b"before")
+    replace = storage.replace
+
+    def frozen(url: str, data: bytes, expected: str | None) -> bool:
+        monkeypatch.setattr(storage, "replace", replace)
+        Lease.acquire(s3_url).write(target, b"of the second")
+        return replace(url, data, expected)
+
+    monkeypatch.setattr(storage, "replace", frozen)
+    with pytest.raises(Fenced, match="a later start"):
+        first.write(target, b"of the first")
+    assert storage.read_bytes(target) == b"of the second"
+    assert [record["epoch"] for record in history(s3_url)] == [1, 2]
+
+
+def test_of_many_starts_at_once_each_gets_its_own_number(s3_url: str) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda _: Lease.acquire(s3_url).epoch, range(6)))
+    assert sorted(found) == list(range(1, 7))

@@ -84,8 +84,13 @@ def by_hand(model: SkySense, view: View) -> tuple[Tensor, Tensor]:
             x_TF, sequence = torch.stack(rows), Sequences.dense(1, len(rows))
             for block in fusion.blocks:
                 x_TF, _ = block(x_TF, sequence, table)
-            for place, row in zip(places, fusion.norm(x_TF)):
-                out[b, place[0], place[1]] = row
+            for place, row in zip(places, x_TF):
+                for n in names:  # the short way
+                    i, j = (under(lead, grids[n], place[axis], axis) for axis in (0, 1))
+                    seen = features.dense_valid[n][b, :, i, j]
+                    if seen.any():
+                        row = row + fusion.skip[n](features.dense[n][b, seen, i, j].mean(0))
+                out[b, place[0], place[1]] = fusion.norm(row)
                 valid[b, place[0], place[1]] = True
     return out, valid
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,24 +15,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from cluster import storage
 from cluster.errors import RunFailure, UsageError
-from pipeline.checkpoint import store
+from pipeline.checkpoint import plan, store, tensors
 from pipeline.checkpoint.load import consolidated, open_files
 from pipeline.checkpoint.tensors import DTYPES, TensorFile, file_digest, write_tensors
 from pipeline.config import CheckpointConfig
 
 
 def test_stock_safetensors_reads_what_we_write(tmp_path: Path) -> None:
-    tensors = {f"t/{name}": (torch.arange(6) % 2).reshape(2, 3).to(dtype) for dtype, name in DTYPES.items()}
-    tensors["empty"] = torch.zeros(0)
-    facts = write_tensors(str(tmp_path / "f.safetensors"), tensors)
-    assert facts == {
+    held = {f"t/{name}": (torch.arange(6) % 2).reshape(2, 3).to(dtype) for dtype, name in DTYPES.items()}
+    held["empty"] = torch.zeros(0)
+    facts = write_tensors(str(tmp_path / "f.safetensors"), held)
+    assert {name: facts[name] for name in ("bytes", "sha256")} == {
         "bytes": (tmp_path / "f.safetensors").stat().st_size,
         "sha256": file_digest(str(tmp_path / "f.safetensors")),
     }
     for name, tensor in load_file(tmp_path / "f.safetensors").items():
-        assert torch.equal(tensor, tensors[name])
-        assert torch.equal(TensorFile(str(tmp_path / "f.safetensors")).read(name), tensors[name])
+        assert torch.equal(tensor, held[name])
+        assert torch.equal(TensorFile(str(tmp_path / "f.safetensors")).read(name), held[name])
 
 
 def write(url: str, step: int, cuts: list[int], token: str = "t") -> torch.Tensor:
@@ -63,6 +65,57 @@ def test_any_range_from_any_cut(
     with open_files(store.open_checkpoint(store.committed(url)[0])) as files:
         assert torch.equal(files.read("student", "w", start, size), w[start : start + size])
         assert torch.equal(files.read("teacher", "w", start, size), w[start : start + size] + 3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(1, 19), max_size=6),
+    st.lists(st.tuples(st.integers(0, 19), st.integers(1, 20)), min_size=1, max_size=3),
+    st.sampled_from([4, 12, 1 << 20]),
+    st.sampled_from([0, 40, 1 << 20]),
+)
+def test_any_parts_are_read_by_ranges_and_alone(
+    cuts: list[int], ranges: list[tuple[int, int]], check_bytes: int, gap: int
+) -> None:
+    """From an object store only what is asked for is fetched: the rest of the file on this machine is empty."""
+    url = f"memory://{uuid.uuid4().hex}/checkpoints"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensors, "CHECK_BYTES", check_bytes)
+        patch.setattr(plan, "GAP_BYTES", gap)
+        w = write(url, 1, cuts)
+        checkpoint = store.open_checkpoint(store.committed(url)[0])
+        needs = [("w", start, min(size, 20 - start)) for start, size in ranges]
+        with open_files(checkpoint, plan.reads({"w": checkpoint.spans("w")}, needs)) as files:
+            for _, start, size in needs:
+                for k, kind in enumerate(("student", "exp_avg", "exp_avg_sq", "teacher")):
+                    assert torch.equal(files.read(kind, "w", start, size), w[start : start + size] + k)
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_a_damaged_part_is_named_and_damage_elsewhere_is_not_met(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local: bool
+) -> None:
+    monkeypatch.setattr(tensors, "CHECK_BYTES", 16)  # four elements
+    monkeypatch.setattr(plan, "GAP_BYTES", 0)
+    url = str(tmp_path / "c") if local else f"memory://{uuid.uuid4().hex}/c"
+    w = write(url, 1, [])
+    checkpoint = store.open_checkpoint(store.committed(url)[0])
+    place = f"{checkpoint.url}/rank-00000.safetensors"
+    data = bytearray(storage.read_bytes(place))
+    data[-1] ^= 1  # in the last block of the last tensor, teacher/w
+    storage.write_atomic(place, bytes(data))
+
+    def load(start: int, size: int) -> torch.Tensor:
+        with open_files(checkpoint, plan.reads({"w": checkpoint.spans("w")}, [("w", start, size)])) as files:
+            return files.read("teacher", "w", start, size)
+
+    assert torch.equal(load(3, 13), w[3:16] + 3)
+    with pytest.raises(RunFailure, match=r"rank-00000\.safetensors is damaged: teacher/w@0 does not match"):
+        load(3, 14)
+    data[20] ^= 1
+    storage.write_atomic(place, bytes(data))
+    with pytest.raises(RunFailure, match=r"rank-00000\.safetensors is damaged: its header"):
+        load(0, 1)
 
 
 def test_consolidated_from_a_run_directory(tmp_path: Path) -> None:

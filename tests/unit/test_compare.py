@@ -32,7 +32,7 @@ from pipeline.tracking.mirror import add_tag, write_record
 from tests.data_folder import REPOSITORY
 
 
-def _run(
+def make_run(
     folder: Path, name: str, overrides: list[str] | None = None, steps: int = 40, manifest: str = "a", statistics: str = "s",
     split: float = 5.0, score: float = 0.5, right: np.ndarray | None = None,
 ) -> str:  # fmt: skip
@@ -42,7 +42,7 @@ def _run(
     rundir.write_resolved(config)
     rundir.start_metrics(0)
     if right is not None:
-        pixels = _outcomes(_sites(0.3), split)
+        pixels = _outcomes(sites(0.3), split)
         keep_round(_outcomes(right * 0, split), pixels, rundir.url, 0)
     for step in range(1, steps + 1):
         line: dict[str, float | int] = {
@@ -71,9 +71,9 @@ def _outcomes(right: np.ndarray, split: float) -> Outcomes:
     )
 
 
-def _sites(share: float, sites: int = 100) -> np.ndarray:
+def sites(share: float, number: int = 100) -> np.ndarray:
     """The first `share` of the sites are named rightly: of two runs one is right wherever the other is."""
-    return (np.arange(sites) < share * sites).astype(np.uint8)
+    return (np.arange(number) < round(share * number)).astype(np.uint8)
 
 
 def _pairs(runs: list[RunData]) -> Pairs:
@@ -81,7 +81,7 @@ def _pairs(runs: list[RunData]) -> Pairs:
 
 
 def test_one_changed_key_stands_alone_and_the_runs_are_comparable(tmp_path: Path) -> None:
-    runs = load_runs([_run(tmp_path, "a"), _run(tmp_path, "b", ["model.moe.experts=4"])])
+    runs = load_runs([make_run(tmp_path, "a"), make_run(tmp_path, "b", ["model.moe.experts=4"])])
     verdict = judge(runs)
     assert verdict.comparable
     assert verdict.reasons == []
@@ -90,7 +90,7 @@ def test_one_changed_key_stands_alone_and_the_runs_are_comparable(tmp_path: Path
 
 def test_model_settings_come_before_training_ones(tmp_path: Path) -> None:
     runs = load_runs(
-        [_run(tmp_path, "a"), _run(tmp_path, "b", ["train.seed=3", "optimizer.lr=0.5", "model.prompts=0"])]
+        [make_run(tmp_path, "a"), make_run(tmp_path, "b", ["train.seed=3", "optimizer.lr=0.5", "model.prompts=0"])]
     )
     assert list(judge(runs).differs) == ["model.prompts", "optimizer.lr", "train.seed"]
 
@@ -104,7 +104,7 @@ def test_model_settings_come_before_training_ones(tmp_path: Path) -> None:
     ],
 )
 def test_unfair_comparisons_are_named(tmp_path: Path, other: dict, why: str) -> None:
-    verdict = judge(load_runs([_run(tmp_path, "first"), _run(tmp_path, "second", **other)]))
+    verdict = judge(load_runs([make_run(tmp_path, "first"), make_run(tmp_path, "second", **other)]))
     assert not verdict.comparable
     assert len(verdict.reasons) == 1
     assert re.search(why, verdict.reasons[0])
@@ -112,7 +112,7 @@ def test_unfair_comparisons_are_named(tmp_path: Path, other: dict, why: str) -> 
 
 
 def test_figures_are_read_at_the_samples_all_have_seen(tmp_path: Path) -> None:
-    runs = load_runs([_run(tmp_path, "long", steps=40), _run(tmp_path, "short", steps=20)])
+    runs = load_runs([make_run(tmp_path, "long", steps=40), make_run(tmp_path, "short", steps=20)])
     long, short = summarise(runs)
     assert long.samples == short.samples == 160
     assert long.losses == short.losses
@@ -121,7 +121,7 @@ def test_figures_are_read_at_the_samples_all_have_seen(tmp_path: Path) -> None:
 
 
 def test_dead_experts_are_noted(tmp_path: Path) -> None:
-    runs = [_run(tmp_path, "a"), _run(tmp_path, "b")]
+    runs = [make_run(tmp_path, "a"), make_run(tmp_path, "b")]
     notes = judge(load_runs(runs)).notes
     assert not any("dead experts" in note for note in notes)
     add_tag(RunDir(runs[0]), TAG, "none since step 9")
@@ -131,12 +131,14 @@ def test_dead_experts_are_noted(tmp_path: Path) -> None:
 
 
 def test_other_objectives_are_noted(tmp_path: Path) -> None:
-    runs = load_runs([_run(tmp_path, "a"), _run(tmp_path, "b", ["objective.qsacl_weight=0.0"])])
+    runs = load_runs([make_run(tmp_path, "a"), make_run(tmp_path, "b", ["objective.qsacl_weight=0.0"])])
     assert any("rank by probes" in note for note in judge(runs).notes)
 
 
 def test_without_outcomes_the_notes_say_how_to_read_the_intervals(tmp_path: Path) -> None:
-    pairs = _pairs(load_runs([_run(tmp_path, "a"), _run(tmp_path, "b"), _run(tmp_path, "other", split=6.0)]))
+    pairs = _pairs(
+        load_runs([make_run(tmp_path, "a"), make_run(tmp_path, "b"), make_run(tmp_path, "other", split=6.0)])
+    )
     assert pairs.differences == [{}, {}, {}]
     assert [note for note in pairs.notes if "cannot be paired" in note] == [
         pairs.notes[0]
@@ -144,16 +146,16 @@ def test_without_outcomes_the_notes_say_how_to_read_the_intervals(tmp_path: Path
     assert pairs.notes[0].startswith(
         "a and b cannot be paired site by site (a and b kept no outcomes of the last probe); their"
     )
-    assert _pairs(load_runs([_run(tmp_path, "alone")])).notes == []
+    assert _pairs(load_runs([make_run(tmp_path, "alone")])).notes == []
 
 
 def test_runs_are_paired_over_their_test_sites(tmp_path: Path) -> None:
     runs = load_runs([
-        _run(tmp_path, "base", right=_sites(0.5)), _run(tmp_path, "better", right=_sites(0.58)), _run(tmp_path, "same", right=_sites(0.5)),
-        _run(tmp_path, "elsewhere", right=_sites(0.9), split=6.0),
+        make_run(tmp_path, "base", right=sites(0.5)), make_run(tmp_path, "better", right=sites(0.58)), make_run(tmp_path, "same", right=sites(0.5)),
+        make_run(tmp_path, "elsewhere", right=sites(0.9), split=6.0),
     ])  # fmt: skip
     pairs = _pairs(runs)
-    wanted = difference(*(_outcomes(_sites(share), 5.0).by_name["knn/fused"] for share in (0.58, 0.5)))
+    wanted = difference(*(_outcomes(sites(share), 5.0).by_name["knn/fused"] for share in (0.58, 0.5)))
     assert pairs.differences == [{}, {"probe/knn/fused": wanted}, {"probe/knn/fused": Difference(0, 0, 0)}, {}]
     assert wanted is not None
     assert wanted.is_clear
@@ -165,7 +167,7 @@ def test_runs_are_paired_over_their_test_sites(tmp_path: Path) -> None:
 
 
 def test_a_probe_curve_has_the_levels_of_what_costs_nothing(tmp_path: Path) -> None:
-    runs = load_runs([_run(tmp_path, "a", right=_sites(0.5)), _run(tmp_path, "b")])
+    runs = load_runs([make_run(tmp_path, "a", right=sites(0.5)), make_run(tmp_path, "b")])
     assert [name for name in curve_names(runs) if name.startswith("probe/")] == ["probe/knn/fused"]
     assert (level(runs[0], "probe/knn/fused", "pixels"), level(runs[1], "probe/knn/fused", "pixels")) == (0.3, None)
     drawn, bare = svg_plot(runs, "probe/knn/fused"), svg_plot(runs[1:], "probe/knn/fused")
@@ -176,11 +178,11 @@ def test_a_probe_curve_has_the_levels_of_what_costs_nothing(tmp_path: Path) -> N
 
 def test_the_probe_that_both_have_seen_is_paired(tmp_path: Path) -> None:
     """The long run's last probe lies beyond the short one's samples; its file of step 20 counts, not that of step 40."""
-    long = _run(tmp_path, "long", right=_sites(0.5))
-    short = _run(tmp_path, "short", steps=20, right=_sites(0.5))
-    write_outcomes(url_of(long, 40), _outcomes(_sites(0.9), 5.0))
+    long = make_run(tmp_path, "long", right=sites(0.5))
+    short = make_run(tmp_path, "short", steps=20, right=sites(0.5))
+    write_outcomes(url_of(long, 40), _outcomes(sites(0.9), 5.0))
     assert _pairs(load_runs([long, short])).differences[1] == {"probe/knn/fused": Difference(0, 0, 0)}
-    uneven = _run(tmp_path, "uneven", steps=29, right=_sites(0.5))
+    uneven = make_run(tmp_path, "uneven", steps=29, right=sites(0.5))
     (tmp_path / "uneven" / "probes" / "step-00000020.npz").rename(tmp_path / "uneven" / "probes" / "kept")
     pairs = _pairs(load_runs([short, uneven]))
     assert pairs.differences[1] == {}
@@ -188,9 +190,9 @@ def test_the_probe_that_both_have_seen_is_paired(tmp_path: Path) -> None:
 
 
 def test_unreadable_and_foreign_outcomes_are_notes(tmp_path: Path) -> None:
-    base, torn, foreign = (_run(tmp_path, name, right=_sites(0.5)) for name in ("base", "torn", "foreign"))
+    base, torn, foreign = (make_run(tmp_path, name, right=sites(0.5)) for name in ("base", "torn", "foreign"))
     Path(url_of(torn, 40)).write_bytes(Path(url_of(torn, 40)).read_bytes()[:200])
-    write_outcomes(url_of(foreign, 40), _outcomes(_sites(0.9), 6.0))
+    write_outcomes(url_of(foreign, 40), _outcomes(sites(0.9), 6.0))
     pairs = _pairs(load_runs([base, torn, foreign]))
     assert pairs.differences == [{}, {}, {}]
     assert [note for note in pairs.notes if "torn/probes/step-00000040.npz holds no readable" in note]
@@ -199,11 +201,11 @@ def test_unreadable_and_foreign_outcomes_are_notes(tmp_path: Path) -> None:
 
 
 def test_offline_probes_are_paired_by_task_and_split(tmp_path: Path) -> None:
-    a, b = _run(tmp_path, "a"), _run(tmp_path, "b")
+    a, b = make_run(tmp_path, "a"), make_run(tmp_path, "b")
     for url, share in ((a, 0.5), (b, 0.6)):
-        write_outcomes(url_of(url, 30, "knn-00000000000fbeef"), _outcomes(_sites(0.1), 15.0))
-        write_outcomes(url_of(url, 40, "knn-00000000000fbeef"), _outcomes(_sites(share), 15.0))
-    write_outcomes(url_of(b, 40, "knn-00000000000ebeef"), _outcomes(_sites(0.9), 14.0))
+        write_outcomes(url_of(url, 30, "knn-00000000000fbeef"), _outcomes(sites(0.1), 15.0))
+        write_outcomes(url_of(url, 40, "knn-00000000000fbeef"), _outcomes(sites(share), 15.0))
+    write_outcomes(url_of(b, 40, "knn-00000000000ebeef"), _outcomes(sites(0.9), 14.0))
     pairs = _pairs(load_runs([a, b]))
     assert list(pairs.differences[1]) == ["probe/knn/fused (00000000)"]
     assert pairs.differences[1]["probe/knn/fused (00000000)"].value == pytest.approx(0.1)
@@ -215,8 +217,8 @@ def test_offline_probes_are_paired_by_task_and_split(tmp_path: Path) -> None:
 
 def test_ablation_marks_clear_effects_and_unclean_runs(tmp_path: Path) -> None:
     runs = load_runs([
-        _run(tmp_path, "base"), _run(tmp_path, "near", ["model.prompts=0"], score=0.52), _run(tmp_path, "far", ["model.prompts=0"], score=0.8),
-        _run(tmp_path, "two", ["model.prompts=0", "train.seed=1"]),
+        make_run(tmp_path, "base"), make_run(tmp_path, "near", ["model.prompts=0"], score=0.52), make_run(tmp_path, "far", ["model.prompts=0"], score=0.8),
+        make_run(tmp_path, "two", ["model.prompts=0", "train.seed=1"]),
     ])  # fmt: skip
     found = effects(runs, summarise(runs), _pairs(runs))
     base, near, far, two = found
@@ -229,14 +231,16 @@ def test_ablation_marks_clear_effects_and_unclean_runs(tmp_path: Path) -> None:
     ]
     assert [str(change) for change in changes] == ["0.520 +0.020", "0.800 +0.300 †"]
     assert not two.is_clean
-    assert legend(found, ["probe/knn/fused"]).endswith("† = no outcomes to pair, the runs' own intervals do not touch")
+    assert "† = no outcomes to pair, the runs' own intervals do not touch; one seed each" in legend(
+        found, ["probe/knn/fused"]
+    )
 
 
 def test_ablation_goes_by_the_paired_interval_where_it_can(tmp_path: Path) -> None:
     """+0.04 with own intervals of ±0.05: clear in pairs only; the run without outcomes is judged by the older rule."""
     runs = load_runs([
-        _run(tmp_path, "base", right=_sites(0.5)), _run(tmp_path, "paired", ["model.prompts=0"], score=0.54, right=_sites(0.54)),
-        _run(tmp_path, "bare", ["model.prompts=0"], score=0.54),
+        make_run(tmp_path, "base", right=sites(0.5)), make_run(tmp_path, "paired", ["model.prompts=0"], score=0.54, right=sites(0.54)),
+        make_run(tmp_path, "bare", ["model.prompts=0"], score=0.54),
     ])  # fmt: skip
     found = effects(runs, summarise(runs), _pairs(runs))
     paired, bare = (effect.probes["probe/knn/fused"] for effect in found[1:])
@@ -259,7 +263,7 @@ class _Links(HTMLParser):
 
 
 def test_the_report_needs_no_network_and_no_script(tmp_path: Path) -> None:
-    runs = load_runs([_run(tmp_path, "<b>bold</b>".replace("/", "")), _run(tmp_path, "b", ["model.prompts=0"])])
+    runs = load_runs([make_run(tmp_path, "<b>bold</b>".replace("/", "")), make_run(tmp_path, "b", ["model.prompts=0"])])
     page = html_report(runs, judge(runs), summarise(runs), _pairs(runs), ablation=True)
     links = _Links()
     links.feed(page)
@@ -272,7 +276,7 @@ def test_the_report_needs_no_network_and_no_script(tmp_path: Path) -> None:
 
 
 def test_the_command_prints_differences_first_and_json_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = [_run(tmp_path, "a"), _run(tmp_path, "b", ["model.moe.experts=4"], manifest="b")]
+    runs = [make_run(tmp_path, "a"), make_run(tmp_path, "b", ["model.moe.experts=4"], manifest="b")]
     out = tmp_path / "report.html"
     args = argparse.Namespace(runs=runs, out=str(out), ablation=False, uri=None, json=True)
     assert command.main(args) == 0
@@ -290,7 +294,7 @@ def test_differences_are_shown_in_the_terminal_the_report_and_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    runs = [_run(tmp_path, "a", right=_sites(0.5)), _run(tmp_path, "b", ["model.prompts=0"], right=_sites(0.6))]
+    runs = [make_run(tmp_path, "a", right=sites(0.5)), make_run(tmp_path, "b", ["model.prompts=0"], right=sites(0.6))]
     out = tmp_path / "report.html"
     assert command.main(argparse.Namespace(runs=runs, out=str(out), ablation=True, uri=None, json=True)) == 0
     printed = capsys.readouterr().out

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import threading
+from pathlib import Path
 
 import pytest
 
 from cluster.ranks import Ranks
+from cluster.rundir import RunDir
 from pipeline.engine import StepResult
-from pipeline.health import PHASES, AgreedFailure, SpikeWatch, check_step, describe_lag
+from pipeline.health import PHASES, AgreedFailure, Heartbeat, SpikeWatch, check_step, describe_lag, within
+from pipeline.reader.faults import FaultLog
 
 
 def result(loss: float = 1.0, norm: float = 1.0, applied: bool = True) -> StepResult:
@@ -56,3 +60,38 @@ def test_a_stopped_rank_is_silent() -> None:
 
 def test_all_alike() -> None:
     assert describe_lag([[7, 3, 3], [7, 3, 3]], [[7, 3, 5], [7, 3, 4]]) == "all ranks stand in student of step 7"
+
+
+def test_asking_a_store_that_hangs_or_fails_has_an_end() -> None:
+    never = threading.Event()
+    assert within(0.05, lambda: str(never.wait())) is None
+    never.set()
+    assert within(5.0, lambda: "rank 1 lags") == "rank 1 lags"
+
+    def fails() -> str:
+        raise OSError("gone")
+
+    assert within(5.0, fails) == "others cannot be asked: gone"
+
+
+def test_stacks_of_all_threads_are_written_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    beat = Heartbeat(Ranks(), 600.0, RunDir(str(tmp_path)))
+    try:
+        beat.at("data", 7)
+        beat._dump_stacks()
+        beat._dump_stacks()
+    finally:
+        beat.close()
+    text = (tmp_path / "logs" / "stacks-00000.txt").read_text()
+    assert text.startswith("rank 0 in data of step 7\n")
+    assert "test_stacks_of_all_threads_are_written_once" in text
+    assert capfd.readouterr().err.count("rank 0 in data of step 7") == 1
+
+
+def test_a_quarantined_sample_is_named_when_it_happens(caplog: pytest.LogCaptureFixture) -> None:
+    faults = FaultLog(2)
+    for _ in range(2):
+        faults.quarantine("site-1", "wrong checksum")
+    assert [record.getMessage() for record in caplog.records] == [
+        "sample site-1 cannot be read and takes part as all invalid: wrong checksum"
+    ]

@@ -25,6 +25,17 @@ def layout(world: int, **keys: Any) -> Layout:
     return Layout.of(from_dict(PretrainConfig, tree), Ranks(rank=world - 1, world=world))
 
 
+def test_expert_parallelism_stays_in_a_node() -> None:
+    tree = {"train": {"batch": 64, "precision": "fp32"}, "model": {"moe": {"experts": 16}}, "parallel": {"ep": 16}}
+    for local_world, allowed, fits in ((8, False, False), (8, True, True), (16, False, True), (32, False, True)):
+        config = from_dict(PretrainConfig, {**tree, "parallel": {"ep": 16, "ep_across_nodes": allowed}})
+        if fits:
+            assert Layout.of(config, Ranks(world=32, local_world=local_world)).ep == 16
+        else:
+            with pytest.raises(UsageError, match=r"parallel\.ep=16 does not fit into nodes of 8 processes"):
+                Layout.of(config, Ranks(world=32, local_world=local_world))
+
+
 def test_degrees() -> None:
     found = layout(4, train__micro_batch=2, parallel__ep=2)
     assert (found.accumulation, found.batch, found.batch_per_rank, found.expert_rank) == (2, 16, 4, 1)

@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import RunFailure
+from pipeline.config import DataConfig
+from pipeline.reader import cache as cache_module
 from pipeline.reader.cache import DiskCache
 from pipeline.reader.faults import BadSample, FaultLog, RetryPolicy, TransientFault, with_retries
 from pipeline.reader.fetch import OpenFiles, read_into
@@ -61,9 +63,18 @@ def test_retries_are_counted_and_bounded():
 @given(st.integers(0, 30))
 def test_waits_grow_up_to_a_cap_and_are_jittered(attempt):
     policy = RetryPolicy(base_s=0.5, cap_s=8.0)
-    waits = [policy.wait_s(attempt) for _ in range(20)]
-    assert all(0 <= wait <= min(8.0, 0.5 * 2**attempt) for wait in waits)
-    assert len(set(waits)) > 1
+    most = min(8.0, 0.5 * 2**attempt)
+    waits = [policy.wait_s(attempt) for _ in range(400)]
+    assert all(0 <= wait <= most for wait in waits)
+    # spread over the whole of [0, most], so that thousands of ranks do not come back together: each quarter has its share
+    quarters = [sum(most * n / 4 <= wait < most * (n + 1) / 4 for wait in waits) for n in range(4)]
+    assert min(quarters) > 40
+
+
+def test_an_outage_of_a_minute_is_waited_out_by_default():
+    data = DataConfig()
+    policy = RetryPolicy(data.retries, timeout_s=data.timeout_s)
+    assert sum(min(policy.cap_s, policy.base_s * 2**n) / 2 for n in range(policy.retries)) > 60
 
 
 def test_the_budget_counts_distinct_samples():
@@ -97,8 +108,7 @@ def test_the_cache_keeps_what_was_used_last(tmp_path):
     assert not cache.read_into(paths[1], view)
 
 
-def test_the_cache_drops_what_is_not_whole_and_old_leftovers(tmp_path):
-
+def test_the_cache_drops_what_is_not_whole_and_old_leftovers(tmp_path, monkeypatch):
     faults = FaultLog(0)
     cache = DiskCache(str(tmp_path), 1_000_000, faults)
     short, long, good = fill(cache, 3, 1000)
@@ -110,10 +120,48 @@ def test_the_cache_drops_what_is_not_whole_and_old_leftovers(tmp_path):
     view = memoryview(bytearray(1000))
     assert [cache.read_into(path, view) for path in (short, long, good)] == [False, False, True]
     assert [path.exists() for path in (short, long, good)] == [False, False, True]
+    monkeypatch.setattr(cache_module, "RECOUNT_S", -1.0)
     DiskCache(str(tmp_path), 1_000_000, faults)
     assert not (tmp_path / "sha" / "old.tmp").exists()
     assert (tmp_path / "sha" / "new.tmp").exists()
     assert faults.total == 0
+
+
+def held(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*-*"))
+
+
+def test_ranks_share_one_account_and_nobody_walks_the_cache(tmp_path, monkeypatch):
+    """A full cache of 200 shards, written to by turns: its bound holds, and trimming looks at what it removes, not at all."""
+    looked, files = [], cache_module._files
+
+    def counting(shards):
+        found = files(shards)
+        looked.append(len(found))
+        return found
+
+    monkeypatch.setattr(cache_module, "_files", counting)
+    ranks = [DiskCache(str(tmp_path), 400_000, FaultLog(0)) for _ in range(3)]
+    looked.clear()
+    for n in range(3000):
+        cache = ranks[n % 3]
+        cache.put(cache.path(f"shard{n % 200}", n, n + 400), memoryview(bytes(400)))
+        if n % 500 == 0:
+            assert held(tmp_path) == ranks[0]._account(0)[0] <= 400_000
+    assert held(tmp_path) == ranks[0]._account(0)[0] > 300_000
+    assert sum(looked) < 4 * 3000
+
+
+def test_an_account_that_is_wrong_is_made_right(tmp_path, monkeypatch):
+    cache = DiskCache(str(tmp_path), 100_000, FaultLog(0))
+    paths = fill(cache, 40, 1000)
+    cache._account(10_000_000)  # as if it had been removed from by hand
+    cache.trim()
+    assert cache._account(0)[0] == held(tmp_path)
+    fill(cache, 40, 1000)
+    (tmp_path / "usage").write_bytes(b"torn")
+    assert DiskCache(str(tmp_path), 100_000, FaultLog(0))._account(0)[0] == held(tmp_path) > 0
+    assert paths
 
 
 def test_a_cache_that_cannot_write_is_a_counted_fault(tmp_path):

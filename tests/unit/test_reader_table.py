@@ -1,31 +1,27 @@
-"""The index as columns: equal to reading it row by row, small, and shared between processes without trust."""
+"""The index as columns: equal to reading it row by row, whatever the filters, and small."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
 import hashlib
-import itertools
 import json
-import multiprocessing
-import os
-import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.errors import UsageError
 from data_prep import index
+from data_prep.columns import EXTENSIONS, UNCHECKED
 from data_prep.schema import MODALITIES
 from data_prep.shards import ShardSet
 from pipeline.config import DataConfig
-from pipeline.reader import shared
 from pipeline.reader import table as tables
-from pipeline.reader.scan import EXTENSIONS, UNCHECKED
 from tests.sites import make_site, write_shard_set
 
 ALL = ("hr", "s2", "s1")
@@ -56,7 +52,11 @@ def changed(source: Path, folder: Path, rows=None, group: int = 1000, drop_crc: 
     found = found if rows is None else rows(found)
     arrays = [pa.array([row[field.name] for row in found], field.type) for field in wanted]
     pq.write_table(pa.table(arrays, wanted), folder / "index.parquet", row_group_size=group)
-    shutil.copy(source / "manifest.json", folder)
+    manifest = json.loads((source / "manifest.json").read_text())
+    manifest["index"]["sha256"] = hashlib.sha256((folder / "index.parquet").read_bytes()).hexdigest()
+    manifest["counts"]["samples"] = len(found)
+    del manifest["columns"]  # as a set of an older build
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
 
@@ -127,7 +127,7 @@ def _sample(row: dict, stems: list[str], modalities) -> dict:
 def samples(table: tables.Table, modalities=ALL) -> list[dict]:
     """The same of a table."""
     out = []
-    for n in range(len(table)):
+    for n in table.rows.all().tolist():
         dates = {}
         for m in modalities:
             its = table.dates[m]
@@ -139,7 +139,7 @@ def samples(table: tables.Table, modalities=ALL) -> list[dict]:
                 for stem, m in table.members.items() if m.kind_N[n] >= 0
             },
             "dates": dates, "span": (table.start_N[n], table.stop_N[n]), "extent": (table.width_m_N[n], table.height_m_N[n]),
-            "lonlat": table.lonlat_N2[n].tolist(), "scene": table.scene_N[n],
+            "lonlat": list(table.lonlat(n)), "scene": table.scene_N[n],
         })  # fmt: skip
     return out
 
@@ -192,7 +192,7 @@ def test_fewer_modalities_and_odd_rows(shards, tmp_path):
     assert samples(table) == plain(old, data)
     assert table.members["hr"].kind_N[0] & UNCHECKED
     with pytest.raises(IndexError):
-        table.keys[len(table)]
+        table.keys[len(table.keys)]
 
 
 def test_several_sets_are_one_behind_the_other(shards, tmp_path):
@@ -201,7 +201,7 @@ def test_several_sets_are_one_behind_the_other(shards, tmp_path):
     table = tables.load(data, ALL)
     assert samples(table) == plain(shards, data) + plain(old, data)
     assert [size.tolist() for size in table.sizes] == [[3, 3, 3], [3, 3, 3]]
-    assert table.shard_urls[3] == f"{old}/train-000000.tar"
+    assert table.shard_urls[4] == f"{old}/train-000000.tar"
     one = tables.load(dataclasses.replace(data, url=str(shards)), ALL)
     assert table.fingerprints == one.fingerprints * 2
 
@@ -244,7 +244,8 @@ def test_large_shards_get_wide_offsets(shards, tmp_path):
 
     url = changed(shards, tmp_path / "set", far)
     manifest = json.loads((url / "manifest.json").read_text())
-    manifest["shards"][0]["bytes"] = 1 << 34
+    for shard in manifest["shards"]:
+        shard["bytes"] = 1 << 34
     (url / "manifest.json").write_text(json.dumps(manifest))
     data = DataConfig(url=str(url))
     assert samples(tables.load(data, ALL)) == plain(url, data)
@@ -266,174 +267,9 @@ def test_bytes_per_sample(shards, tmp_path):
     assert (table.num_bytes - dates) / 3000 <= 225
 
 
-# --- shared between processes
-
-
-@pytest.fixture
-def sharing(monkeypatch, tmp_path):
-    """Every set is shared, in a folder of this test."""
-    monkeypatch.setattr(shared, "SHARED_FROM", 1)
-    return tmp_path / "cache"
-
-
-def shared_data(shards, sharing, **changes) -> DataConfig:
-    return DataConfig(url=str(shards), cache_dir=str(sharing), **changes)
-
-
-def entries(sharing: Path) -> list[Path]:
-    return sorted(path for path in (sharing / "index").iterdir() if path.is_dir())
-
-
-def test_shared_columns_are_the_same_and_mapped(shards, sharing):
-    data = shared_data(shards, sharing)
-    first, second = (tables.load(data, ALL) for _ in range(2))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared, "SHARED_FROM", 10**9)
-        alone = tables.load(data, ALL)
-    assert bytes_of(first) == bytes_of(second) == bytes_of(alone)
-    assert samples(second) == samples(alone)
-    assert first.fingerprints == alone.fingerprints
-    assert isinstance(second.columns["s2.clear"].base, np.memmap)
-    assert not second.columns["s2.clear"].flags.writeable
-    assert len(entries(sharing)) == 1
-    tables.load(dataclasses.replace(data, split="val"), ALL)
-    tables.load(data, ("s2",))
-    tables.load(data, ALL, "landcover")
-    assert len(entries(sharing)) == 4
-
-
-def _digest(url: str, cache: str, start, out) -> None:
-    shared.SHARED_FROM = 1
-    start.wait()
-    table = tables.load(DataConfig(url=url, cache_dir=cache), ALL)
-    text = b"".join(name.encode() + data for name, (_, data) in sorted(bytes_of(table).items()))
-    out.put((hashlib.sha256(text).hexdigest(), isinstance(table.columns["s2.clear"].base, np.memmap)))
-
-
-@pytest.mark.parametrize("locks", [True, False])
-def test_builders_at_the_same_time(shards, sharing, locks, monkeypatch):
-    if not locks:  # a file system without them
-
-        def refuse(*_):
-            raise OSError("no locks here")
-
-        monkeypatch.setattr(shared.fcntl, "flock", refuse)
-    context = multiprocessing.get_context("fork")
-    start, out = context.Barrier(3), context.Queue()
-    started = [context.Process(target=_digest, args=(str(shards), str(sharing), start, out)) for _ in range(3)]
-    for process in started:
-        process.start()
-    found = {out.get(timeout=60) for _ in started}
-    for process in started:
-        process.join(60)
-    assert len(found) == 1
-    assert found.pop()[1]
-    (entry,) = entries(sharing)  # and no temporary folder
-    assert not entry.name.endswith(".tmp")
-
-
-def _killed(url: str, cache: str) -> None:
-    shared.SHARED_FROM, number = 1, itertools.count()
-    append = shared._Files.append
-
-    def dying(self, name, values):
-        append(self, name, values)
-        if next(number) == 20:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    shared._Files.append = dying
-    tables.load(DataConfig(url=url, cache_dir=cache), ALL)
-
-
-def test_a_killed_builder_leaves_nothing_that_is_believed_and_no_lock(shards, sharing):
-    process = multiprocessing.get_context("fork").Process(target=_killed, args=(str(shards), str(sharing)))
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-    (left,) = entries(sharing)
-    assert left.name.endswith(".tmp")
-    data = shared_data(shards, sharing)
-    assert samples(tables.load(data, ALL)) == plain(shards, data)
-    assert len([entry for entry in entries(sharing) if not entry.name.endswith(".tmp")]) == 1
-
-
-def cut(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def zeros(path: Path) -> None:
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
-def pickled(path: Path) -> None:
-    np.save(path, np.array([object()]), allow_pickle=True)
-
-
-@pytest.mark.parametrize("name", ["s2.clear.npy", "key.bytes.npy", "s2.whole.npy", "facts.json"])
-@pytest.mark.parametrize("harm", [cut, zeros, flip, pickled, Path.unlink])
-def test_a_torn_entry_is_made_again(shards, sharing, name, harm):
-    data = shared_data(shards, sharing)
-    right = bytes_of(tables.load(data, ALL))
-    (entry,) = entries(sharing)
-    path = entry / name
-    held = path.read_bytes()
-    if harm is pickled:
-        path = path.with_suffix(".npy")
-    harm(path)
-    if harm is pickled and name == "facts.json":
-        path.rename(entry / name)
-    table = tables.load(data, ALL)
-    assert bytes_of(table) == right
-    assert isinstance(table.columns["s2.clear"].base, np.memmap)
-    assert entries(sharing) == [entry]
-    assert (entry / name).read_bytes() == held
-
-
-def test_an_entry_of_another_set_is_not_believed(shards, sharing):
-    data, other = shared_data(shards, sharing), shared_data(shards, sharing, split="val")
-    right = bytes_of(tables.load(data, ALL))
-    (mine,) = entries(sharing)
-    tables.load(other, ALL)
-    foreign = next(path for path in entries(sharing) if path != mine)
-    shutil.rmtree(mine)
-    shutil.copytree(foreign, mine)
-    assert bytes_of(tables.load(data, ALL)) == right
-
-
-def test_without_a_usable_folder_each_process_holds_its_own(shards, sharing, monkeypatch, tmp_path, caplog):
-    right = bytes_of(tables.load(DataConfig(url=str(shards), cache_dir=str(sharing)), ALL))
-    (tmp_path / "file").write_text("in the way")
-    for cache in (str(tmp_path / "file"), None):
-        monkeypatch.setattr(shared.tempfile, "gettempdir", lambda: str(tmp_path))
-        own = tmp_path / f"geoloom-{os.getuid()}"
-        own.mkdir(exist_ok=True)
-        own.chmod(0o777)  # anybody could have put files there
-        caplog.clear()
-        table = tables.load(DataConfig(url=str(shards), cache_dir=cache), ALL)
-        assert bytes_of(table) == right
-        assert not isinstance(table.columns["s2.clear"].base, np.memmap)
-        assert "holds its own copy of the index" in caplog.text
-    own.chmod(0o700)
-    assert isinstance(tables.load(DataConfig(url=str(shards)), ALL).columns["s2.clear"].base, np.memmap)
-
-
-def test_what_nobody_uses_is_removed_and_what_failed_leaves_nothing(shards, sharing):
-    data = shared_data(shards, sharing)
-    tables.load(data, ALL)
-    (entry,) = entries(sharing)
-    left = entry.with_name("abc.0123.tmp")
-    left.mkdir()
-    for path in (entry, left):
-        os.utime(path, (0, 0))
-    tables.load(shared_data(shards, sharing, split="val"), ALL)
-    assert entry not in entries(sharing)
-    assert left not in entries(sharing)
-    with pytest.raises(UsageError, match="no sample left"):
-        tables.load(shared_data(shards, sharing, split="probe"), ALL)
-    assert len(entries(sharing)) == 1
+@given(taken=st.sets(st.integers(0, 40), min_size=1), data=st.data())
+def test_rows_are_the_taken_ones(taken, data):
+    rows = tables.Rows(np.array(sorted(taken)))
+    numbers = data.draw(st.lists(st.integers(0, len(taken) - 1)))
+    assert rows.of(np.array(numbers, np.int64)).tolist() == [sorted(taken)[n] for n in numbers]
+    assert rows.all().tolist() == sorted(taken)

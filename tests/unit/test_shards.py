@@ -71,7 +71,7 @@ def test_same_bytes_again(sites, tmp_path):
     for name in ("x", "y"):
         write_shard_set(str(tmp_path / name), sites, per_shard=2)
     files = sorted(p.relative_to(tmp_path / "x") for p in (tmp_path / "x").rglob("*") if p.is_file())
-    assert len(files) == 3 + 3 * 3 + 3
+    assert len(files) == 3 + 3 * 3 + 4
     for file in files:
         assert (tmp_path / "x" / file).read_bytes() == (tmp_path / "y" / file).read_bytes(), file
 

@@ -172,3 +172,38 @@ def test_tail_reads_only_the_end(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("".join(f"line {i}\n" for i in range(100_000)))
     assert logs.tail(str(tmp_path / "log"), 2) == ["line 99998", "line 99999"]
     assert logs.tail(str(tmp_path / "absent")) == []
+
+
+ARRAY = """JobId=20 ArrayJobId=20 ArrayTaskId=4-9%2 JobState=PENDING Reason=Resources NodeList=(null)
+
+JobId=22 ArrayJobId=20 ArrayTaskId=2 JobState=RUNNING Reason=None NodeList=node1 Restarts=1
+
+JobId=21 ArrayJobId=20 ArrayTaskId=1 JobState=FAILED Reason=NonZeroExitCode NodeList=node2
+
+JobId=23 ArrayJobId=20 ArrayTaskId=0 JobState=COMPLETED Reason=None NodeList=node2
+"""
+
+
+def test_an_array_is_shown_with_all_its_tasks(job_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin" / "scontrol").write_text(f"#!/bin/bash\ncat <<'END'\n{ARRAY}END\n")
+    record = {"kind": "build", "run_dir": str(tmp_path / "s"), "logs_dir": "", "jobs": ["20"], "code": {}}
+    [row] = report(str(tmp_path), record)["jobs"]
+    assert row["state"] == "1 COMPLETED, 1 FAILED, 6 PENDING, 1 RUNNING"
+    assert (row["reason"], row["nodes"], row["restarts"]) == ("tasks 1 failed", "node1", 1)
+
+
+def test_a_run_directory_without_a_submission_is_shown(
+    job_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one on an object store, started by hand; with one that was submitted from another folder, its job is found."""
+    url = f"memory://{tmp_path.name}/run"
+    run = RunDir(url)
+    run.write_resolved({"train": {"steps": 9}})
+    run.append_metrics({"step": 3, "loss": 1.0, "samples_per_s": 1.0})
+    run.sync()
+    folder, record = find_record(url)
+    assert (folder, record["jobs"]) == (url, [])
+    assert report(folder, record)["step"] == 3
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    run.claim()
+    assert find_record(url)[0] == str(job_dir)

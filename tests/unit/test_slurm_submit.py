@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from cluster.commands.plan import figures_of
 from cluster.errors import RunFailure, UsageError
 from cluster.plan.facts import configured_layout, hardware, model_facts
 from cluster.plan.recommend import recommend
+from cluster.rundir import RunDir
 from cluster.slurm import commands as door
 from cluster.slurm.resolve import resolve
 from cluster.slurm.submit import submit
@@ -212,3 +214,60 @@ def test_shipped_configs_resolve_and_plan(name: str) -> None:
     figures = figures_of(answer, layout, hardware("h200"))
     assert figures["memory_gb"]["total"] > 0
     assert recommend(model_facts(answer), layout, hardware("h200")) is not None
+
+
+def scontrol(tmp_path: Path, states: dict[str, str]) -> None:
+    """`scontrol show job N` answers with a state; other jobs are unknown."""
+    cases = "".join(f'{job}) echo "JobId={job} JobState={state}";;' for job, state in states.items())
+    path = tmp_path / "bin" / "scontrol"
+    path.write_text(f"#!/bin/bash\ncase $3 in {cases} *) echo 'Invalid job id specified' >&2; exit 1;; esac\n")
+    path.chmod(0o755)
+
+
+def test_a_run_that_a_job_works_on_is_refused_or_followed(run_dir: Path, tmp_path: Path) -> None:
+    sbatch(tmp_path, COUNTING)
+    scontrol(tmp_path, {"100": "RUNNING"})
+    submit(command.plan_submission(parse("train", "c.yaml")))
+    with pytest.raises(UsageError, match=r"job 100 \(RUNNING\) works on this run already; add --follow"):
+        submit(command.plan_submission(parse("train", "c.yaml")))
+    assert sorted(os.listdir(run_dir / "jobs")) == ["001"]
+    sent = submit(command.plan_submission(parse("train", "c.yaml", "--follow", "--dependency", "afterok:7")))
+    assert f"--dependency=afterok:7,afterany:100 {sent['job_dir']}" in (tmp_path / "bin" / "sbatch.calls").read_text()
+    scontrol(tmp_path, {"100": "COMPLETED", "101": "FAILED"})
+    assert submit(command.plan_submission(parse("train", "c.yaml")))["jobs"] == ["102"]
+
+
+def test_the_writer_of_a_run_counts_too_wherever_it_was_submitted(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sbatch(tmp_path, COUNTING)
+    scontrol(tmp_path, {"55": "PENDING"})
+    with monkeypatch.context() as patch:
+        patch.setenv("SLURM_JOB_ID", "55")
+        RunDir(str(run_dir)).claim()
+    with pytest.raises(UsageError, match=r"job 55 \(PENDING\)"):
+        submit(command.plan_submission(parse("train", "c.yaml")))
+
+
+def test_inside_a_container_another_interpreter_and_what_was_on_the_path(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(parse("train", "c.yaml", "--dry-run", "--container", "i", "--python", "/outside/python")) == 0
+    text = capsys.readouterr().out
+    assert "\nPYTHON=/outside/python\nRANK_PYTHON=python3\n" in text
+    assert '"$RANK_PYTHON" -m pipeline train' in text
+    assert '"$PYTHON" -m cluster requeue' in text
+    assert 'PYTHONPATH="$JOB_DIR/code${PYTHONPATH:+:$PYTHONPATH}"' in text
+    command.main(parse("train", "c.yaml", "--dry-run", "--container", "i", "--container-python", "/inside/python"))
+    assert "\nRANK_PYTHON=/inside/python\n" in capsys.readouterr().out
+
+
+def test_a_frozen_copy_still_knows_its_revision(run_dir: Path, tmp_path: Path) -> None:
+    sbatch(tmp_path, COUNTING)
+    folder = Path(submit(command.plan_submission(parse("train", "c.yaml")))["job_dir"])
+    (folder / "code.diff").write_text("the difference")
+    asked = "from pipeline.tracking import facts; print(facts.git_revision(), facts.git_diff())"
+    told = subprocess.run(
+        [sys.executable, "-c", asked], env={"PYTHONPATH": f"{folder / 'code'}"}, capture_output=True, text=True, check=True, cwd="/",
+    )  # fmt: skip
+    assert told.stdout == f"{json.loads((folder / 'job.json').read_text())['code']['revision']} the difference\n"

@@ -22,6 +22,7 @@ from pipeline.tracking import Dataset, RunFacts, open_tracker
 from pipeline.tracking.facts import describe
 from pipeline.tracking.mirror import (
     Mirror,
+    add_event,
     points_of,
     ranges,
     read_events,
@@ -392,3 +393,35 @@ def test_steps_redone_with_another_loss_are_named_in_a_tag(tmp_path: Path) -> No
 
 def test_ranges_of_steps() -> None:
     assert ranges([3, 1, 2, 7, 9, 10]) == "1-3, 7, 9-10"
+
+
+def test_every_checkpoint_has_the_scores_of_its_step(tmp_path: Path) -> None:
+    """Five checkpoints faster than the tracker looks, told and untold; a restart finds what its predecessor could not tell."""
+    rundir, store = _run(str(tmp_path)), MemoryStore()
+    tracker = Tracker(rundir, store, flush_s=0.01)
+    checkpoints = tmp_path / "checkpoints"
+    for step in range(10, 60, 10):
+        line = rundir.append_metrics(_line(step) | {"probe/knn/s2": step / 100})
+        tracker.log(step, step * 8, line)
+        (checkpoints / f"step-{step:08d}").mkdir(parents=True)
+        (checkpoints / f"step-{step:08d}" / "manifest.json").write_text("{}")
+        (checkpoints / "LATEST").write_text(f"step-{step:08d}\n")
+        if step != 30:  # the start was killed between commit and telling
+            tracker.checkpoint(str(checkpoints / f"step-{step:08d}"), step)
+    tracker.close()
+    [run] = store.runs.values()
+    wanted = {step: {"probe/knn/s2": step / 100} for step in range(10, 60, 10)}
+    assert {step: scores for (_, step), scores in run["checkpoints"].items()} == wanted
+    (tmp_path / "tracked.jsonl").unlink()
+    Tracker(RunDir(str(tmp_path)), store, flush_s=0.01).close()
+    assert {event["step"]: event["metrics"] for event in read_events(rundir)} == wanted
+
+
+def test_a_checkpoint_registered_without_scores_gets_them_later(tmp_path: Path) -> None:
+    rundir, store = _run(str(tmp_path)), MemoryStore()
+    mirror = Mirror(rundir, store)
+    for scores in ({}, {"probe/knn/s2": 0.5}):
+        add_event(rundir, "x", 10, scores)
+        mirror.send_files()
+    [run] = store.runs.values()
+    assert run["checkpoints"] == {("x", 10): {"probe/knn/s2": 0.5}}
