@@ -169,7 +169,7 @@ def snapshot(
     tensors, pieces = {}, []
     sources: dict[str, Callable[[Any], Tensor]] = {
         "student": lambda piece: piece.of(piece.master.tensor.detach()),
-        **{key: functools.partial(engine.state.moment, key=key) for key in MOMENTS},
+        **{key: functools.partial(_moment, engine, key) for key in MOMENTS},
         "teacher": lambda piece: engine.teacher.of(piece),
     }
     owned = [piece for piece in engine.state.pieces if piece.owned[0] < piece.owned[1]]
@@ -231,3 +231,7 @@ def _shared_token(world: int) -> str:
     if world > 1:
         dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def _moment(engine: Engine, key: str, piece: Any) -> Tensor:
+    return engine.state.moment(piece, key)

@@ -12,6 +12,7 @@ expanded.
 from __future__ import annotations
 
 import argparse
+import shutil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -169,7 +170,9 @@ def list_rows(as_json: bool) -> None:
             bands,
             row.needs,
         )
-    Console(file=sys.stdout, highlight=False, width=max(160, Console().width)).print(table)
+    Console(
+        file=sys.stdout, width=max(160, shutil.get_terminal_size().columns), highlight=False, markup=False, emoji=False
+    ).print(table)
 
 
 def show(results: list[Result]) -> None:
@@ -207,7 +210,9 @@ def show(results: list[Result]) -> None:
             result.task, f"{result.mode} {result.head}", WORDS[result.metric], score, *base, *gains, f"{result.score.chance:.3f}",
             str(result.items["test"]), result.split[:8], f"{result.seconds:.0f}",
         )  # fmt: skip
-    console = Console(file=sys.stdout, highlight=False, width=max(160, Console().width))
+    console = Console(
+        file=sys.stdout, width=max(160, shutil.get_terminal_size().columns), highlight=False, markup=False, emoji=False
+    )
     console.print(table)
     for note in dict.fromkeys(
         f"{result.task}: {note}" for result in results for note in [f"split {result.how}", *result.notes]

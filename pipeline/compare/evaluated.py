@@ -123,7 +123,7 @@ def show_evaluations(found: Evaluated) -> None:
 
     if not found.lines:
         return
-    console = Console(file=sys.stdout, highlight=False)
+    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     table = Table(
         title="Evaluations on published sets; differences paired over test items (* = excludes 0)", title_justify="left"
     )

@@ -49,7 +49,7 @@ def tables(
 
 def show_tables(found: Sequence[TextTable]) -> None:
     """Prints to stdout."""
-    console = Console(file=sys.stdout, highlight=False)
+    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     for one in found:
         table = Table(title=one.title, title_justify="left", caption=one.below or None, caption_justify="left")
         for i, head in enumerate(one.head):

@@ -38,7 +38,7 @@ def show(
 
 def show_fairness(verdict: Verdict, more: Sequence[str], width: int | None = None) -> None:
     """Prints whether scores may be ranked, why not, and what to keep in mind."""
-    console = Console(file=sys.stdout, width=width, highlight=False)
+    console = Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
     if verdict.comparable:
         console.print("comparable: same data, same statistics, same probe split", style="green")
     else:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.errors import UsageError
+from model.backbone import Images
 from model.batch import ModalityView, View
 from model.pretrained import Pretrained
 from pipeline.evaluate.bands import to_model
@@ -136,12 +137,10 @@ class Network:
             return [(x.permute(0, 3, 1, 2), ok) for x, ok in parts]
         (sensor,) = self.row.sensors  # several go through fusion
         part = view.modalities[sensor]
-        merges = self.merges if sensor == "hr" else None
-        dates = part.valid_BTHW.shape[1]
-        tokens = self.model.skysense.backbone(
-            sensor, part.x_BTCHW.flatten(0, 1), part.valid_BTHW.flatten(0, 1), part.gsd_B.repeat_interleave(dates),
-            merges=merges, pyramid=True,
-        )  # fmt: skip
+        merges = (self.merges if sensor == "hr" else None) or self.model.cfg.merges(sensor)
+        gsd_N = part.gsd_B.repeat_interleave(part.valid_BTHW.shape[1])
+        images = Images(sensor, part.x_BTCHW.flatten(0, 1), part.valid_BTHW.flatten(0, 1), gsd_N, None, merges)
+        [tokens] = self.model.skysense.backbone([images], pyramid=True)
         stages = range(4) if self.layer == "concat" else [int(self.layer[-1]) - 1]
         return [(tokens.pyramid[s][0].permute(0, 3, 1, 2), tokens.pyramid[s][1]) for s in stages]
 

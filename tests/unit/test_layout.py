@@ -52,7 +52,7 @@ def test_degrees() -> None:
         (8, {"parallel__ep": 8}, "parallel.ep=8 does not divide model.moe.experts=4"),
         (4, {"parallel__ep": 2, "model__moe": {"experts": 0}}, "parallel.ep=2 needs experts"),
         (4, {"parallel__ep": 2, "parallel__zero_stage": 3}, "parallel.zero_stage=3 with parallel.ep>1"),
-        (4, {"parallel__zero_stage": 4}, "parallel.zero_stage=4"),
+        (4, {"parallel__zero_stage": 4}, "zero_stage must be 0 to 3"),
         (4, {"parallel__zero_stage": 0, "train__precision": "bf16"}, "bf16 with parallel.zero_stage=0"),
         (4, {"parallel__zero_stage": 1, "train__precision": "bf16", "train__micro_batch": 1}, "bf16 with ZeRO-1"),
         (4, {"parallel__zero_stage": 0, "parallel__offload": True}, "parallel.offload"),
