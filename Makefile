@@ -32,12 +32,13 @@ $(VENV)/.complete: requirements.txt
 	touch $@
 
 .PHONY: system-deps
-system-deps: ## apt packages of the real servers that integration tests start: SLURM, PostgreSQL, Chromium
+system-deps: ## apt packages of the real servers that integration tests start: SLURM, PostgreSQL with PostGIS, Chromium
 	@run() { if [ "$$(id -u)" = 0 ]; then "$$@"; else sudo "$$@"; fi; }; \
 	missing=(); \
 	command -v slurmctld >/dev/null || missing+=(slurmctld slurmd slurm-client); \
 	command -v munged >/dev/null || missing+=(munge); \
 	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing+=(postgresql); \
+	ls /usr/share/postgresql/*/extension/postgis.control >/dev/null 2>&1 || missing+=(postgresql-15-postgis-3); \
 	command -v chromium >/dev/null || missing+=(chromium); \
 	if [ $${#missing[@]} -gt 0 ]; then export DEBIAN_FRONTEND=noninteractive; run apt-get update -qq; run apt-get install -y -qq --no-install-recommends "$${missing[@]}"; fi; \
 	echo "system-deps: complete"

@@ -108,7 +108,8 @@ def list_sizes(url: str) -> dict[str, int]:
             entries = fs.ls(path, detail=True)
         except (FileNotFoundError, NotADirectoryError):
             return {}
-    return {name(entry["name"]): int(entry["size"]) for entry in entries if entry["type"] == "file"}
+    found = {name(entry["name"]): int(entry["size"] or 0) for entry in entries if entry["type"] == "file"}
+    return {own: size for own, size in sorted(found.items()) if not TEMPORARY.search(own)}
 
 
 def read_bytes(url: str, start: int | None = None, end: int | None = None) -> bytes:

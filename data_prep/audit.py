@@ -23,9 +23,10 @@ from data_prep.geo import Grid, aligned_offset, crs_of, same_crs
 from data_prep.harmonise import ABSENT_BELOW, backscatter_unit, claim_of, dark_floors, judge
 from data_prep.schema import CLEAR, CLOUD, MODALITIES, NODATA, SiteArrays
 from data_prep.sources.cube import Cube
-from data_prep.sources.evidence import Floors, backscatter_sample, sample_windows, shared_cache, spread
+from data_prep.sources.decisions import reflectance_decisions
+from data_prep.sources.evidence import Floors, backscatter_sample, pooled, sample_windows, spread
 from data_prep.sources.open import open_cube
-from data_prep.sources.read import image_groups, s2_decisions, target_grid
+from data_prep.sources.read import image_groups, target_grid
 from data_prep.sources.records import Asset, SiteRecord, SourceFault
 
 THREADS = 2
@@ -70,7 +71,7 @@ def audit_site(record: SiteRecord) -> list[Row]:
     """Rows of one site, and the contradictions that only show between its assets."""
     rows = [
         _audit_group(record, modality, assets, cloud)
-        for modality in ("hr", "s2", "s2_l1c", "s1")
+        for modality in MODALITIES
         for assets, cloud in image_groups(record, modality)
     ]
     kinds = {asset.calibration for asset in record.of("s1") if asset.calibration}
@@ -89,12 +90,13 @@ def _audit_group(record: SiteRecord, modality: str, assets: list[Asset], cloud: 
             row.alignment = alignment(record, modality, cube)
             if row.alignment == "outside":
                 raise SourceFault(row.asset, "lies outside the footprint of its site")
-            if modality.startswith("s2"):
-                _audit_s2(row, tuple(assets), cube)
-            elif modality == "s1":
-                _audit_s1(row, cube)
+            kind = MODALITIES[modality].kind
+            if kind == "reflectance":
+                _audit_optical(row, tuple(assets), cube)
+            elif kind == "backscatter":
+                _audit_radar(row, cube)
             else:
-                row.claim, row.applied = "0-255", "none"
+                row.claim, row.applied = "0-255" if kind == "colour" else "", "none"
             stamps = [info.datetime for info in cube.dates]
             if stamps != sorted(stamps):
                 row.notes.append("dates are not in order; a build sorts them")
@@ -111,32 +113,34 @@ def group_name(assets: list[Asset]) -> str:
 
 
 def audited_bands(modality: str, assets: list[Asset]) -> tuple[str, ...]:
-    """The bands a build reads; for L1C (never built) all there are: B10 is the telling one."""
-    if modality in MODALITIES:
-        return MODALITIES[modality].bands
-    return tuple(dict.fromkeys(band for asset in assets for band in asset.bands))
+    """The bands a build reads; of what is read only when asked for, all there are: B10 of L1C is the telling one."""
+    spec = MODALITIES[modality]
+    held = tuple(dict.fromkeys(band for asset in assets for band in asset.bands))
+    return spec.bands if spec.is_default or set(spec.bands) <= set(held) else held
 
 
-def _audit_s2(row: Row, assets: tuple[Asset, ...], cube: Cube) -> None:
-    decided = list(s2_decisions(assets, cube).values())
-    floors = shared_cache().floors(assets, cube, list(range(len(cube.dates))))
-    evidence = floors.judge()
+def _audit_optical(row: Row, assets: tuple[Asset, ...], cube: Cube) -> None:
+    spec = MODALITIES[row.modality]
+    decided = reflectance_decisions(assets, cube, spec, range(len(cube.dates)))
     claims = {
         f"{_number(c.offset_dn)} ({c.basis})"
         for info in cube.dates
-        for c in [claim_of(cube.asset, info.baseline, info.offset_dn)]
+        for c in [claim_of(cube.speaker(0), info.baseline, info.offset_dn, spec.has_boa_offset)]
     }
+    floors = [floor for dated in decided.values() for floor in dated.floors]
+    darkest = pooled(floors)
     row.claim = ", ".join(sorted(claims)[:3])
-    row.floor = f"{evidence.floor_dn} {evidence.band}" if evidence.floor_dn is not None else ""
-    row.pixels = f"offset {evidence.verdict}"
-    row.applied = ", ".join(sorted({_number(decision.offset_applied) for decision, _ in decided}))
-    row.nodata_share = floors.zero_share
-    row.contradictions += dict.fromkeys(flag for decision, _ in decided for flag in decision.flags)
-    if any(decision.basis.startswith("nothing declared") for decision, _ in decided):
+    row.floor = f"{darkest.floor_dn} {darkest.band}" if darkest.floor_dn is not None else ""
+    verdicts = sorted({str(dated.entry.get("pixels", "unclear")) for dated in decided.values()})
+    row.pixels = f"offset {' and '.join(verdicts)}"
+    row.applied = ", ".join(sorted({_number(d.offset_applied) for dated in decided.values() for d in dated.layers}))
+    row.nodata_share = float(np.mean([floor.zero_share for floor in floors])) if floors else 0.0
+    row.contradictions += dict.fromkeys(flag for dated in decided.values() for flag in dated.flags)
+    if any(str(dated.entry["basis"]).startswith("nothing declared") for dated in decided.values()):
         row.notes.append("no offset or baseline declared: the pixels decided")
 
 
-def _audit_s1(row: Row, cube: Cube) -> None:
+def _audit_radar(row: Row, cube: Cube) -> None:
     declared = cube.asset.unit
     sample = backscatter_sample(cube)
     unit, flags = backscatter_unit(sample, declared, cube.asset.id)
@@ -216,20 +220,21 @@ def _stored_row(site: SiteArrays, name: str) -> Row:
     row.claim = ", ".join(sorted(bases - {""})[:3])
     row.contradictions += dict.fromkeys(flag for decision in series.decisions for flag in decision.get("flags", []))
     seen = (series.mask_THW == CLEAR) | (series.mask_THW == CLOUD)
-    if name == "s2" and seen.any():
-        floors = _stored_floors(series.pixels_TCHW, seen)
+    kind = MODALITIES[name].kind
+    if kind == "reflectance" and seen.any():
+        floors = _stored_floors(name, series.pixels_TCHW, seen)
         evidence = floors.judge()
         row.floor, row.pixels = f"{evidence.floor_dn} {evidence.band}", "offset " + evidence.verdict
         if evidence.verdict == "present" and not row.contradictions:
             row.notes.append("the stored floor lies near 1000: the scene is bright, or the offset is still in")
-    if name == "s1" and seen.any():
+    if kind == "backscatter" and seen.any():
         values = series.pixels_TCHW.transpose(1, 0, 2, 3)[:, seen].astype(np.float32)
         row.floor, row.pixels = f"median {np.nanmedian(values):.3g}", "dB"
         if not np.isfinite(values).all() or float(np.nanmedian(values)) >= 0:
             row.contradictions.append(
                 "stored backscatter is not dB: not finite where the mask says valid, or not negative"
             )
-    if name == "s2" and (series.pixels_TCHW.transpose(1, 0, 2, 3)[:, seen] == 0).any():
+    if kind == "reflectance" and (series.pixels_TCHW.transpose(1, 0, 2, 3)[:, seen] == 0).any():
         row.contradictions.append("0 (nodata) stands where the mask says valid")
     height, width = series.pixels_TCHW.shape[-2:]
     bounds = Grid(site.crs, series.transform, width, height).bounds
@@ -240,8 +245,8 @@ def _stored_row(site: SiteArrays, name: str) -> Row:
     return row
 
 
-def _stored_floors(pixels_TCHW: np.ndarray, seen_THW: np.ndarray) -> Floors:
-    bands = MODALITIES["s2"].bands
+def _stored_floors(modality: str, pixels_TCHW: np.ndarray, seen_THW: np.ndarray) -> Floors:
+    bands = MODALITIES[modality].bands
     histograms = {
         band: np.bincount(pixels_TCHW[:, number][seen_THW].astype(np.int64), minlength=65536)
         for number, band in enumerate(bands)

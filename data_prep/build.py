@@ -2,8 +2,9 @@
 
 Layout of an output folder:
     {split}-{000000}.tar, index.parquet, manifest.json, faults.jsonl
-    _build/plan.json                     claimed by the first builder; another plan is refused
+    _build/plan.json, plan/              the plan, made once (data_prep.planfile); another plan is refused
     _build/{split}-{000000}.json         written last: this shard is finished (with .index.parquet and .stats.parquet)
+    _build/slice-{000000}.json           all shards of a slice are finished: one part instead of theirs (data_prep.merge)
 
 Two builders with the same plan may work on one output at the same time: they make the same bytes and each commit is atomic.
 Two with different plans may not: the second is refused before it writes.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -24,33 +26,36 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster import storage
-from cluster.config import to_dict
 from cluster.errors import RunFailure, UsageError
 from cluster.progress import Progress
-from data_prep import merge
+from data_prep import merge, parts, planfile
+from data_prep.column_file import COLUMNS
 from data_prep.config import BuildConfig, GridConfig
-from data_prep.plan import Plan, PlannedShard, make_plan, read_catalogs
-from data_prep.pool import run_jobs
+from data_prep.executors import Executor, run_units
+from data_prep.parts import State
+from data_prep.plan import PlannedShard, make_plan, read_catalogs
+from data_prep.planfile import ShardRef, StoredPlan
+from data_prep.prepare.spares import Spares, read_with_spares
 from data_prep.sample import SampleError
-from data_prep.schema import CLEAR, SiteArrays
-from data_prep.shards import FAULTS, INDEX, MANIFEST, ShardWriter
+from data_prep.schema import CLEAR, MODALITIES, SiteArrays
+from data_prep.shards import FAULTS, INDEX, LOSSES, MANIFEST, ShardWriter
 from data_prep.sources import read_site
 from data_prep.sources.records import SiteRecord, SourceFault
 from data_prep.split import cell_of
 from data_prep.tar import extend_crc32c
 
-PLAN = "plan.json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Read = Callable[[SiteRecord, GridConfig], SiteArrays]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One shard to make; crosses to a worker process."""
+    """One shard to make; crosses to a worker process. shard: with its sites, or where they are to be read; slice: its number."""
 
-    shard: PlannedShard
+    shard: PlannedShard | ShardRef
     config: BuildConfig
     plan: str
+    slice: int = 0
 
 
 @dataclass
@@ -64,7 +69,7 @@ class Outcome:
         seconds: spent per stage over all workers.
     """
 
-    plan: Plan
+    plan: StoredPlan
     manifest: dict[str, Any] | None = None
     parts: list[dict[str, Any]] = field(default_factory=list)
     faults: list[dict[str, Any]] = field(default_factory=list)
@@ -72,12 +77,15 @@ class Outcome:
     built: int = 0
 
 
-def build(config: BuildConfig, task: int = 0, tasks: int = 1, retry_faults: bool = False) -> Outcome:
+def build(
+    config: BuildConfig, task: int = 0, tasks: int = 1, retry_faults: bool = False, executor: Executor | None = None
+) -> Outcome:
     """Makes this task's shards that are not finished yet, and merges if then every shard of the plan is.
 
     Args:
-        task, tasks: shard number n belongs to task n mod tasks.
+        task, tasks: slice number n of the plan belongs to task n mod tasks.
         retry_faults: make shards with faults again (their source has been mended).
+        executor: who makes the shards; None: processes of this machine, as many as config.workers.
 
     Raises:
         UsageError: empty catalog, an output that holds another build.
@@ -86,71 +94,129 @@ def build(config: BuildConfig, task: int = 0, tasks: int = 1, retry_faults: bool
     url = config.output.url
     if not url:
         raise UsageError("output.url is empty; say where the shards go: output.url=PATH or s3://BUCKET/PREFIX")
-    records, unplaced = read_catalogs(config)
-    plan = make_plan(records, config, unplaced)
-    claim(url, plan, config)
+    plan = find_plan(config, shared=tasks > 1)
     outcome = Outcome(plan, faults=list(plan.faults))
-    mine = plan.shards[task::tasks]
-    jobs = []
-    for shard in mine:
-        part = finished(url, shard.name, plan.fingerprint)
-        if part is None or (retry_faults and part["faults"]):
-            jobs.append(Job(shard, config, plan.fingerprint))
-        else:
-            outcome.parts.append(part)
-            outcome.faults += part["faults"]
-    _run(jobs, config, outcome, resumed=sum(len(s.records) for s in mine) - sum(len(j.shard.records) for j in jobs))
-    if all(merge.read_part(url, name) for name in plan.names):
-        outcome.manifest = finish(config, plan)
-        outcome.faults = [*plan.faults, *_faults_of(url, plan)]
+    state = State.look(url, plan.fingerprint)
+    jobs: list[Job] = []
+    for number in range(task, len(plan.slices), tasks):
+        held = state.parts_of(number, plan.slices[number].names)
+        redo = [part is None or (retry_faults and bool(part["faults"])) for part in held]
+        if any(redo) and state.is_rolled(number):  # its statistics are one sum: the slice is made again
+            parts.unroll(url, number)
+            redo = [True] * len(redo)
+        for index, (part, again) in enumerate(zip(held, redo)):
+            if again:
+                jobs.append(Job(plan.ref(url, number, index), config, plan.fingerprint, number))
+            elif part is not None:
+                outcome.parts.append(part)
+                outcome.faults += part["faults"]
+    try:
+        planned = sum(sum(its.sites) for its in plan.slices[task::tasks])
+        _run(jobs, config, outcome, executor or Executor(workers=config.workers), resumed=planned)
+        state = State.look(url, plan.fingerprint)
+        for number in range(task, len(plan.slices), tasks):
+            state.roll_up(number, plan.slices[number].names)
+        if state.complete([its.names for its in plan.slices]):
+            outcome.manifest = finish(config, plan)
+            outcome.faults = [*plan.faults, *_faults_of(url, plan)]
+    except OSError as error:
+        raise _storage_failure(url, error) from None
     return outcome
 
 
-def finish(config: BuildConfig, plan: Plan) -> dict[str, Any]:
+def find_plan(config: BuildConfig, shared: bool = False) -> StoredPlan:
+    """The stored plan of a config, made now if there is none yet (by one of the tasks only, if it is `shared`).
+
+    Raises UsageError: empty catalog, an output that holds another build.
+    """
+    url, inputs = config.output.url, planfile.inputs_of(config)
+    held = planfile.read_plan(url)
+    if held is not None and inputs and held.inputs == inputs:
+        return held
+    if not shared:
+        return _make_plan(config, inputs)
+    with planfile.lease(url) as mine:
+        held = planfile.read_plan(url)  # made while we waited
+        if held is not None and inputs and held.inputs == inputs:
+            return held
+        if mine:
+            return _make_plan(config, inputs)
+    return find_plan(config, shared)
+
+
+def _make_plan(config: BuildConfig, inputs: str) -> StoredPlan:
+    url = config.output.url
+    if config.source.catalog and config.prepare.url:
+        raise UsageError(
+            "source.catalog and prepare.url are both given; a set is built from one of them: drop the other"
+        )
+    if config.prepare.url:
+        plan = planfile.plan_prepared(config, inputs)
+        claim(url, plan, config, lambda: None)
+        return plan
+    records, unplaced = read_catalogs(config)
+    whole = make_plan(records, config, unplaced)
+    slices, groups = planfile.slices_of(whole)
+    plan = StoredPlan(tuple(slices), whole.fingerprint, whole.faults, whole.report, "", inputs)
+
+    def write() -> None:
+        for number, group in enumerate(groups):
+            planfile.write_records(planfile.records_folder(url, plan.fingerprint), number, group)
+
+    claim(url, plan, config, write)
+    return plan
+
+
+def finish(config: BuildConfig, plan: StoredPlan, allow_missing: bool = False) -> dict[str, Any]:
     """The merge of a plan whose shards are all finished. Raises as `merge.merge_parts`, and RunFailure for a full disk."""
     try:
-        manifest = merge.merge_parts(config.output.url, plan.names, config, plan.fingerprint, plan.report, plan.faults)
-        sweep(config.output.url)
+        manifest = merge.merge_parts(
+            config.output.url, plan.names, config, plan.fingerprint, plan.report, plan.faults, allow_missing
+        )
+        if "missing" not in manifest:
+            sweep(config.output.url)
     except OSError as error:
         raise _storage_failure(config.output.url, error) from None
     return manifest
 
 
-def claim(url: str, plan: Plan, config: BuildConfig) -> None:
-    """Marks the output as this plan's; exactly one plan wins. Raises UsageError if another holds it."""
-    place = storage.join(url, merge.PARTS, PLAN)
-    content = {
-        "plan": plan.fingerprint, "shards": plan.names, "report": plan.report, "faults": list(plan.faults), "config": to_dict(config),
-    }  # fmt: skip
+def claim(url: str, plan: StoredPlan, config: BuildConfig, write: Callable[[], None]) -> None:
+    """Marks the output as this plan's and stores the plan; exactly one plan wins. `write` puts its sites in place: before
+    plan.json, unless another plan stands there. Raises UsageError if another holds the output."""
+    place = storage.join(url, parts.PARTS, planfile.PLAN)
+    content = planfile.plan_json(plan, config)
     try:
-        if storage.create(place, merge.dump(content)):
-            if storage.exists(storage.join(url, "manifest.json")):
-                storage.remove(place)
+        holder = _holder(place)
+        if holder == "":
+            if storage.exists(storage.join(url, MANIFEST)):
                 raise UsageError(f"{url} holds a shard set without its _build folder; choose another output.url")
+            write()
+            if storage.create(place, content):
+                return
+            holder = _holder(place)
+        if (
+            holder == plan.fingerprint
+        ):  # the same sites from other files, or of an earlier version: its paths are taken over
+            write()
+            storage.write_atomic(place, content)
             return
-        holder = json.loads(storage.read_bytes(place))["plan"]
     except OSError as error:
         raise _storage_failure(url, error) from None
-    except (ValueError, KeyError):
-        holder = "damaged"
-    if holder != plan.fingerprint:
-        raise UsageError(
-            f"{url} holds a build of another catalog or config (plan {holder}, this one is {plan.fingerprint}); choose another "
-            "output.url, or remove that folder first"
-        )
+    storage.remove(planfile.records_folder(url, plan.fingerprint), recursive=True)
+    raise UsageError(
+        f"{url} holds a build of another catalog or config (plan {holder}, this one is {plan.fingerprint}); choose another "
+        "output.url, or remove that folder first"
+    )
 
 
-def finished(url: str, name: str, plan: str) -> dict[str, Any] | None:
-    """The part of a shard that is committed and whose tar has the committed size; else None."""
-    part = merge.read_part(url, name)
-    if part is None or part["plan"] != plan:
-        return None
-    if part["samples"] == 0:
-        return part
+def _holder(place: str) -> str:
+    """Fingerprint of the plan that holds an output; "" if none does."""
     try:
-        return part if storage.size(storage.join(url, name)) == part["bytes"] else None
-    except FileNotFoundError:
-        return None
+        return str(json.loads(storage.read_bytes(place))["plan"])
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except (ValueError, KeyError, TypeError):
+        return "damaged"
 
 
 def build_shard(
@@ -160,16 +226,19 @@ def build_shard(
 
     Raises RunFailure when there is no space left.
     """
-    reading = read or read_site
     url, name, config = job.config.output.url, job.shard.name, job.config
+    prepared = isinstance(job.shard, ShardRef) and job.shard.prepared  # its sites hold only what was asked for by name
+    modalities = config.source.modalities or (tuple(MODALITIES) if prepared else ())
+    reading = read or functools.partial(read_site, quality=config.quality, modalities=modalities)
+    shard = job.shard.load(config) if isinstance(job.shard, ShardRef) else job.shard
     clock = Stages()
     faults: list[dict[str, str]] = []
     try:
         with _temporary(url, name, config.output.scratch) as local:
             with open(local, "wb") as stream:
-                writer = ShardWriter(stream, name, job.shard.split, config.codecs)
-                for record in job.shard.records:
-                    fault = _add_site(writer, record, config, reading, clock)
+                writer = ShardWriter(stream, name, shard.split, config.codecs)
+                for record in shard.records:
+                    fault = _add_site(writer, record, config, reading, clock, shard.spares.get(record.key, {}))
                     if fault:
                         faults.append({"site": record.key, "shard": name, **fault})
                     report((1, len(faults), writer.bytes_written))
@@ -182,10 +251,10 @@ def build_shard(
             with clock("commit"):
                 if writer.rows:
                     _commit(local, storage.join(url, name))
-                part = merge.commit_shard(url, name, job.shard.split, writer, sha256, faults, job.plan)
+                part = parts.commit_shard(url, name, shard.split, writer, sha256, faults, job.plan)
     except OSError as error:
         # another builder of the same plan finished this shard, merged, and swept our temporary file away with the stale ones
-        done = finished(url, name, job.plan) if isinstance(error, FileNotFoundError) else None
+        done = State.look(url, job.plan).part(name, job.slice) if isinstance(error, FileNotFoundError) else None
         if done is not None:
             return done, clock.seconds
         raise _storage_failure(url, error) from None
@@ -198,9 +267,9 @@ def sweep(url: str) -> None:
     if not storage.is_local(url):
         return
     folder = storage.local_path(url)
-    for where in (folder, os.path.join(folder, merge.PARTS)):
+    for where in (folder, os.path.join(folder, parts.PARTS)):
         for entry in os.listdir(where):
-            if entry.endswith(".tmp") and not entry.startswith((INDEX, MANIFEST, FAULTS)):
+            if entry.endswith(".tmp") and not entry.startswith((INDEX, MANIFEST, FAULTS, LOSSES, COLUMNS)):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(where, entry))
 
@@ -227,12 +296,13 @@ class Stages:
 
 
 def _add_site(
-    writer: ShardWriter, record: SiteRecord, config: BuildConfig, read: Read, clock: Stages
+    writer: ShardWriter, record: SiteRecord, config: BuildConfig, read: Read, clock: Stages, spares: Spares
 ) -> dict[str, str] | None:
     """Reads, checks, encodes and writes one site; returns its fault instead if it has one."""
     try:
         with clock("read"):
-            site = read(record, config.grid)
+            # with max_dates the reader leaves dates out by itself: none of them is missing
+            site = read_with_spares(record, {} if config.grid.max_dates else spares, lambda own: read(own, config.grid))
         site.cell = cell_of(record, config.split)
         with clock("check"):
             _drop_empty(site)
@@ -240,8 +310,8 @@ def _add_site(
             members = writer.encode(site)
     except (SourceFault, SampleError) as fault:
         return {"asset": fault.asset, "why": fault.why}
-    except MemoryError:
-        raise RunFailure(f"out of memory while reading {record.key}: a smaller grid.side_m, or fewer workers") from None
+    except MemoryError:  # of this site: the next may be smaller, and a build that stops would stop here again
+        return {"asset": record.assets[0].id, "why": "out of memory: a smaller grid.side_m, or fewer workers"}
     except Exception as error:  # whatever a damaged file makes a library do, it costs this site only, and is named
         if isinstance(error, OSError) and error.errno in FULL:
             raise
@@ -271,18 +341,20 @@ def _drop_empty(site: SiteArrays) -> None:
             setattr(series, name, [value[i] for i in keep] if value else value)
 
 
-def _run(jobs: list[Job], config: BuildConfig, outcome: Outcome, resumed: int) -> None:
-    """Runs the jobs on the local pool, with a progress line; adds what they did to `outcome`."""
+def _run(jobs: list[Job], config: BuildConfig, outcome: Outcome, executor: Executor, resumed: int) -> None:
+    """Runs the jobs, with a progress line; adds what they did to `outcome`."""
     if not jobs:
         return
-    total = sum(len(job.shard.records) for job in jobs)
-    workers = config.workers or int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) or len(os.sched_getaffinity(0))
+    total = sum(job.shard.num_sites for job in jobs)
+    resumed -= total
     bar = Progress(total, "build")
     limit = config.error_budget * (outcome.plan.num_sites + len(outcome.plan.faults))
     note = f"({resumed} sites already done)" if resumed else ""
     try:
-        results = run_jobs(build_shard, jobs, workers, lambda r: bar.advance(r[0], note), [j.shard.name for j in jobs])
-        for part, seconds in results:
+        names = [job.shard.name for job in jobs]
+        for part, seconds in run_units(build_shard, jobs, names, executor, lambda r: bar.advance(r[0], note)):
+            if executor.kind != "local":  # remote workers report whole shards only
+                bar.advance(part["samples"] + len(part["faults"]), note)
             outcome.built += 1
             outcome.parts.append(part)
             outcome.faults += part["faults"]
@@ -297,7 +369,7 @@ def _run(jobs: list[Job], config: BuildConfig, outcome: Outcome, resumed: int) -
         bar.close()
 
 
-def _faults_of(url: str, plan: Plan) -> list[dict[str, Any]]:
+def _faults_of(url: str, plan: StoredPlan) -> list[dict[str, Any]]:
     lines = storage.read_bytes(storage.join(url, FAULTS)).splitlines()
     return [json.loads(line) for line in lines][len(plan.faults) :]
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import RunFailure, UsageError
 from cluster.progress import progress
 from cluster.storage import exists, is_local, list_names, local_path, upload
+from data_prep.schema import MODALITIES
 from data_prep.sources.records import SourceFault
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ LAYOUTS = {
     "patches": "data_prep.sources.patches",
 }
 THREADS = 4
-IMAGES = ("hr", "s2", "s2_l1c", "s1")
 
 
 @dataclass
@@ -95,7 +95,7 @@ def _layout(url: str, layout: str, declared: Declaration | None) -> Any:
 def _drop_lone_labels(found: Scan) -> None:
     """Labels and masks without any image at their place cannot become a site; they are left out and said so."""
     sites = {
-        _site(item) for item in found.items if any(a["geoloom:modality"] in IMAGES for a in item["assets"].values())
+        _site(item) for item in found.items if any(a["geoloom:modality"] in MODALITIES for a in item["assets"].values())
     }
     lone = [item for item in found.items if _site(item) not in sites]
     found.items = [item for item in found.items if _site(item) in sites]
@@ -133,7 +133,10 @@ def detect_layout(url: str) -> str:
         return "ssl4eo"
     if any(name.startswith("example-") and name.endswith(".tar") for name in names):
         return "copernicus"
-    if any(name.endswith(".h5") for name in names):
+    if any(name.endswith((".h5", ".hdf5")) for name in names):
+        from data_prep.sources.treesatai import refuse_other_hdf5
+
+        refuse_other_hdf5(url)  # every archive of patches ends in .h5: what is inside decides
         return "treesatai"
     for layout in ("majortom", "stac", "geotiff"):
         try:

@@ -12,6 +12,8 @@ Columns of a set of N samples, all rows, whatever a run takes of them
     M.whole bool [N]                             every pixel of every date is clear
     M.clear float32 [D], M.doy int16 [D]         share of clear pixels, as the index has it; day of year, 0 = unknown
     width_m, height_m float64 [N], scene int32 [N] (-1 = none), west, south, east, north float64 [N] (degrees)
+    flagged bool [N]                             the pixels contradicted the metadata of a date; sets from before the index said so have
+                                                 no such column
     split int8 [N] (into SPLITS), modalities uint8 [N] (bit i: has the i-th of MODALITIES), cloud float32 [N] (NaN = unknown)
     day_first, day_last int32 [N]                days since 1970; UNKNOWN_DAY where a sample has no date
 
@@ -125,6 +127,8 @@ class _Scan:
         self._sink.append("modalities", _held(index["modalities"]))
         cloud = index["cloud"].cast(pa.float32()).to_numpy(zero_copy_only=False)
         self._sink.append("cloud", cloud.astype(np.float32))
+        if "flagged_dates" in index.schema.names:
+            self._sink.append("flagged", pc.fill_null(index["flagged_dates"], 0).to_numpy() > 0)
         for end, column in (("first", "datetime_start"), ("last", "datetime_end")):
             self._sink.append(f"day_{end}", days(index[column]))
         self._rows += count
@@ -186,6 +190,8 @@ class _Scan:
             raise ValueError(f"{index['key'][at]} lies beyond its bound, the bytes of {index['shard'][at]}")
 
     def _add_dates(self, index: pa.RecordBatch, modality: str) -> None:
+        if f"{modality}_clear" not in index.schema.names:  # a set from before the modality
+            return
         clear, texts = index[f"{modality}_clear"], index[f"{modality}_datetimes"]
         length_N = pc.fill_null(clear.value_lengths(), 0).to_numpy(zero_copy_only=False)
         if (length_N != pc.fill_null(texts.value_lengths(), 0).to_numpy(zero_copy_only=False)).any():
@@ -208,6 +214,7 @@ class _Scan:
 def _wanted() -> list[str]:
     """The columns of index.parquet that are read."""
     wanted = ["key", "shard", "row", "split", "modalities", "cloud", "bbox", "datetime_start", "datetime_end", SCENE]
+    wanted.append("flagged_dates")
     wanted += [f"members.{what}" for what in ("name", "offset", "length", "crc32c")]
     return wanted + [f"{m}_{what}" for m in MODALITIES for what in ("shape", "gsd_m", "clear", "datetimes")]
 

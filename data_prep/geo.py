@@ -18,6 +18,7 @@ METRES_PER_DEGREE = 111_320.0
 # Two grids count as the same when they differ by less than this share of a pixel over the whole extent: GeoTIFF stores
 # doubles, STAC JSON often six decimals.
 ALIGNMENT_TOLERANCE_PX = 1e-3
+SCALE_TOLERANCE = 0.02  # of a projection's scale: UTM stays within 0.1 %, national and polar grids within 2 %
 # CRS of patches without georeference: metres around 0° N 0° E, open sea. Its name goes wherever a CRS goes, so that nobody takes
 # their coordinates for a place; `has_place` asks for it.
 NO_PLACE = "no place: made-up coordinates"
@@ -67,13 +68,13 @@ class Grid:
         return Grid(self.crs, moved, col1 - col0, row1 - row0)
 
     def gsd_m(self) -> float:
-        """Metres per pixel on the ground (geometric mean of the two directions), also in degrees."""
+        """Metres per pixel on the ground (geometric mean of the two directions), whatever the unit of the CRS."""
         a, b, _, d, e, _ = self.transform
         size = math.sqrt(abs(a * e - b * d))
-        if not is_geographic(self.crs):
-            return size
-        latitude = (self.bounds[1] + self.bounds[3]) / 2
-        return size * METRES_PER_DEGREE * math.sqrt(max(math.cos(math.radians(latitude)), 1e-6))
+        if is_geographic(self.crs):
+            latitude = (self.bounds[1] + self.bounds[3]) / 2
+            return size * METRES_PER_DEGREE * math.sqrt(max(math.cos(math.radians(latitude)), 1e-6))
+        return size * metres_per_unit(self.crs, self.bounds)
 
 
 def grid_over(crs: str, bounds: Bounds, gsd: float, gsd_y: float | None = None) -> Grid:
@@ -117,6 +118,31 @@ def same_crs(one: str, other: str) -> bool:
 
 def is_geographic(crs: str) -> bool:
     return bool(crs_of(crs).is_geographic)
+
+
+def metres_per_unit(crs: str, bounds: Bounds) -> float:
+    """Metres on the ground per unit of a projected CRS in the middle of `bounds`: its unit (feet), and its scale where that is no
+    map's small distortion (Web Mercator stretches by 1 / cos latitude). Up to 2 % off the unit is the unit: UTM is 1.0."""
+    return _metres_per_unit(crs, round((bounds[0] + bounds[2]) / 2, -3), round((bounds[1] + bounds[3]) / 2, -3))
+
+
+@functools.lru_cache(maxsize=4096)
+def _metres_per_unit(crs: str, x: float, y: float) -> float:
+    parsed = crs_of(crs)
+    unit = float(parsed.axis_info[0].unit_conversion_factor) if parsed.axis_info else 1.0
+    step = 100.0 / unit
+    lon, lat = transformer(crs, "EPSG:4326").transform([x - step, x + step, x, x], [y, y, y - step, y + step])
+    if not np.isfinite([*lon, *lat]).all():
+        return unit
+    geod = pyproj.Geod(ellps="WGS84")
+    across, along = geod.inv(lon[0], lat[0], lon[1], lat[1])[2], geod.inv(lon[2], lat[2], lon[3], lat[3])[2]
+    scale = math.sqrt(across * along) / 200.0
+    return unit if abs(scale - 1) <= SCALE_TOLERANCE or not scale > 0 else unit * scale
+
+
+def is_metric(crs: str, bounds: Bounds) -> bool:
+    """Whether one unit of the CRS is a metre on the ground there, so that a site's side can be measured in it."""
+    return not is_geographic(crs) and metres_per_unit(crs, bounds) == 1.0
 
 
 @functools.lru_cache(maxsize=256)
@@ -170,6 +196,14 @@ def intersection(boxes: Iterable[Bounds]) -> Bounds | None:
     xmin, ymin = array[:, :2].max(axis=0)
     xmax, ymax = array[:, 2:].min(axis=0)
     return (float(xmin), float(ymin), float(xmax), float(ymax)) if xmin < xmax and ymin < ymax else None
+
+
+def boxes_meet(one: Bounds, other: Bounds) -> bool:
+    """Whether two boxes in degrees share ground; either may cross the antimeridian (west > east)."""
+    if one[3] < other[1] or other[3] < one[1]:
+        return False
+    (west, east), (w, e) = ((box[0], box[2] + (360 if box[2] < box[0] else 0)) for box in (one, other))
+    return any(west + turn <= e and w <= east + turn for turn in (-360, 0, 360))
 
 
 def snap_inward(bounds: Bounds, grid: Grid, tolerance_px: float = 0.02) -> Bounds | None:

@@ -2,7 +2,8 @@
 
 Columns for readers: `key, shard, row, offset, length, members` (name = member suffix; offset and length of the member's *data*
 in the tar; sha256, crc32c), `split, cell, place` ("none": crs, footprint and geometry are made up, see `geo.NO_PLACE`; else
-null), `modalities, cloud, datetime_start/end, product_ids, offset_applied`, per modality m `<m>_datetimes, <m>_shape, <m>_gsd_m,
+null), `modalities, cloud, datetime_start/end, product_ids, offset_applied, flagged_dates` (whose metadata the
+pixels contradicted), per modality m `<m>_datetimes, <m>_shape, <m>_gsd_m,
 <m>_clear, <m>_product_ids, <m>_orbits, <m>_decisions` (JSON), per scalar label `label_<name>`; `rasters` names the label
 rasters. The rest is STAC's: `id, geometry, bbox, datetime, assets, links, …`.
 """
@@ -57,7 +58,7 @@ def schema(labels: Iterable[str] = ()) -> pa.Schema:
         ("members", MEMBERS), ("split", pa.string()), ("cell", pa.string()), ("place", pa.string()), ("crs", pa.string()),
         ("footprint", pa.list_(pa.float64())), ("modalities", _TEXTS), ("cloud", pa.float32()),
         ("datetime_start", pa.string()), ("datetime_end", pa.string()), ("product_ids", _TEXTS),
-        ("offset_applied", pa.list_(pa.float32())), ("rasters", _TEXTS),
+        ("offset_applied", pa.list_(pa.float32())), ("flagged_dates", pa.int32()), ("rasters", _TEXTS),
     ]  # fmt: skip
     for name in MODALITIES:
         fields += [
@@ -97,6 +98,7 @@ def row_of(info: Mapping[str, Any], clouds: float | None, shard: str, entries: S
         "datetime_start": dates[0] if dates else None, "datetime_end": dates[-1] if dates else None,
         "product_ids": list(dict.fromkeys(products)),
         "offset_applied": [decision.get("offset_applied") for decision in modalities.get("s2", {}).get("decisions", [])],
+        "flagged_dates": sum(bool(d.get("flags")) for entry in modalities.values() for d in entry["decisions"]),
         "rasters": list(info["labels"]),
     }  # fmt: skip
     for name, entry in modalities.items():

@@ -1,18 +1,17 @@
-"""From finished shards to a set: parts under `_build/` → `index.parquet`, `columns.safetensors`, `faults.jsonl`, `manifest.json`.
+"""From finished shards to a set: parts under `_build/` → `index.parquet`, `columns.safetensors`, `faults.jsonl` (sites), `losses.jsonl`
+(dates), `manifest.json`.
 
-A shard is finished when its part JSON exists; that file is written last, after the tar and the two part tables. The merge
-reads parts only (no tar), in plan order, holds one part at a time, and gives the same bytes however often, by whomever and
-in whatever company it runs.
+A shard is finished when its part JSON exists, written last, after the tar and the two part tables (`data_prep.parts`). The merge
+reads parts only (no tar), in plan order, holds a few at a time, and gives the same bytes however often, by whomever, in whatever
+company and from whichever parts (of shards, or rolled up by slice) it runs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
@@ -23,53 +22,14 @@ from cluster.config import fingerprint, to_dict
 from cluster.errors import RunFailure
 from data_prep import column_file, index
 from data_prep.config import SPLITS, BuildConfig
+from data_prep.parts import PARTS, Bundle, commit_shard, dump, gather, part_url, read_ahead, read_part
 from data_prep.schema import SCHEMA_VERSION
-from data_prep.shards import FAULTS, INDEX, MANIFEST, ShardSet, ShardWriter
+from data_prep.shards import FAULTS, INDEX, LOSSES, MANIFEST, ShardSet, statistics_splits
 from data_prep.statistics import Histograms, statistics_json, statistics_sha256
 
-PARTS = "_build"
+__all__ = ["PARTS", "commit_shard", "dump", "merge_parts", "part_url", "read_part", "shaping_config", "software"]
+
 ROW_GROUP = 8192
-_READ_AHEAD = 32
-
-
-def part_url(url: str, shard: str, suffix: str) -> str:
-    """Where a shard's part lies; suffix: json, index.parquet or stats.parquet."""
-    return storage.join(url, PARTS, f"{shard.removesuffix('.tar')}.{suffix}")
-
-
-def commit_shard(
-    url: str, name: str, split: str, writer: ShardWriter, sha256: str, faults: Sequence[Mapping[str, Any]], plan: str
-) -> dict[str, Any]:
-    """Writes the parts of a shard whose tar is in place (or that has no sample and no tar); returns the part JSON."""
-    table = io.BytesIO()
-    rows = index.table_of(writer.rows)
-    pq.write_table(rows, table, compression="zstd")
-    statistics = writer.histograms.to_bytes()
-    boxes = [row["bbox"] for row in writer.rows]
-    part = {
-        "shard": name, "split": split, "plan": plan, "samples": len(writer.rows),
-        "bytes": writer.bytes_written if writer.rows else 0, "sha256": sha256 if writer.rows else "",
-        "bounds": [
-            min(b["xmin"] for b in boxes), min(b["ymin"] for b in boxes), max(b["xmax"] for b in boxes), max(b["ymax"] for b in boxes)
-        ] if boxes else None,
-        "labels": index.label_names(rows.schema), "classes": writer.classes, "radiometry": writer.radiometry,
-        "index_sha256": hashlib.sha256(table.getvalue()).hexdigest(),
-        "stats_sha256": hashlib.sha256(statistics).hexdigest(),
-        "faults": list(faults),
-    }  # fmt: skip
-    storage.write_atomic(part_url(url, name, "index.parquet"), table.getvalue())
-    storage.write_atomic(part_url(url, name, "stats.parquet"), statistics)
-    storage.write_atomic(part_url(url, name, "json"), dump(part))
-    return part
-
-
-def read_part(url: str, shard: str) -> dict[str, Any] | None:
-    """A shard's part JSON, or None if the shard is not finished (or its part is damaged)."""
-    try:
-        part = json.loads(storage.read_bytes(part_url(url, shard, "json")))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-    return part if isinstance(part, dict) and part.get("shard") == shard else None
 
 
 def merge_parts(
@@ -79,6 +39,7 @@ def merge_parts(
     plan: str,
     extra: Mapping[str, Any] | None = None,
     plan_faults: Sequence[Mapping[str, Any]] = (),
+    allow_missing: bool = False,
 ) -> dict[str, Any]:
     """Writes index, faults and manifest of the shards `names` (plan order) and returns the manifest.
 
@@ -87,49 +48,49 @@ def merge_parts(
         plan: fingerprint every part must carry.
         extra: further manifest entries known to the plan (split report, duplicates, …).
         plan_faults: sites that the plan refused.
+        allow_missing: close the set over the shards that are finished; the manifest names the others under "missing".
 
     Raises:
         RunFailure: shards unfinished or of another plan, labels whose class names disagree, no sample at all.
     """
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda name: read_part(url, name), names))
-    parts = [part for part in found if part is not None and part["plan"] == plan]
-    if len(parts) < len(names):
-        done = {part["shard"] for part in parts}
-        missing = [name for name in names if name not in done]
+    bundles = gather(url, names, plan)
+    done = {part["shard"] for bundle in bundles for part in bundle.parts}
+    missing = [name for name in names if name not in done]
+    if missing and not allow_missing:
         raise RunFailure(
-            f"{url}: {len(missing)} of {len(names)} shards are unfinished ({', '.join(missing[:3])}…): run build again"
+            f"{url}: {len(missing)} of {len(names)} shards are unfinished ({', '.join(missing[:3])}…): run build again, or merge "
+            "--allow-missing to close the set without them"
         )
-    faults = [*plan_faults, *(fault for part in parts for fault in part["faults"])]
+    faults = [*plan_faults, *(fault for bundle in bundles for part in bundle.parts for fault in part["faults"])]
     storage.write_atomic(storage.join(url, FAULTS), b"".join(dump(fault) for fault in faults))
-    kept = [part for part in parts if part["samples"]]
+    losses = [loss for bundle in bundles for part in bundle.parts for loss in part.get("losses", [])]
+    if losses:
+        storage.write_atomic(storage.join(url, LOSSES), b"".join(dump(loss) for loss in losses))
+    else:
+        storage.remove(storage.join(url, LOSSES))
+    kept = [bundle for bundle in bundles if any(part["samples"] for part in bundle.parts)]
     if not kept:
         raise RunFailure(
             f"{url}: no usable sample in {len(faults)} sites; every one is named in {storage.join(url, FAULTS)}"
         )
-    classes = _merge_classes(kept)
+    classes = _merge_classes(_filled(kept))
     index_sha256, index_bytes = _write_index(url, kept)
     manifest = _manifest(url, kept, config, classes) | dict(extra or {})
     manifest["index"] = {"sha256": index_sha256, "bytes": index_bytes}
     manifest["columns"] = column_file.write(ShardSet(url, manifest, ""))
     manifest["faults"] = len(faults)
+    manifest["losses"] = {"dates": len(losses), "sites": len({loss["site"] for loss in losses})}
     manifest["plan"] = plan
+    if missing:
+        manifest["missing"] = missing
     storage.write_atomic(storage.join(url, MANIFEST), dump(manifest, indent=1))
     return manifest
-
-
-def dump(value: Any, indent: int | None = None) -> bytes:
-    """Canonical JSON with a line end."""
-    separators = (",", ":") if indent is None else (",", ": ")
-    return (
-        json.dumps(value, indent=indent, separators=separators, sort_keys=indent is not None, ensure_ascii=False) + "\n"
-    ).encode()
 
 
 def shaping_config(config: BuildConfig) -> dict[str, Any]:
     """The part of a build's config that shapes the bytes of a set: no paths, workers or budgets."""
     tree = to_dict(config)
-    for key in ("output", "workers", "error_budget", "max_faults"):
+    for key in ("output", "workers", "error_budget", "max_faults", "sites", "prepare"):
         tree.pop(key)
     tree["source"].pop("catalog")
     return tree
@@ -146,11 +107,13 @@ VERSION = "0.1.0"
 
 
 def _manifest(
-    url: str, parts: Sequence[Mapping[str, Any]], config: BuildConfig, classes: Mapping[str, list[str]]
+    url: str, bundles: Sequence[Bundle], config: BuildConfig, classes: Mapping[str, list[str]]
 ) -> dict[str, Any]:
+    parts = _filled(bundles)
     shards = [{key: part[key] for key in ("name", "split", "samples", "bytes", "sha256")} for part in _named(parts)]
-    histograms = Histograms()
-    for data in _ahead(url, parts, "stats.parquet"):
+    histograms, counted = Histograms(), statistics_splits(part["split"] for part in parts)
+    judged = [bundle for bundle in bundles if bundle.split in counted]
+    for data in read_ahead(url, judged, "stats.parquet"):
         histograms.merge(Histograms.from_bytes(data))
     statistics = statistics_json(histograms.finish())
     radiometry: dict[str, int] = {}
@@ -167,6 +130,7 @@ def _manifest(
         "counts": {**_totals(shards), "splits": {split: _totals([s for s in shards if s["split"] == split]) for split in SPLITS}},
         "shards": shards,
         "statistics": statistics,
+        "statistics_splits": list(counted),
         "statistics_sha256": statistics_sha256(statistics),
         "content_sha256": hashlib.sha256(content.encode()).hexdigest(),
         "classes": classes,
@@ -175,8 +139,15 @@ def _manifest(
     }  # fmt: skip
 
 
-def _write_index(url: str, parts: Sequence[Mapping[str, Any]]) -> tuple[str, int]:
-    """Streams the part tables into one file with global row numbers; returns its sha256 and bytes."""
+def _filled(bundles: Sequence[Bundle]) -> list[dict[str, Any]]:
+    """Parts with samples, in the order of the set."""
+    return [part for bundle in bundles for part in bundle.parts if part["samples"]]
+
+
+def _write_index(url: str, bundles: Sequence[Bundle]) -> tuple[str, int]:
+    """Streams the part tables into one file with global row numbers; returns its sha256 and bytes. How shards are bundled does
+    not show in it."""
+    parts = _filled(bundles)
     labels = sorted({label for part in parts for label in part["labels"]})
     bounds = [part["bounds"] for part in parts]
     west, south, east, north = zip(*bounds)
@@ -185,12 +156,14 @@ def _write_index(url: str, parts: Sequence[Mapping[str, Any]]) -> tuple[str, int
     with storage.open_atomic(place) as stream:
         hashing = _Hashing(stream)
         with pq.ParquetWriter(pa.PythonFile(hashing, mode="w"), wanted, compression="zstd") as writer:
-            for part, data in zip(parts, _ahead(url, parts, "index.parquet")):
-                waiting.append(index.conform(index.read_parquet(data), wanted, row))
-                row += part["samples"]
-                if sum(table.num_rows for table in waiting) >= ROW_GROUP:
-                    writer.write_table(pa.concat_tables(waiting), row_group_size=1 << 30)
-                    waiting = []
+            for bundle, data in zip(bundles, read_ahead(url, bundles, "index.parquet")):
+                table, start = index.read_parquet(data).combine_chunks(), 0
+                for part in _filled([bundle]):
+                    waiting.append(index.conform(table.slice(start, part["samples"]), wanted, row))
+                    start, row = start + part["samples"], row + part["samples"]
+                    if sum(its.num_rows for its in waiting) >= ROW_GROUP:
+                        writer.write_table(pa.concat_tables(waiting), row_group_size=1 << 30)
+                        waiting = []
             if waiting:
                 writer.write_table(pa.concat_tables(waiting), row_group_size=1 << 30)
     return hashing.digest.hexdigest(), hashing.position
@@ -216,24 +189,6 @@ class _Hashing:
 
     def close(self) -> None:
         self.closed = True
-
-
-def _ahead(url: str, parts: Sequence[Mapping[str, Any]], suffix: str) -> Iterator[bytes]:
-    """The bytes of each part's table, in order, checked, with a few reads in flight."""
-
-    def read(part: Mapping[str, Any]) -> bytes:
-        place = part_url(url, part["shard"], suffix)
-        try:
-            data = storage.read_bytes(place)
-        except FileNotFoundError:
-            data = b""
-        if hashlib.sha256(data).hexdigest() != part[f"{suffix.partition('.')[0]}_sha256"]:
-            raise RunFailure(f"{place} is missing or damaged: run python -m data_prep verify {url} --repair")
-        return data
-
-    with ThreadPoolExecutor(8) as pool:
-        for start in range(0, len(parts), _READ_AHEAD):
-            yield from pool.map(read, parts[start : start + _READ_AHEAD])
 
 
 def _merge_classes(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:

@@ -17,23 +17,26 @@ import numpy as np
 
 from cluster.errors import UsageError
 from data_prep.config import SPLITS, BuildConfig, GridConfig
-from data_prep.geo import has_place
+from data_prep.geo import Bounds, boxes_meet, has_place
 from data_prep.merge import shaping_config
-from data_prep.schema import MODALITIES
+from data_prep.schema import MODALITIES, default_modalities
 from data_prep.shards import shard_name
-from data_prep.sources.records import Asset, SiteRecord, SourceFault
+from data_prep.sources.records import MASKS, Asset, SiteRecord, SourceFault
 from data_prep.split import assign
-
-MODALITY_OF = {"cloud": "s2", "scl": "s2"}  # mask rasters go with their image
 
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """One task: these sites, in this order, into the tar `name`."""
+    """These sites, in this order, into the tar `name`. spares: site key → modality → dates that may replace a broken one."""
 
     name: str
     split: str
     records: tuple[SiteRecord, ...]
+    spares: dict[str, dict[str, list[tuple[Asset, ...]]]] = field(default_factory=dict)
+
+    @property
+    def num_sites(self) -> int:
+        return len(self.records)
 
 
 @dataclass(frozen=True)
@@ -92,16 +95,11 @@ def make_plan(records: Sequence[SiteRecord], config: BuildConfig, faults: Sequen
     shards = []
     for split in SPLITS:
         members = [record for record, its in zip(unique, result.splits) if its == split]
-        if config.shards.order == "hash":
-            members.sort(key=lambda record: hashlib.sha256(f"{config.split.seed}:{record.key}".encode()).digest())
+        members = [members[i] for i in scattered([record.key for record in members], config)]
         for number, group in enumerate(_packed(members, config)):
             shards.append(PlannedShard(shard_name(split, number), split, tuple(group)))
     if not shards:
-        raise UsageError(
-            f"no site to build: the catalogs list {listed}, {listed - len(faults) - len(chosen)} lie outside source.bbox or "
-            f"have none of source.modalities, {len(faults)} cannot be placed"
-            + (f" (first: {faults[0]})" if faults else "")
-        )
+        raise UsageError(_nothing_to_build(records, config, faults))
     report = {
         "sites": {
             "listed": listed, "not_chosen": len(records) - len(chosen), "duplicates": duplicates,
@@ -113,9 +111,28 @@ def make_plan(records: Sequence[SiteRecord], config: BuildConfig, faults: Sequen
     return Plan(tuple(shards), _fingerprint(shards, config), (*refused, *clashes), report)
 
 
+def _nothing_to_build(records: Sequence[SiteRecord], config: BuildConfig, faults: Sequence[SourceFault]) -> str:
+    """Why no site is left, with what would leave some."""
+    inside = [record for record in records if _in_box(record, config)]
+    held = sorted({name for record in inside for name in record.modalities})
+    wanted = config.source.modalities or default_modalities()
+    said = [f"no site to build: the catalogs list {len(records) + len(faults)}"]
+    if len(inside) < len(records):
+        said.append(f"{len(records) - len(inside)} lie outside source.bbox")
+    if inside:
+        said.append(f"{len(inside)} hold only {', '.join(held)} and none of {', '.join(wanted)} (source.modalities)")
+    if "s2_l1c" in held and "s2_l1c" not in wanted:
+        said.append(
+            "s2_l1c is Sentinel-2 above the atmosphere (L1C), which is never mixed with surface reflectance unasked: "
+            "source.modalities=[s2_l1c] builds it"
+        )
+    if faults:
+        said.append(f"{len(faults)} cannot be placed (first: {faults[0]})")
+    return "; ".join(said)
+
+
 def estimate_bytes(record: SiteRecord, grid: GridConfig) -> int:
     """Uncompressed bytes of a site's arrays, from metadata alone."""
-    xmin, ymin, xmax, ymax = record.footprint
     total = 4096
     for name, spec in MODALITIES.items():
         assets = record.of(name)
@@ -127,27 +144,38 @@ def estimate_bytes(record: SiteRecord, grid: GridConfig) -> int:
             gsd = min((g.gsd_m() for g in grids), default=spec.gsd_m)
         dated = {asset.datetime for asset in assets if asset.datetime}
         dates = max(len(dated), len(record.datetimes) if any(not a.datetime for a in assets) else 0, 1)
-        if not spec.is_series:
-            dates = 1
-        elif grid.max_dates:
-            dates = min(dates, grid.max_dates)
-        pixels = max((xmax - xmin) / gsd, 1) * max((ymax - ymin) / gsd, 1)
-        total += int(dates * pixels * (len(spec.bands) * np.dtype(spec.dtype).itemsize + 1))
+        total += modality_bytes(name, record.footprint, dates, gsd, grid)
     return total
+
+
+def modality_bytes(name: str, footprint: Bounds, dates: int, gsd_m: float, grid: GridConfig) -> int:
+    """Uncompressed bytes of one modality's pixels and masks over a footprint."""
+    spec = MODALITIES[name]
+    if not spec.is_series:
+        dates = 1
+    elif grid.max_dates:
+        dates = min(dates, grid.max_dates)
+    xmin, ymin, xmax, ymax = footprint
+    pixels = max((xmax - xmin) / gsd_m, 1) * max((ymax - ymin) / gsd_m, 1)
+    return int(dates * pixels * (len(spec.bands) * np.dtype(spec.dtype).itemsize + 1))
+
+
+def _in_box(record: SiteRecord, config: BuildConfig) -> bool:
+    """Whether a site meets `source.bbox`; one without a place meets no box."""
+    box = config.source.bbox
+    return box is None or (has_place(record.crs) and boxes_meet(record.bbox_wgs84, box))
 
 
 def _narrowed(record: SiteRecord, config: BuildConfig) -> SiteRecord | None:
     """The record with the chosen modalities' assets only; None if it has none or lies outside the box."""
-    if config.source.bbox is not None:
-        west, south, east, north = config.source.bbox
-        w, s, e, n = record.bbox_wgs84
-        if w > east or e < west or s > north or n < south or not has_place(record.crs):
-            return None
-    if config.source.modalities:
-        wanted = {*config.source.modalities, "label"}
-        assets = tuple(a for a in record.assets if MODALITY_OF.get(a.modality, a.modality) in wanted)
-        record = dataclasses.replace(record, assets=assets)
-    return record if record.modalities else None
+    if not _in_box(record, config):
+        return None
+    wanted = {*(config.source.modalities or default_modalities()), "label"}
+    if wanted & {name for name, spec in MODALITIES.items() if spec.kind == "reflectance"}:
+        wanted |= set(MASKS)  # mask rasters go with their image
+    if any(asset.modality not in wanted for asset in record.assets):
+        record = dataclasses.replace(record, assets=tuple(a for a in record.assets if a.modality in wanted))
+    return record if any(name in wanted for name in record.modalities) else None
 
 
 def _check_classes(records: Iterable[SiteRecord]) -> None:
@@ -203,6 +231,13 @@ def _packed(records: Sequence[SiteRecord], config: BuildConfig) -> Iterable[list
         size += estimate
     if group:
         yield group
+
+
+def scattered(keys: Sequence[str], config: BuildConfig) -> list[int]:
+    """Positions of sites in the order of their hashes (`shards.order` hash), or as they come."""
+    if config.shards.order != "hash":
+        return list(range(len(keys)))
+    return sorted(range(len(keys)), key=lambda i: hashlib.sha256(f"{config.split.seed}:{keys[i]}".encode()).digest())
 
 
 def _fingerprint(shards: Sequence[PlannedShard], config: BuildConfig) -> str:

@@ -10,12 +10,12 @@ from typing import Any
 from cluster import config as settings
 from cluster import storage
 from cluster.errors import RunFailure, UsageError
-from data_prep import merge
+from data_prep import merge, parts
 from data_prep.codec import MemberError
 from data_prep.config import SPLITS, BuildConfig
 from data_prep.index import row_of
 from data_prep.sample import decode_members, load_json
-from data_prep.shards import FAULTS, MANIFEST, ShardWriter, cloud_share, count_radiometry
+from data_prep.shards import FAULTS, MANIFEST, ShardWriter, cloud_share, count_radiometry, losses_of
 from data_prep.tar import samples
 from data_prep.verify import HashingReader
 
@@ -40,8 +40,12 @@ def repair(url: str, say: Callable[[str], None]) -> list[str]:
     names.sort(key=lambda name: (_split_of(name), name))
     fingerprint = plan.get("plan") or old.get("plan") or LOST_PLAN
     config = _config(plan, old)
+    rolled = _sound_slices(url, say)
     intact, lost = [], []
     for name in names:
+        if name in rolled:
+            intact.append(name)
+            continue
         part = merge.read_part(url, name)
         if part is not None and part["samples"] == 0:
             intact.append(name)
@@ -64,6 +68,32 @@ def repair(url: str, say: Callable[[str], None]) -> list[str]:
     return lost
 
 
+def _sound_slices(url: str, say: Callable[[str], None]) -> set[str]:
+    """Shards of rolled-up slices of which nothing is wrong. Any other slice becomes its shards' own parts again, to be mended
+    one by one."""
+    sound: set[str] = set()
+    for entry in storage.list_names(storage.join(url, merge.PARTS)):
+        if not entry.startswith("slice-") or not entry.endswith(".json"):
+            continue
+        number = int(entry[6:12])
+        found = parts.read_slice(url, number)
+        if found is not None and all(
+            _stands(url, parts.slice_name(number), found, kind) for kind in ("index", "stats")
+        ):
+            tars = {part["shard"]: part["sha256"] for part in found["parts"] if part["samples"]}
+            if all(
+                storage.exists(storage.join(url, name)) and _sha256(storage.join(url, name)) == own
+                for name, own in tars.items()
+            ):
+                sound |= {part["shard"] for part in found["parts"]}
+                continue
+        say(f"{entry}: its shards are mended one by one")
+        for part in found["parts"] if found is not None else ():
+            storage.write_atomic(parts.part_url(url, part["shard"], "json"), parts.dump(part))
+        parts.unroll(url, number)
+    return sound
+
+
 def _mend_shard(
     url: str, name: str, part: dict[str, Any] | None, listed: dict[str, Any] | None, old: dict[str, Any], config: BuildConfig,
     fingerprint: str, say: Callable[[str], None],
@@ -81,7 +111,7 @@ def _mend_shard(
     if (
         part is not None
         and part["plan"] == fingerprint
-        and all(_part_stands(url, part, kind) for kind in ("index", "stats"))
+        and all(_stands(url, name, part, kind) for kind in ("index", "stats"))
     ):
         return None
     try:
@@ -116,6 +146,7 @@ def rescan(url: str, name: str, config: BuildConfig) -> ShardWriter:
             writer.rows.append(row_of(info, cloud_share(site), name, entries))
             writer.rows[-1]["scalars"] = list(site.scalars)
             writer.histograms.add(site)
+            writer.losses += losses_of(info)
             count_radiometry(writer.radiometry, info)
         reading.drain()
     writer.bytes_written = reading.position
@@ -136,12 +167,13 @@ def _quarantine(url: str, name: str) -> None:
     fs.mv(source, target)
 
 
-def _part_stands(url: str, part: dict[str, Any], kind: str) -> bool:
+def _stands(url: str, name: str, hashes: dict[str, Any], kind: str) -> bool:
+    """Whether the index or stats table of a part is the one its JSON vouches for."""
     try:
-        data = storage.read_bytes(merge.part_url(url, part["shard"], f"{kind}.parquet"))
+        data = storage.read_bytes(merge.part_url(url, name, f"{kind}.parquet"))
     except FileNotFoundError:
         return False
-    return hashlib.sha256(data).hexdigest() == part[f"{kind}_sha256"]
+    return hashlib.sha256(data).hexdigest() == hashes[f"{kind}_sha256"]
 
 
 def _sha256(url: str) -> str:

@@ -4,6 +4,7 @@
     reflectance   bilinear                    continuous, linear in radiance
     colour        bilinear                    same, 8 bit
     backscatter   bilinear in linear power    an average of dB is not the dB of an average
+    continuous    bilinear                    elevation and other quantities
     class         nearest                     labels and masks have no in-between
 
 Where both grids already coincide nothing is resampled: pixels are copied bit for bit. When the target is coarser, GDAL widens
@@ -24,7 +25,7 @@ from rasterio.warp import Resampling, reproject
 
 from data_prep.geo import Grid, Window, aligned_offset, covering_window, same_crs
 
-Kind = Literal["reflectance", "colour", "backscatter", "class"]
+Kind = Literal["reflectance", "colour", "backscatter", "continuous", "class"]
 LIMITS: dict[str, tuple[int, int]] = {"reflectance": (1, 65535), "colour": (0, 255)}
 
 
@@ -102,7 +103,11 @@ def _warp(
             out = np.float32(10) * np.log10(out)
         out[:, ~valid] = np.nan
         return out.astype(values_CHW.dtype), valid
-    low, high = LIMITS[kind]
+    if values_CHW.dtype.kind == "f":
+        out[:, ~valid] = 0
+        return out.astype(values_CHW.dtype), valid
+    limits = np.iinfo(values_CHW.dtype)
+    low, high = LIMITS.get(kind, (limits.min, limits.max))
     rounded = np.clip(np.rint(np.nan_to_num(out)), low, high)
     rounded[:, ~valid] = 0
     return rounded.astype(values_CHW.dtype), valid

@@ -44,6 +44,7 @@ def sample_json(site: SiteArrays, split: str) -> dict[str, Any]:
         "scalars": {name: int(value) for name, value in sorted(site.scalars.items())},
         "modalities": {name: _modality_json(name, site.series[name]) for name in MODALITIES if name in site.series},
         "labels": {name: {"shape": list(raster.shape)} for name, raster in sorted(site.rasters.items())},
+        **({"losses": site.losses} if site.losses else {}),
     }
 
 
@@ -63,7 +64,7 @@ def encode_members(site: SiteArrays, split: str, codecs: CodecsConfig) -> Iterat
     for name in MODALITIES:
         if name not in site.series:
             continue
-        series, kind = site.series[name], getattr(codecs, name)
+        series, kind = site.series[name], codecs.of(name)
         yield f"{name}.{codec.extension(kind)}", codec.encode(series.pixels_TCHW, kind, tile)
         mask = series.mask_THW[:, None]
         yield f"{name}.mask.{codec.extension(codecs.mask)}", codec.encode(mask, codecs.mask, tile)
@@ -100,7 +101,7 @@ def decode_members(read: Callable[[str], bytes], suffixes: list[str]) -> tuple[S
     rasters = {name: array(f"label.{name}", [1, 1, *entry["shape"]])[0, 0] for name, entry in info["labels"].items()}
     site = SiteArrays(
         info["key"], info["crs"], tuple(info["bbox_wgs84"]), tuple(info["footprint"]), series, info["cell"],
-        info["scalars"], rasters,
+        info["scalars"], rasters, losses=info.get("losses", []),
     )  # fmt: skip
     return site, info["split"]
 
@@ -169,7 +170,7 @@ def _check_series(name: str, series: Series) -> None:
     clear = (mask == CLEAR)[:, None]
     if np.issubdtype(pixels.dtype, np.floating):
         bad = clear & ~np.isfinite(pixels)
-    elif name == "hr":  # black is a colour there
+    elif spec.kind != "reflectance":  # black is a colour, and 0 m a height
         return
     else:
         bad = clear & (pixels == 0)

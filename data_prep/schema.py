@@ -7,8 +7,10 @@ Everything downstream (shards, reader, model, probes) knows sensors only through
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,6 +18,13 @@ SCHEMA_VERSION = 1
 
 # Validity codes of a mask member (uint8). Only CLEAR pixels feed losses and statistics.
 NODATA, CLEAR, CLOUD = 0, 1, 2
+
+# What a stored number means to harmonisation and resampling:
+#   colour       8-bit picture: copied, bilinear
+#   reflectance  scale, offset and nodata removed, 0 = nodata, x 10000; bilinear
+#   backscatter  dB, NaN = nodata; averaged as linear power
+#   continuous   any other quantity (elevation, temperature): declared scale and offset applied, bilinear
+Kind = Literal["colour", "reflectance", "backscatter", "continuous"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,13 @@ class ModalitySpec:
         unit: what a stored number means.
         shown: band names drawn as red, green, blue by contact sheets.
         shown_range: values mapped to black and white there.
+        kind: how its numbers are harmonised and resampled.
+        level: product level this modality holds ("L2A", "L1C"); "" where there is only one.
+        has_boa_offset: its digital numbers may carry Sentinel-2's +1000, which pixels are asked about.
+        is_default: read unless `source.modalities` says otherwise; the others only when named there.
+        collections: words in a STAC item's collection, constellation or platform that mean this sensor, where its band names alone
+            do not (others' names are then understood through `aliases`).
+        aliases: others' band names, lower case, to ours.
     """
 
     name: str
@@ -41,16 +57,43 @@ class ModalitySpec:
     unit: str
     shown: tuple[str, str, str]
     shown_range: tuple[float, float]
+    kind: Kind
+    level: str = ""
+    has_boa_offset: bool = False
+    is_default: bool = True
+    collections: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    def band(self, name: str) -> str:
+        """Our name of somebody's band; an unknown one stays as it is."""
+        held = {band.lower(): band for band in self.bands}
+        return self.aliases.get(name.lower()) or held.get(name.lower(), name)
 
 
 MODALITIES: dict[str, ModalitySpec] = {
-    "hr": ModalitySpec("hr", ("R", "G", "B"), "uint8", 0.3, False, "digital number 0-255", ("R", "G", "B"), (0, 255)),
+    "hr": ModalitySpec(
+        "hr", ("R", "G", "B"), "uint8", 0.3, False, "digital number 0-255", ("R", "G", "B"), (0, 255), "colour",
+    ),
     "s2": ModalitySpec(
         "s2", ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12"), "uint16", 10.0, True,
-        "surface reflectance x 10000, offset removed, 0 = nodata", ("B04", "B03", "B02"), (1, 3000),
+        "surface reflectance x 10000, offset removed, 0 = nodata", ("B04", "B03", "B02"), (1, 3000), "reflectance",
+        level="L2A", has_boa_offset=True,
     ),
-    "s1": ModalitySpec("s1", ("VV", "VH"), "float16", 10.0, True, "backscatter in dB, NaN = nodata", ("VV", "VH", "VV"), (-25, 0)),
+    "s1": ModalitySpec(
+        "s1", ("VV", "VH"), "float16", 10.0, True, "backscatter in dB, NaN = nodata", ("VV", "VH", "VV"), (-25, 0), "backscatter",
+    ),
+    # the same instrument above the atmosphere: never mixed with surface reflectance, and read only when asked for
+    "s2_l1c": ModalitySpec(
+        "s2_l1c", ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12"), "uint16", 10.0, True,
+        "top-of-atmosphere reflectance x 10000, offset removed, 0 = nodata", ("B04", "B03", "B02"), (1, 3000), "reflectance",
+        level="L1C", has_boa_offset=True, is_default=False,
+    ),
 }  # fmt: skip
+
+
+def default_modalities() -> tuple[str, ...]:
+    """What is read where nothing is asked for by name."""
+    return tuple(name for name, spec in MODALITIES.items() if spec.is_default)
 
 
 @dataclass
@@ -92,6 +135,8 @@ class SiteArrays:
         scalars: scalar labels by name, e.g. `{"scene": 3}`.
         rasters: label rasters by name, int16 [H, W] on the 10 m grid of s2/s1 (or the footprint at 10 m), -1 = unlabelled.
         classes: class names per label, index = value.
+        losses: what the catalog lists and the sample lacks ({"modality", "datetime", "asset", "why"}): files that could not be read,
+            dates whose metadata and pixels contradict each other.
     """
 
     key: str
@@ -103,6 +148,7 @@ class SiteArrays:
     scalars: dict[str, int] = field(default_factory=dict)
     rasters: dict[str, np.ndarray] = field(default_factory=dict)
     classes: dict[str, list[str]] = field(default_factory=dict)
+    losses: list[dict[str, str]] = field(default_factory=list)
 
 
 def band_indices(modality: str, bands: tuple[str, ...]) -> list[int]:

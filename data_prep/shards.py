@@ -1,7 +1,7 @@
 """A shard set: tars + `index.parquet` + `manifest.json` in one folder. Writing one shard, opening a finished set.
 
 manifest.json   schema, software, config, config_fingerprint, counts, shards [{name, split, samples, bytes, sha256}], index
-                {sha256, bytes}, columns {bytes, header_sha256, sha256}, statistics (all splits), statistics_sha256,
+                {sha256, bytes}, columns {bytes, header_sha256, sha256}, statistics (of train), statistics_sha256,
                 content_sha256, classes, codecs, radiometry, splits (overlap report), faults. Deterministic: no clocks, no host names, no paths.
 index.parquet   see `data_prep.index`. It is read only after its sha256 has proven to be the manifest's.
 columns.safetensors   the same in the form that the reader maps, see `data_prep.columns`; older sets have none.
@@ -25,14 +25,14 @@ import pyarrow.parquet as pq
 from cluster import storage
 from cluster.errors import UsageError
 from data_prep.codec import MemberError
-from data_prep.config import CodecsConfig
+from data_prep.config import SPLITS, CodecsConfig
 from data_prep.index import read_batches, row_of
 from data_prep.sample import SampleError, check_site, decode_members, encode_members, load_json
 from data_prep.schema import CLEAR, CLOUD, SCHEMA_VERSION, BandStatistics, SiteArrays
 from data_prep.statistics import Histograms, statistics_from_json
 from data_prep.tar import TarWriter, Writable
 
-MANIFEST, INDEX, FAULTS = "manifest.json", "index.parquet", "faults.jsonl"
+MANIFEST, INDEX, FAULTS, LOSSES = "manifest.json", "index.parquet", "faults.jsonl", "losses.jsonl"
 
 
 def shard_name(split: str, number: int) -> str:
@@ -49,6 +49,7 @@ class ShardWriter:
         self.histograms = Histograms()
         self.classes: dict[str, list[str]] = {}
         self.radiometry: dict[str, int] = {}
+        self.losses: list[dict[str, str]] = []
 
     def encode(self, site: SiteArrays) -> list[tuple[str, bytes]]:
         """Checks a site and encodes its members. Raises SampleError; nothing is written yet."""
@@ -65,6 +66,7 @@ class ShardWriter:
         self.rows.append(row_of(info, cloud_share(site), self._name, entries))
         self.histograms.add(site)
         self.classes |= site.classes
+        self.losses += losses_of(info)
         count_radiometry(self.radiometry, info)
         self.bytes_written = self._tar.position
 
@@ -73,6 +75,18 @@ class ShardWriter:
         digests = self._tar.close()
         self.bytes_written = self._tar.position
         return digests
+
+
+def statistics_splits(splits: Iterable[str]) -> tuple[str, ...]:
+    """Of which splits a set's statistics are: train alone, because a model is normalised by them that is judged on the others; of all
+    where nothing is train."""
+    present = set(splits)
+    return SPLITS[:1] if SPLITS[0] in present else tuple(split for split in SPLITS if split in present)
+
+
+def losses_of(info: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What a sample lacks of what the catalog lists, each with the sample's key."""
+    return [{"site": info["key"], **loss} for loss in info.get("losses", [])]
 
 
 def cloud_share(site: SiteArrays) -> float | None:
@@ -95,7 +109,17 @@ def count_radiometry(counts: dict[str, int], info: Mapping[str, Any]) -> None:
             counts[line] = counts.get(line, 0) + 1
 
 
-RADIOMETRY_KEYS = ("offset_applied", "gain", "baseline", "basis", "source_unit", "calibration", "position", "flags")
+RADIOMETRY_KEYS = (
+    "offset_applied",
+    "gain",
+    "baseline",
+    "basis",
+    "source_unit",
+    "calibration",
+    "corrected",
+    "position",
+    "flags",
+)
 
 
 @dataclass(frozen=True)

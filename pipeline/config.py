@@ -41,7 +41,8 @@ class DataConfig:
         url: one shard set or several. Without `weights` several are read as one set; with them, draws are mixed by weight.
         split: of the index; "" takes all.
         require: modalities a site must have. max_cloud: greatest mean cloud share. date_range: ISO dates, a site's series
-            must overlap it. bbox: west, south, east, north in degrees.
+            must overlap it. bbox: west, south, east, north in degrees. unflagged: only samples none of whose dates had metadata
+            that its pixels contradict (a build with `quality.on_contradiction=correct` keeps such dates).
 
     Views:
         scale: range of the crop side as a share of the canvas side, in steps of 10 m; at most 1.
@@ -75,6 +76,7 @@ class DataConfig:
     series_jitter: float = 0.0
     require: tuple[str, ...] = ()
     max_cloud: float | None = None
+    unflagged: bool = False
     date_range: tuple[str, str] | None = None
     bbox: tuple[float, float, float, float] | None = None
     threads: int = 2

@@ -1,11 +1,12 @@
 """Catalog to shards: tars + index.parquet + manifest.json, reproducible byte for byte.
 
 Finished shards are kept and skipped: after a crash, a kill or a full disk run the same command again. With --tasks (or as
-a SLURM array, whose variables are the default) each task makes every N-th shard, and whichever finishes last merges.
+a SLURM array, whose variables are the default) each task makes every N-th slice of the plan, and whichever finishes last merges.
 
 examples:
   python -m data_prep build data_prep/runs/demo.yaml source.catalog=[scenes/catalog.parquet] output.url=shards
   python -m data_prep build data_prep/runs/s3.yaml output.url=s3://bucket/set --task 3 --tasks 16
+  python -m data_prep build data_prep/runs/s3.yaml --executor dask --scheduler tcp://10.0.0.1:8786    # any dask cluster
   python -m data_prep build data_prep/runs/demo.yaml --retry-faults      # after the sources were mended
 """
 
@@ -17,6 +18,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from cluster.errors import RunFailure, UsageError
+from data_prep.executors import add_arguments as add_executor
 
 if TYPE_CHECKING:
     from data_prep.build import Outcome
@@ -29,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", type=int, metavar="I", help="make only this share of the shards, counted from 0")
     parser.add_argument("--tasks", type=int, metavar="N", help="number of shares")
     parser.add_argument("--retry-faults", action="store_true", help="make shards with faulty sites again")
+    add_executor(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="check and resolve the config; read and write nothing else"
     )
@@ -50,8 +53,9 @@ def main(args: argparse.Namespace) -> int:
         return dry_run(config, args.json)
     task, tasks = array_share(args.task, args.tasks, os.environ)
     from data_prep.build import build, over_budget
+    from data_prep.executors import executor_of
 
-    outcome = build(config, task, tasks, args.retry_faults)
+    outcome = build(config, task, tasks, args.retry_faults, executor_of(args, config.workers))
     summarise(outcome, config, task, tasks)
     failed = over_budget(outcome, config)
     if args.json:
@@ -107,6 +111,12 @@ def summarise(outcome: Outcome, config: BuildConfig, task: int, tasks: int) -> N
         say(f"left out {sites['duplicates']} repeats of a footprint with the same dates")
     if any(splits["left_out"].values()):
         say(f"left out {sum(splits['left_out'].values())} sites within {splits['buffer_m']:g} m of an evaluation site")
+    lost = (outcome.manifest or {}).get("losses", {})
+    if lost.get("dates"):
+        say(
+            f"{lost['dates']} dates or modalities of {lost['sites']} sites could not be read or were contradicted by their pixels "
+            "(quality.on_contradiction); their sites are kept, each loss is named in losses.jsonl"
+        )
     for fault in outcome.faults[:10]:
         say(f"fault: {fault['site']}: {fault['asset']}: {fault['why']}")
     if len(outcome.faults) > 10:
@@ -127,9 +137,9 @@ def summarise(outcome: Outcome, config: BuildConfig, task: int, tasks: int) -> N
         split for split, share in config.split.fractions.items() if share and not counts["splits"][split]["samples"]
     ]
     if missing:
+        few = "" if outcome.plan.prepared else f"below split.min_cells={config.split.min_cells} cells all is train; "
         say(
-            f"note: no ground cell fell into {', '.join(missing)}: below split.min_cells={config.split.min_cells} cells all is train; "
-            "more cells, other split.fractions or another split.seed give some"
+            f"note: no ground cell fell into {', '.join(missing)}: {few}more cells, other split.fractions or another split.seed give some"
         )
 
 
@@ -146,6 +156,7 @@ def print_figures(url: str, outcome: Outcome) -> None:
     print_json(
         {
             "shards": counts["shards"], "samples": counts["samples"], "bytes": counts["bytes"], "faults": len(outcome.faults),
+            "losses": outcome.manifest.get("losses", {}).get("dates", 0),
             "manifest_sha256": ShardSet.open(url).manifest_sha256, "seconds": {k: round(v, 3) for k, v in outcome.seconds.items()},
         }
     )  # fmt: skip

@@ -31,7 +31,7 @@ def main(args: argparse.Namespace) -> int:
     shards = ShardSet.open(args.url)
     tree = shards.manifest["statistics"]
     if args.split and not args.recount:
-        raise UsageError("--split needs --recount: the manifest's statistics are over all splits")
+        raise UsageError("--split needs --recount: the manifest's statistics are those of train")
     if args.recount:
         tree = recount(shards, args.split)
     for name in (name for name in MODALITIES if name in tree):
@@ -48,13 +48,15 @@ def main(args: argparse.Namespace) -> int:
 
 
 def recount(shards: ShardSet, split: str | None) -> dict[str, Any]:
-    """Statistics of every sample's pixels, decoded now."""
+    """Statistics of the pixels of a split (None: of those the manifest's are of), decoded now."""
     from cluster.errors import RunFailure, UsageError
     from cluster.progress import progress
     from data_prep.codec import MemberError
+    from data_prep.config import SPLITS
     from data_prep.statistics import Histograms, statistics_json
 
-    rows = shards.rows_of(split) if split else range(shards.num_samples)
+    splits = [split] if split else shards.manifest.get("statistics_splits", SPLITS)
+    rows = [row for name in splits for row in shards.rows_of(name)]
     if not len(rows):
         raise UsageError(f"{shards.url} has no sample in split {split!r}")
     histograms = Histograms()

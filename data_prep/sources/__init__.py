@@ -1,18 +1,23 @@
 """Imagery people already have → harmonised sites.
 
 `open_catalog(url)` lists sites, `split_site(record, grid)` cuts large ones, `read_site(record, grid)` reads one.
-Layouts other than STAC become STAC items first (`data_prep.catalog`), so there is one way from metadata to pixels.
+Layouts other than STAC become STAC items first (`data_prep.catalog`), so there is one way from metadata to pixels. The way, in the
+order to read it:
+
+    what is there      records (plain data), names, stac_io, stac → choose (which file of a band), sites; a module per layout
+    how bytes come     remote (doors, retries), guard (what a file may claim), open → raster, zarr_cube, zarr_bands, mesh, …
+    what they mean     evidence, decisions (with `data_prep.harmonise`), masks, frames → overpass → read
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cluster.errors import UsageError
-from data_prep.sources.records import Asset, SiteRecord, SourceFault
+from data_prep.sources.records import Asset, ReadFault, SiteRecord, SourceFault
 
 if TYPE_CHECKING:
-    from data_prep.config import GridConfig
+    from data_prep.config import GridConfig, QualityConfig
     from data_prep.schema import SiteArrays
 
 
@@ -50,11 +55,13 @@ def split_site(record: SiteRecord, grid: GridConfig) -> list[SiteRecord]:
     return split(record, grid)
 
 
-def read_site(record: SiteRecord, grid: GridConfig, **options: Any) -> SiteArrays:
+def read_site(
+    record: SiteRecord, grid: GridConfig, quality: QualityConfig | None = None, modalities: tuple[str, ...] = ()
+) -> SiteArrays:
     """One site's harmonised pixels; see `read.read_site`."""
     from data_prep.sources.read import read_site as read
 
-    return read(record, grid, **options)
+    return read(record, grid, quality, modalities)
 
 
-__all__ = ["Asset", "SiteRecord", "SourceFault", "open_catalog", "read_site", "split_site"]
+__all__ = ["Asset", "ReadFault", "SiteRecord", "SourceFault", "open_catalog", "read_site", "split_site"]

@@ -5,7 +5,8 @@ image, which gives the number of local patches and dates, and the storage must t
 [patches, dates, bands, 264, 264] (float32 dB for s1, int16 for s2). So nothing of the file can run, and no torch is needed.
 
 Each local patch is a site. Its place is the patch centre in the image names (`0865832_-95.95_43.99/20221121`), given to two
-decimals, so every date says `position: assumed…`; the Sentinel-2 images are L1C (top of atmosphere), audited and not built.
+decimals, so every date says `position: assumed…`; the Sentinel-2 images are L1C (top of atmosphere): modality s2_l1c. Short seasons
+are padded with repeats of an image; a repeat is not a date.
 """
 
 from __future__ import annotations
@@ -16,18 +17,21 @@ import json
 import re
 import tarfile
 import zipfile
+import zlib
 from typing import Any
 
 import numpy as np
 
 from cluster.errors import UsageError
-from cluster.storage import join, list_names, open_read, read_bytes
+from cluster.storage import join, list_names, open_read
 from data_prep.geo import Grid, Window, transformer, utm_code
-from data_prep.sources.cube import DateInfo, Layer
+from data_prep.sources.cube import Cube, DateInfo, Layer
+from data_prep.sources.guard import check_whole, check_zip, read_zip_member
 from data_prep.sources.items import AssetFields, make_item
 from data_prep.sources.names import L1C_ORDER, date_in
 from data_prep.sources.raster import first_line
-from data_prep.sources.records import Asset, SourceFault
+from data_prep.sources.records import Asset, ReadFault, SourceFault
+from data_prep.sources.remote import read_source
 
 PIXELS, GSD_M = 264, 10.0
 # member: modality, bands, number type, level
@@ -72,15 +76,29 @@ def _members(href: str) -> dict[str, dict[str, str]]:
 
 def _bytes(href: str, place: str) -> bytes:
     start, size = (int(number) for number in place.split(":"))
-    return read_bytes(href, start, start + size)
+    return read_source(href, start, start + size)
 
 
 @functools.lru_cache(maxsize=64)
 def _json(href: str, place: str) -> dict[str, Any]:
     try:
-        return json.loads(_bytes(href, place))
-    except ValueError as error:
-        raise SourceFault(href, f"JSON member at {place} is not valid: {first_line(error)}") from None
+        about = json.loads(_bytes(href, place))
+        return {
+            member: [[_plain(name) for name in names] for names in about[member]]
+            for member in MEMBERS
+            if about.get(member)
+        }
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ReadFault(href, f"JSON member at {place} is not as wanted: {first_line(error)}") from None
+
+
+def _plain(name: Any) -> str:
+    """An image name; some stand alone in a list."""
+    while isinstance(name, list) and len(name) == 1:
+        name = name[0]
+    if not isinstance(name, str):
+        raise ValueError(f"image name {name!r}")
+    return name
 
 
 def item(url: str, site: tuple[str, ...]) -> dict[str, Any]:
@@ -125,18 +143,20 @@ def _grid(names: list[str], where: str) -> Grid:
 @functools.lru_cache(maxsize=2)
 def _storage(href: str, place: str) -> bytes:
     """The only storage of a `.pth`, as raw bytes. Raises ValueError for another structure, zipfile.BadZipFile for damage."""
-    with zipfile.ZipFile(io.BytesIO(_bytes(href, place))) as archive:
+    data = _bytes(href, place)
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        check_zip(archive, len(data))
         names = archive.namelist()
         storages = [name for name in names if re.search(r"(^|/)data/\d+$", name)]
         if len(storages) != 1:
             raise ValueError(f"{len(storages)} storages, wanted 1")
         orders = [name for name in names if name.endswith("byteorder")]
-        if orders and archive.read(orders[0]) != b"little":
+        if orders and read_zip_member(archive, orders[0], 64) != b"little":
             raise ValueError("is not little endian")
         return archive.read(storages[0])
 
 
-class CopernicusCube:
+class CopernicusCube(Cube):
     """The dates of one local patch of one member."""
 
     def __init__(self, asset: Asset, wanted: tuple[str, ...]) -> None:
@@ -146,10 +166,20 @@ class CopernicusCube:
         lists = _json(asset.href, about)[member]
         names = lists[int(patch)]
         try:
+            check_whole(asset.href, (len(lists), len(names), len(bands), PIXELS, PIXELS), np.dtype(data_type).itemsize)
             raw = np.frombuffer(_storage(asset.href, place), dtype=np.dtype(data_type).newbyteorder("<"))
             values = raw.reshape(len(lists), len(names), len(bands), PIXELS, PIXELS)[int(patch)]
-        except (ValueError, zipfile.BadZipFile, OSError) as error:
-            raise SourceFault(
+        except (
+            ValueError,
+            IndexError,
+            NotImplementedError,
+            RuntimeError,
+            zipfile.BadZipFile,
+            zlib.error,
+            OSError,
+            EOFError,
+        ) as error:
+            raise ReadFault(
                 asset.id, f"{member} at {place} of {asset.href} is not as its JSON says: {first_line(error)}"
             ) from None
         missing = [band for band in wanted if band not in bands]
@@ -163,14 +193,3 @@ class CopernicusCube:
     def read(self, date: int, layer: int, window: Window) -> np.ndarray:
         row0, row1, col0, col1 = window
         return self._values_TCHW[date, :, row0:row1, col0:col1]
-
-    def read_valid(self, date: int, layer: int, window: Window) -> np.ndarray | None:
-        return None
-
-    def read_cloud(self, date: int, window: Window) -> np.ndarray:
-        raise SourceFault(self.asset.id, "has no cloud mask")
-
-    def nodata_of(self, layer: int) -> float | None:
-        return self.asset.nodata
-
-    def close(self) -> None: ...

@@ -7,7 +7,8 @@
 
 The same NAME in several folders (`hr/a.tif`, `s2/a.tif`) is one site. BigEarthNet patches of one place and MGRS tile
 (`…_T33UUP_75_43`, `…_33UUP_75_43`) are one site too. Dates and baselines are read from product names (`S2A_MSIL2A_…`,
-`S1A_IW_GRDH_…`) or from a date in the name or the file's tags; without a baseline the pixels decide about the offset.
+`S1A_IW_GRDH_…`) or from a date in the name or the file's tags; without a baseline the pixels decide about the offset. The level is
+that of the product or granule name (`…_MSI_L1C_…`), for all its bands; without one an image with B10 is L1C, one without it L2A.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from data_prep.sources.names import (
     date_in,
     iso_datetime,
     s1_datetime,
+    s2_level,
     s2_product,
 )
 from data_prep.sources.records import SourceFault
@@ -77,20 +79,25 @@ def item(url: str, site: tuple[str, ...]) -> dict[str, Any]:
         label = AssetFields("label", hrefs[0], grid=fields.grid, nodata=fields.nodata, data_type=fields.data_type)
         return make_item(item_id, {kind.split()[1]: label}, site=name)
     if kind == "bands":
-        return make_item(item_id, dict(_band_asset(href, image, item_id) for href in hrefs), site=name)
+        level = s2_level(image) or ("L1C" if any(_band_of(href) == "B10" for href in hrefs) else "L2A")
+        return make_item(item_id, dict(_band_asset(href, image, item_id, level) for href in hrefs), site=name)
     fields = raster_fields(hrefs[0], item_id)
     return make_item(item_id, {"image": _image_asset(hrefs[0], image, item_id, fields)}, site=name)
 
 
-def _band_asset(href: str, image: str, item_id: str) -> tuple[str, AssetFields]:
+def _band_of(href: str) -> str:
     stem = href.rpartition("/")[2].rsplit(".", 1)[0]
     match = _BAND.match(stem)
-    band = band_name(match[2] if match else stem)
+    return band_name(match[2] if match else stem)
+
+
+def _band_asset(href: str, image: str, item_id: str, level: str) -> tuple[str, AssetFields]:
+    band = _band_of(href)
     fields = raster_fields(href, f"{item_id}/{band}")
     if fields.count != 1:
         raise SourceFault(f"{item_id}/{band}", f"is named as one band but holds {fields.count}: {href}")
     modality = "s1" if band in ("VV", "VH") else "s2"
-    return band, _fields(modality, (band,), href, image, fields)
+    return band, _fields(modality, (band,), href, image, fields, level)
 
 
 def _image_asset(href: str, image: str, item_id: str, fields: RasterFields) -> AssetFields:
@@ -112,12 +119,15 @@ def _image_asset(href: str, image: str, item_id: str, fields: RasterFields) -> A
     )  # fmt: skip
 
 
-def _fields(modality: str, bands: tuple[str, ...], href: str, image: str, raster: RasterFields) -> AssetFields:
+def _fields(
+    modality: str, bands: tuple[str, ...], href: str, image: str, raster: RasterFields, level: str = ""
+) -> AssetFields:
     product = s2_product(image)
     tagged = raster.tags.get("datetime", "") or raster.tags.get("TIFFTAG_DATETIME", "").replace(":", "-", 2)
     moment = product.get("datetime") or s1_datetime(image) or date_in(image) or iso_datetime(tagged)
     s2 = modality == "s2"
-    level = product.get("level") or ("L1C" if set(bands) >= {"B10"} and set(bands) <= set(S2_BANDS) else "L2A")
+    whole = "L1C" if set(bands) >= {"B10"} and set(bands) <= set(S2_BANDS) else "L2A"
+    level = product.get("level") or level or s2_level(image) or whole
     return AssetFields(
         "s2_l1c" if s2 and level == "L1C" else modality, href, bands=bands, grid=raster.grid, datetime=moment,
         product_id=image if product or s1_datetime(image) else "", baseline=product.get("baseline", "") if s2 else "",

@@ -11,6 +11,7 @@ import shapely.geometry
 
 from data_prep.geo import Grid, bbox_wgs84, centre_wgs84, ground_cell
 from data_prep.sources.raster import open_raster, raster_grid
+from data_prep.sources.records import MASKS
 
 STAC_VERSION = "1.0.0"
 # declared where their fields are used: a schema refuses an item that declares it and has none of its fields
@@ -21,7 +22,7 @@ EXTENSIONS = {
     "sat": "https://stac-extensions.github.io/sat/v1.0.0/schema.json",
 }
 COG = "image/tiff; application=geotiff"
-ROLES = {"cloud": ["cloud"], "scl": ["cloud"], "label": ["labels"]}
+ROLES = {**{mask: ["cloud"] for mask in MASKS}, "label": ["labels"]}
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class AssetFields:
     note: str = ""
     format: str = ""
     calibration: str = ""
+    relative_orbit: int = 0
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ def asset_json(asset: AssetFields, main: Grid) -> dict[str, Any]:
         "eo:cloud_cover": asset.cloud_cover, "geoloom:member": asset.member, "geoloom:note": asset.note,
         "geoloom:format": asset.format,
         "geoloom:calibration": asset.calibration,
+        "sat:relative_orbit": asset.relative_orbit or None,
     }  # fmt: skip
     out |= {name: value for name, value in fields.items() if value not in (None, "")}
     if asset.modality == "s1":

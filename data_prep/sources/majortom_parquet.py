@@ -1,27 +1,33 @@
 """Major-TOM as published: `images/part_*.parquet`, one row per product, a GeoTIFF file as bytes in each band's column.
 
-Only the footers and the columns `product_id`, `grid_cell` and headers of the bands are touched when cataloguing; a build reads
-one row group, one column at a time. Sentinel-1 RTC columns (`vv`, `vh`) hold linear power.
+Cataloguing reads the footers, the columns `product_id` and `grid_cell`, and of each product one band of 60 m (50 kB of some 10 MB):
+the other bands lie on its corner at their native sizes. Where that does not hold every band's header is read. A build reads one
+row group, one column at a time. Sentinel-1 RTC columns (`vv`, `vh`) hold linear power.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet as pq
-from rasterio.errors import RasterioError
-from rasterio.io import MemoryFile
-
 from cluster.errors import UsageError
-from cluster.storage import filesystem, is_local, join, list_names
+from cluster.storage import join, list_names
+from data_prep.geo import Grid
 from data_prep.sources.items import AssetFields, make_item
 from data_prep.sources.names import S2_BANDS, band_name, s1_datetime, s2_product
-from data_prep.sources.raster import first_line, raster_grid
+from data_prep.sources.parquet import open_parquet
+from data_prep.sources.raster import open_cell, raster_grid
 from data_prep.sources.records import SourceFault
 
 NEEDED = ("product_id", "grid_cell")
+NATIVE_M = {"B01": 60, "B09": 60, "B10": 60} | dict.fromkeys(
+    ("B02", "B03", "B04", "B08", "cloud_mask"), 10
+)  # the others: 20
+NATIVE_M = {"B01": 60, "B09": 60, "B10": 60} | dict.fromkeys(
+    ("B02", "B03", "B04", "B08", "cloud_mask"), 10
+)  # the others: 20
+NATIVE_M = {"B01": 60, "B09": 60, "B10": 60} | dict.fromkeys(
+    ("B02", "B03", "B04", "B08", "cloud_mask"), 10
+)  # the others: 20
 
 
 def sites(url: str) -> list[tuple[str, ...]]:
@@ -52,6 +58,7 @@ def item(url: str, site: tuple[str, ...]) -> dict[str, Any]:
     href, group, row, cell, product = site
     parsed = s2_product(product)
     assets: dict[str, AssetFields] = {}
+    coarse = _coarse_grid(href, f"{group}:{row}", product)
     for column in open_parquet(href).schema_arrow.names:
         band = band_name(column)
         modality = (
@@ -60,8 +67,11 @@ def item(url: str, site: tuple[str, ...]) -> dict[str, Any]:
         if not modality:
             continue
         member = f"{group}:{row}:{column}"
-        with open_cell(href, member, f"{product}/{column}") as dataset:
-            grid, kind = raster_grid(dataset, f"{product}/{column}"), dataset.dtypes[0]
+        if coarse is not None and modality != "s1":
+            grid, kind = _refined(coarse, 60 // NATIVE_M.get(column if modality == "cloud" else band, 20)), ""
+        else:
+            with open_cell(href, member, f"{product}/{column}") as dataset:
+                grid, kind = raster_grid(dataset, f"{product}/{column}"), dataset.dtypes[0]
         if modality == "s2" and parsed.get("level") == "L1C":
             modality = "s2_l1c"
         s2 = modality.startswith("s2")
@@ -78,29 +88,17 @@ def item(url: str, site: tuple[str, ...]) -> dict[str, Any]:
     return make_item(f"{cell}_{product}", ordered, site=cell, cell=cell)
 
 
-@functools.lru_cache(maxsize=8)
-def open_parquet(href: str) -> pq.ParquetFile:
-    """Footer of a Parquet file on any fsspec URL. Raises SourceFault."""
-    try:
-        fs, path = filesystem(href)
-        return pq.ParquetFile(path if is_local(href) else fs.open(path, "rb"), pre_buffer=False)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise SourceFault(href, f"cannot be read as Parquet: {first_line(error)}") from None
+def _coarse_grid(href: str, place: str, product: str) -> Grid | None:
+    """The grid of a 60 m band; None where there is none of that size."""
+    column = next((name for name in open_parquet(href).schema_arrow.names if NATIVE_M.get(band_name(name)) == 60), None)
+    if column is None:
+        return None
+    with open_cell(href, f"{place}:{column}", f"{product}/{column}") as dataset:
+        grid = raster_grid(dataset, f"{product}/{column}")
+    return grid if abs(grid.gsd_m() - 60) < 1 else None
 
 
-def open_cell(href: str, member: str, name: str) -> Any:
-    """The GeoTIFF in one cell ("row group:row:column") as a rasterio dataset. Raises SourceFault."""
-    group, row, column = member.split(":", 2)
-    try:
-        table = open_parquet(href).read_row_group(int(group), columns=[column], use_threads=False)
-        data = table.column(0)[int(row)].as_py()
-        if not data:
-            raise SourceFault(name, f"column {column} is empty in row {row} of row group {group}: {href}")
-        memory = MemoryFile(data)
-        dataset = memory.open()
-        dataset.held = (data, memory)  # GDAL reads from these bytes for as long as the dataset lives
-        return dataset
-    except (RasterioError, OSError, pyarrow.ArrowException, IndexError, KeyError) as error:
-        raise SourceFault(
-            name, f"column {column}, row {row} of row group {group} is no raster: {href}: {first_line(error)}"
-        ) from None
+def _refined(grid: Grid, factor: int) -> Grid:
+    a, b, c, d, e, f = grid.transform
+    finer = (a / factor, b / factor, c, d / factor, e / factor, f)
+    return Grid(grid.crs, finer, grid.width * factor, grid.height * factor)

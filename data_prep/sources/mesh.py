@@ -1,34 +1,33 @@
 """TerraMesh and SSL4EO-S12 v1.1 as published: `[{split}/]{MODALITY}/*.tar` of `<stem>.zarr.zip` members, or `*.zarr.zip` files.
 
-A `.zarr.zip` is a format-2 group: `bands` with dims out of (sample, time, band, y, x), coordinates `band`, `time` (nanoseconds since
-1970), `x`, `y` (pixel centres; per sample in the 64 x 4 files of SSL4EO-S12), `crs` (EPSG number), optional `cloud_mask`,
-`file_id`, `sample`. The same stem (or sample id) in several modalities is one site; a split folder is kept in the key's cell.
-
-No such file lies in the test data, so this follows the published descriptions and is tested on files made to them.
+A `.zarr.zip` is a format-2 group: `bands` with dims out of (sample, time, band, y, x), coordinates `band`, `time`, `x`, `y` (pixel
+centres), `crs` (EPSG number), optional `cloud_mask`, `file_id`, `sample`. In the 64 x 4 files of SSL4EO-S12 v1.1 the coordinates of a
+sample are `time_`, `x_`, `y_`, and `time`, `x`, `y` merely count; their Sentinel-2 numbers carry the +1000 offset on every date, which
+the later edition in tars has removed (both by the publisher's own description). The same stem (or sample id) in several modalities
+is one site; a split folder is kept in the key's cell. Cataloguing reads coordinates, no image.
 """
 
 from __future__ import annotations
 
-import io
 import tarfile
-import zipfile
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import zarr
-from zarr.core.buffer import default_buffer_prototype
-from zarr.storage import MemoryStore, ZipStore
 
 from cluster.errors import UsageError
-from cluster.storage import is_local, join, list_names, local_path, open_read, read_bytes
+from cluster.storage import join, list_names
+from data_prep.config import QualityConfig
 from data_prep.geo import Grid, Window, crs_name
-from data_prep.schema import CLEAR, CLOUD
-from data_prep.sources.cube import DateInfo, Layer
+from data_prep.sources.cube import Cube, DateInfo, Layer
+from data_prep.sources.guard import Hostile
 from data_prep.sources.items import AssetFields, make_item
-from data_prep.sources.names import L1C_ORDER, L2A_ORDER, band_name, iso_datetime, s2_product
+from data_prep.sources.masks import mask_codes
+from data_prep.sources.names import L1C_ORDER, L2A_ORDER, band_name, cf_times, iso_datetime, relative_orbit, s2_product
 from data_prep.sources.raster import first_line
-from data_prep.sources.records import Asset, SourceFault
+from data_prep.sources.records import Asset, ReadFault, SourceFault
+from data_prep.sources.remote import open_source, retrying
+from data_prep.sources.zarr_store import arrays_of, open_group, small
 
 # folder: modality, usual bands in file order, level, calibration
 FOLDERS: dict[str, tuple[str, tuple[str, ...], str, str]] = {
@@ -76,7 +75,7 @@ def _entries(href: str) -> Iterator[tuple[str, str, str]]:
     """(stem, place inside the file, sample number) of every sample."""
     if href.endswith(".tar"):
         try:
-            with open_read(href) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+            with open_source(href) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
                 for member in tar:
                     if member.name.endswith(".zarr.zip"):
                         stem = member.name.rsplit("/", 1)[-1].removesuffix(".zarr.zip")
@@ -84,7 +83,7 @@ def _entries(href: str) -> Iterator[tuple[str, str, str]]:
         except (tarfile.TarError, OSError) as error:
             raise SourceFault(href, f"cannot be read as a tar: {first_line(error)}") from None
         return
-    group = open_mesh(href, "", href)
+    group, _ = open_group(href, href, zarr_format=2)
     if "bands" in group and group["bands"].ndim == 5 and "sample" in group:
         for number, name in enumerate(_texts(group["sample"])):
             yield name, "", str(number)
@@ -108,20 +107,23 @@ def item(url: str, site: tuple[str, ...]) -> dict[str, Any]:
         s2 = modality.startswith("s2")
         assets[folder] = AssetFields(
             modality, href, "application/vnd+zarr", cube.names, cube.grid, format="mesh", member=member, level=level,
-            unit="" if s2 else "dB", scale=1e-4 if s2 else None, offset=0.0 if s2 else None, nodata=0.0 if s2 else None,
+            unit="" if s2 else "dB", scale=1e-4 if s2 else None, offset=(-0.1 if cube.has_offset else 0.0) if s2 else None,
+            nodata=0.0 if s2 else None,
             calibration=calibration, data_type=cube.data_type,
         )  # fmt: skip
     cell = "_".join(stem.split("_")[:2]) if stem.count("_") >= 3 else ""
     return make_item(stem, assets, times=sorted(times), cell=cell)
 
 
-class MeshCube:
+class MeshCube(Cube):
     """One sample of one `.zarr.zip`."""
 
     def __init__(self, asset: Asset, wanted: tuple[str, ...]) -> None:
         self.asset = asset
         place, _, sample = asset.member.partition("#")
-        group = open_mesh(asset.href, place, asset.id)
+        group, store = open_group(asset.href, asset.id, place, zarr_format=2)
+        arrays_of(group, store, asset.href, asset.id)
+        self.has_offset = "time_" in group  # the 64 x 4 edition of SSL4EO-S12 v1.1
         try:
             self._array = group["bands"]
             dims = list(self._array.attrs.get("_ARRAY_DIMENSIONS") or DIMS[5 - self._array.ndim :])
@@ -132,8 +134,9 @@ class MeshCube:
             self.dates = self._read_dates(group, size.get("time", 1))
             self.grid = self._read_grid(group, size["y"], size["x"])
             self._cloud = group.get("cloud_mask")
-        except (KeyError, ValueError, TypeError) as error:
-            raise SourceFault(asset.id, f"{asset.href} is no TerraMesh sample: {first_line(error)}") from None
+        except Exception as error:  # strangers' metadata: key, type, index and codec errors of every sort
+            kind = SourceFault if isinstance(error, KeyError | Hostile) else ReadFault
+            raise kind(asset.id, f"{asset.href} is no TerraMesh sample: {first_line(error)}") from None
         missing = [band for band in wanted if band not in self.names]
         if missing:
             raise SourceFault(asset.id, f"has no band {missing[0]}; it holds {', '.join(self.names)}")
@@ -145,22 +148,27 @@ class MeshCube:
     def _one(self, array: Any) -> np.ndarray:
         """An array (a coordinate, say) of this sample: a leading sample dimension is picked away."""
         dims = array.attrs.get("_ARRAY_DIMENSIONS") or []
-        values = np.asarray(array[...])
+        values = small(array)
         return values[self._pick["sample"]] if dims and dims[0] == "sample" else values
 
     def _read_dates(self, group: Any, count: int) -> list[DateInfo]:
-        times = np.atleast_1d(self._one(group["time"])) if "time" in group else np.zeros(count, np.int64)
+        name = next((name for name in ("time_", "time") if name in group), "")
+        times = np.atleast_1d(self._one(group[name])) if name else np.zeros(count, np.int64)
+        stamps = _stamps(times, str(group[name].attrs.get("units", "")) if name else "")
         files = [str(name) for name in np.atleast_1d(self._one(group["file_id"]))] if "file_id" in group else []
         dates = []
         for number in range(count):
-            stamp = times[number] if number < len(times) else 0
-            text = str(np.datetime64(int(np.int64(stamp)), "ns")) if np.int64(stamp) > 0 else ""
             product = files[number] if number < len(files) else ""
-            dates.append(DateInfo(iso_datetime(text), product, s2_product(product).get("baseline", "")))
+            said, track = s2_product(product), relative_orbit(product)
+            stamp = stamps[number] if number < len(stamps) else ""
+            dates.append(DateInfo(stamp, product, said.get("baseline", ""), relative_orbit=track))
         return dates
 
     def _read_grid(self, group: Any, height: int, width: int) -> Grid:
-        xs, ys = self._one(group["x"]).astype(float), self._one(group["y"]).astype(float)
+        names = ("x_", "y_") if "x_" in group and "y_" in group else ("x", "y")
+        xs, ys = (np.ravel(self._one(group[name])).astype(float) for name in names)
+        if len(xs) != width or len(ys) != height or width < 2 or height < 2:
+            raise ValueError(f"{len(xs)} x {len(ys)} coordinates for {width} x {height} pixels")
         step_x, step_y = (xs[-1] - xs[0]) / (width - 1), (ys[-1] - ys[0]) / (height - 1)
         crs = crs_name(f"EPSG:{int(np.ravel(self._one(group['crs']))[0])}")
         return Grid(crs, (step_x, 0.0, xs[0] - step_x / 2, 0.0, step_y, ys[0] - step_y / 2), width, height)
@@ -175,45 +183,32 @@ class MeshCube:
             "x": slice(col0, col1),
         }
         try:
-            return np.asarray(array[tuple(picks[name] for name in dims)])
+            return retrying(lambda: np.asarray(array[tuple(picks[name] for name in dims)]), self.asset.href)
+        except Hostile as error:
+            raise SourceFault(self.asset.id, f"{self.asset.href}: {error}") from None
         except Exception as error:  # codecs raise what they like on damaged bytes
-            raise SourceFault(self.asset.id, f"corrupt chunk in {self.asset.href}: {first_line(error)}") from None
+            raise ReadFault(self.asset.id, f"corrupt chunk in {self.asset.href}: {first_line(error)}") from None
 
     def read(self, date: int, layer: int, window: Window) -> np.ndarray:
         return self._block(self._array, self._dims, date, window)[self._indices]
 
-    def read_valid(self, date: int, layer: int, window: Window) -> np.ndarray | None:
-        return None
-
-    def read_cloud(self, date: int, window: Window) -> np.ndarray:
+    def read_cloud(self, date: int, window: Window, quality: QualityConfig) -> np.ndarray:
         assert self._cloud is not None
         dims = list(self._cloud.attrs.get("_ARRAY_DIMENSIONS") or DIMS[-self._cloud.ndim :])
-        return np.where(self._block(self._cloud, dims, date, window) != 0, CLOUD, CLEAR).astype(np.uint8)
-
-    def nodata_of(self, layer: int) -> float | None:
-        return self.asset.nodata
-
-    def close(self) -> None: ...
+        return mask_codes(self._block(self._cloud, dims, date, window), "cloud", quality)
 
 
-def open_mesh(href: str, place: str, name: str) -> Any:
-    """The Zarr group of a `.zarr.zip` file, or of a member ("offset:length") of a tar. Zip checksums notice damage."""
-    try:
-        if not place and is_local(href):
-            return zarr.open_group(ZipStore(local_path(href), mode="r"), mode="r", zarr_format=2)
-        start, length = (int(number) for number in place.split(":")) if place else (None, None)
-        data = read_bytes(href, start, None if start is None else start + int(length or 0))
-        make = default_buffer_prototype().buffer.from_bytes
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            held = {entry: make(archive.read(entry)) for entry in archive.namelist() if not entry.endswith("/")}
-        return zarr.open_group(MemoryStore(held), mode="r", zarr_format=2)
-    except FileNotFoundError:
-        raise SourceFault(name, f"{href} does not exist") from None
-    except Exception as error:  # damaged zips and metadata: errors of every sort
-        raise SourceFault(name, f"{href} {place} cannot be read as .zarr.zip: {first_line(error)}") from None
+def _stamps(times: np.ndarray, units: str) -> list[str]:
+    """Times as ISO text: datetime64, CF numbers, or nanoseconds since 1970; "" where none is given (0)."""
+    if times.dtype.kind == "M":
+        return [iso_datetime(str(stamp)) for stamp in times]
+    if units:
+        return [iso_datetime(text) for text in cf_times(times.tolist(), units)]
+    return [iso_datetime(str(np.datetime64(int(stamp), "ns"))) if int(stamp) > 0 else "" for stamp in times]
 
 
 def _texts(array: Any) -> list[str]:
     return [
-        item.decode() if isinstance(item, bytes) else str(item) for item in np.ravel(np.asarray(array[...])).tolist()
+        item.decode(errors="replace") if isinstance(item, bytes) else str(item)
+        for item in np.ravel(small(array)).tolist()
     ]

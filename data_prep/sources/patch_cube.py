@@ -13,7 +13,7 @@ import numpy as np
 
 from cluster.storage import is_local, local_path, read_bytes
 from data_prep.geo import Grid, Window
-from data_prep.sources.cube import DateInfo, Layer
+from data_prep.sources.cube import Cube, DateInfo, Layer
 from data_prep.sources.raster import first_line
 from data_prep.sources.records import Asset, SourceFault
 
@@ -115,7 +115,7 @@ def _signature(href: str) -> tuple[int, int]:
     return status.st_mtime_ns, status.st_size
 
 
-class PatchCube:
+class PatchCube(Cube):
     """One patch of an array; `asset.member` is `NAME:INDEX`."""
 
     def __init__(self, asset: Asset, wanted: tuple[str, ...]) -> None:
@@ -144,14 +144,3 @@ class PatchCube:
     def read(self, date: int, layer: int, window: Window) -> np.ndarray:
         row0, row1, col0, col1 = window
         return np.asarray(self._patch_CHW[self._order, row0:row1, col0:col1])
-
-    def read_valid(self, date: int, layer: int, window: Window) -> np.ndarray | None:
-        return None
-
-    def read_cloud(self, date: int, window: Window) -> np.ndarray:
-        raise AssertionError("patches carry no clouds")
-
-    def nodata_of(self, layer: int) -> float | None:
-        return self.asset.nodata
-
-    def close(self) -> None: ...

@@ -1,46 +1,93 @@
-"""GeoTIFF and COG through rasterio, from any fsspec URL, always by window. One cube = one date, in one file or one per band."""
+"""GeoTIFF, COG and JPEG 2000 through rasterio, always by window. One cube = one date, in one file or one per band."""
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import itertools
 import os
+import resource
 import threading
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pyarrow
 import rasterio
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.io import MemoryFile
 from rasterio.windows import Window as RasterWindow
 
 from cluster.storage import filesystem, is_local, local_path
+from data_prep.config import QualityConfig
 from data_prep.geo import Grid, Window, crs_name
-from data_prep.harmonise import SCL_CLOUD, SCL_NODATA
-from data_prep.schema import CLEAR, CLOUD, NODATA
-from data_prep.sources.cube import DateInfo, Layer
-from data_prep.sources.records import Asset, SourceFault
+from data_prep.sources.cube import Cube, DateInfo, Layer
+from data_prep.sources.guard import Hostile, check_chunk
+from data_prep.sources.masks import mask_codes, told_by_numbers
+from data_prep.sources.parquet import cell_bytes
+from data_prep.sources.records import Asset, ReadFault, SourceFault
+from data_prep.sources.remote import gdal_options, gdal_path, retrying, source_filesystem
 
-MAX_OPEN = 40
+# A 60-date series of 11 band files keeps all of them open; remote files take no file descriptor, local ones at most half of ours.
+MAX_OPEN = 1024
+# Nothing but pixels: a VRT (whatever its name) would read the files that it names. COGs are GTiff's to read.
+DRIVERS = {".jp2": "JP2OpenJPEG", ".j2k": "JP2OpenJPEG", ".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 # GDAL's block cache defaults to 5 % of the machine's memory, per process; this holds one row of blocks of a Sentinel-2 tile.
 os.environ.setdefault("GDAL_CACHEMAX", "192")
+SMALL_PX = 512  # a mask is looked at this large to tell what its numbers mean
 # `raster_grid` refuses a file without a georeference in one line, and patches are allowed to have none
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
 
 def open_raster(href: str, name: str) -> Any:
-    """A rasterio dataset of a local path or any fsspec URL. Raises SourceFault if it cannot be opened as a raster."""
+    """A rasterio dataset of a local path or any fsspec URL. Raises ReadFault if it cannot be opened as a raster."""
     try:
-        if is_local(href):
-            return rasterio.open(local_path(href))
-        fs, path = filesystem(href)
-        return rasterio.open(path, opener=fs)
+        with _settings(href):
+            attempts = itertools.count()
+            dataset = retrying(lambda: _open(href, next(attempts)), href)
+        for (height, width), kind in zip(dataset.block_shapes, dataset.dtypes):
+            check_chunk(href, (height, width), np.dtype(kind).itemsize)
+        return dataset
     except FileNotFoundError:
-        raise SourceFault(name, f"{href} does not exist") from None
-    except (RasterioError, OSError, ValueError) as error:
+        raise ReadFault(name, f"{href} does not exist") from None
+    except Hostile as error:
+        raise SourceFault(name, str(error)) from None
+    except (RasterioError, OSError, ValueError, TypeError) as error:
         missing = is_local(href) and not filesystem(href)[0].exists(local_path(href))
         why = f"{href} does not exist" if missing else f"{href} cannot be read as a raster: {first_line(error)}"
-        raise SourceFault(name, why) from None
+        raise ReadFault(name, why) from None
+
+
+def _open(href: str, attempt: int = 0) -> Any:
+    if is_local(href):
+        return _as_pixels(local_path(href))
+    if path := gdal_path(href, attempt):
+        return _as_pixels(path)
+    fs, path = source_filesystem(href)
+    return _as_pixels(path, opener=fs)
+
+
+def _as_pixels(path: str, **options: Any) -> Any:
+    """Opened by the driver its name suggests, else as GeoTIFF or JPEG 2000; never by any but these."""
+    extension = os.path.splitext(path.lower().split("?")[0].split("#")[0])[1]
+    likely = DRIVERS.get(extension, "GTiff")
+    try:
+        return rasterio.open(path, driver=likely, **options)
+    except RasterioError as error:
+        if "not recognized" not in str(error):
+            raise
+        return rasterio.open(path, driver="JP2OpenJPEG" if likely == "GTiff" else "GTiff", **options)
+
+
+@contextlib.contextmanager
+def _settings(href: str) -> Iterator[None]:
+    """GDAL's settings for a remote file, which it asks for again with every request."""
+    if is_local(href) or gdal_path(href) is None:
+        yield
+        return
+    with rasterio.Env(**gdal_options(href)):
+        yield
 
 
 class _OpenRasters(threading.local):
@@ -62,20 +109,34 @@ def borrow_raster(asset: Asset) -> Any:
     cache = _open_rasters
     if cache.pid != os.getpid():
         cache.pid, cache.held = os.getpid(), OrderedDict()
-    key = (f"{asset.href}#{asset.member}", _signature(asset.href))
+    key = _key(asset)
     if key in cache.held:
         cache.held.move_to_end(key)
         return cache.held[key]
     if asset.format == "parquet_raster":
-        from data_prep.sources.majortom_parquet import open_cell  # reads through this module's helpers
-
         dataset = open_cell(asset.href, asset.member, asset.id)
     else:
         dataset = open_raster(asset.href, asset.id)
     cache.held[key] = dataset
-    if len(cache.held) > MAX_OPEN:
+    while len(cache.held) > _most_open():
         cache.held.popitem(last=False)[1].close()
     return dataset
+
+
+def _most_open() -> int:
+    return min(MAX_OPEN, max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 16))
+
+
+def _forget(asset: Asset) -> None:
+    """Closes a dataset: after a failed read GDAL may go on from what it half knows."""
+    dataset = _open_rasters.held.pop(_key(asset), None)
+    if dataset is not None:
+        with contextlib.suppress(RasterioError, OSError):
+            dataset.close()
+
+
+def _key(asset: Asset) -> tuple[str, tuple[int, int]]:
+    return f"{asset.href}#{asset.member}", _signature(asset.href)
 
 
 def _signature(href: str) -> tuple[int, int]:
@@ -87,6 +148,20 @@ def _signature(href: str) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return status.st_mtime_ns, status.st_size
+
+
+def open_cell(href: str, member: str, name: str) -> Any:
+    """The GeoTIFF in one cell of a Parquet file ("row group:row:column") as a rasterio dataset. Raises ReadFault."""
+    try:
+        data = cell_bytes(href, member)
+        if not data:
+            raise ReadFault(name, f"cell {member} is empty: {href}")
+        memory = MemoryFile(data)
+        dataset = memory.open(driver="GTiff")
+        dataset.held = (data, memory)  # GDAL reads from these bytes for as long as the dataset lives
+        return dataset
+    except (RasterioError, OSError, pyarrow.ArrowException, IndexError, KeyError, ValueError) as error:
+        raise ReadFault(name, f"cell {member} is no raster: {href}: {first_line(error)}") from None
 
 
 def raster_grid(dataset: Any, name: str) -> Grid:
@@ -102,63 +177,69 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-class RasterCube:
+class RasterCube(Cube):
     """One date of one modality: a multi-band file, or one file per band, each band on its own grid.
 
     Args:
-        assets: the files; bands are named by the assets.
+        assets: the files; bands are named by the assets. Of a band that two of them hold the first is read.
         wanted: band names to offer; the others are left in the files.
-        cloud: a cloud or SCL raster of the same date.
+        cloud: a mask raster of the same date, of one of `records.MASKS`.
     """
 
     def __init__(self, assets: list[Asset], wanted: tuple[str, ...], cloud: Asset | None = None) -> None:
         self.asset = assets[0]
-        self._places: dict[str, tuple[Any, int, Asset]] = {}
+        self._places: dict[str, tuple[Asset, int]] = {}
         self.dates = [DateInfo(self.asset.datetime, self.asset.product_id, self.asset.baseline, self.asset.orbit)]
         for asset in assets:
-            if set(asset.bands) & set(wanted):
-                self._add(asset)
+            for index, band in enumerate(asset.bands):
+                if band in wanted:
+                    self._places.setdefault(band, (asset, index))
         missing = [band for band in wanted if band not in self._places]
         if missing:
             held = ", ".join(band for asset in assets for band in asset.bands) or "none"
             raise SourceFault(self.asset.id, f"has no band {missing[0]}; it holds {held}")
+        for asset in dict.fromkeys(asset for asset, _ in self._places.values()):
+            count = borrow_raster(asset).count
+            if len(asset.bands) != count:
+                raise SourceFault(
+                    asset.id, f"the catalog names {len(asset.bands)} bands, the file has {count}: {asset.href}"
+                )
         self.layers = self._layers(wanted)
-        self._cloud = borrow_raster(cloud) if cloud is not None else None
-        self._cloud_is_scl = cloud is not None and cloud.modality == "scl"
-        self.cloud = self._grid_of(self._cloud, cloud) if cloud is not None else None
+        self._cloud_asset = cloud
+        self._cloud_kind = ""
+        self.cloud = self._grid_of(cloud) if cloud is not None else None
 
-    def _add(self, asset: Asset) -> None:
+    @staticmethod
+    def _grid_of(asset: Asset) -> Grid:
         dataset = borrow_raster(asset)
-        if len(asset.bands) != dataset.count:
-            raise SourceFault(
-                asset.id, f"the catalog names {len(asset.bands)} bands, the file has {dataset.count}: {asset.href}"
-            )
-        for index, band in enumerate(asset.bands, start=1):
-            self._places.setdefault(band, (dataset, index, asset))
-
-    def _grid_of(self, dataset: Any, asset: Asset) -> Grid:
         placed = dataset.crs is not None and not dataset.transform.is_identity
         if not placed and asset.grid is not None and asset.grid.shape == (dataset.height, dataset.width):
             return asset.grid
         return raster_grid(dataset, asset.id)
 
     def _layers(self, wanted: tuple[str, ...]) -> list[Layer]:
-        groups: dict[tuple[Grid, int | None], list[str]] = {}
+        """Bands on one grid whose numbers are declared and stored alike, together."""
+        groups: dict[tuple[Any, ...], list[str]] = {}
+        speakers: dict[tuple[Any, ...], Asset] = {}
         for band in wanted:
-            dataset, _, asset = self._places[band]
-            # one layer may span files only where each holds a single band
-            groups.setdefault((self._grid_of(dataset, asset), None), []).append(band)
-        return [Layer(tuple(bands), grid) for (grid, _), bands in groups.items()]
+            asset, index = self._places[band]
+            own, dataset = asset.of_band(index), borrow_raster(asset)
+            nodata = own.nodata if own.nodata is not None else dataset.nodatavals[index]
+            said = (own.scale, own.offset, own.offset_removed, None if nodata is None else str(nodata))
+            key = (self._grid_of(asset), *said)
+            groups.setdefault(key, []).append(band)
+            speakers.setdefault(key, own)
+        return [Layer(tuple(bands), key[0], speakers[key]) for key, bands in groups.items()]
 
     def read(self, date: int, layer: int, window: Window) -> np.ndarray:
-        by_file: dict[int, tuple[Any, Asset, list[tuple[int, int]]]] = {}
+        by_file: dict[Asset, list[tuple[int, int]]] = {}
         bands = self.layers[layer].bands
         for position, band in enumerate(bands):
-            dataset, index, asset = self._places[band]
-            by_file.setdefault(id(dataset), (dataset, asset, []))[2].append((position, index))
+            asset, index = self._places[band]
+            by_file.setdefault(asset, []).append((position, index + 1))
         out: np.ndarray | None = None
-        for dataset, asset, places in by_file.values():
-            block = self._read(dataset, asset, [index for _, index in places], window)
+        for asset, places in by_file.items():
+            block = _read(asset, [index for _, index in places], window=_raster_window(window))
             if len(by_file) == 1:
                 return block
             if out is None:
@@ -170,52 +251,81 @@ class RasterCube:
         return out
 
     def read_valid(self, date: int, layer: int, window: Window) -> np.ndarray | None:
-        dataset, _, asset = self._places[self.layers[layer].bands[0]]
-        flags = dataset.mask_flag_enums[0]
+        asset, _ = self._places[self.layers[layer].bands[0]]
+        flags = borrow_raster(asset).mask_flag_enums[0]
         if all(flag == rasterio.enums.MaskFlags.all_valid for flag in flags):
             return None
         if asset.modality != "hr" and rasterio.enums.MaskFlags.nodata in flags:
             return None  # harmonisation compares with the declared nodata itself, band by band
-        try:
-            return dataset.dataset_mask(window=_raster_window(window)) > 0
-        except (RasterioError, OSError) as error:
-            raise SourceFault(asset.id, f"corrupt mask in {asset.href}: {first_line(error)}") from None
+        if rasterio.enums.MaskFlags.alpha in flags and not _is_mask(asset):
+            return None
+        return _asked(asset, lambda dataset: dataset.dataset_mask(window=_raster_window(window)) > 0, "mask")
 
-    def read_cloud(self, date: int, window: Window) -> np.ndarray:
-        assert self._cloud is not None
-        values = self._read(self._cloud, self.asset, [1], window)[0]
-        return scl_codes(values) if self._cloud_is_scl else np.where(values != 0, CLOUD, CLEAR).astype(np.uint8)
+    def read_cloud(self, date: int, window: Window, quality: QualityConfig) -> np.ndarray:
+        asset = self._cloud_asset
+        assert asset is not None
+        if not self._cloud_kind:
+            sample = _small(asset, 1) if asset.modality == "cloud" else np.empty(0)
+            self._cloud_kind = told_by_numbers(asset.modality, sample)
+        return mask_codes(_read(asset, [1], window=_raster_window(window))[0], self._cloud_kind, quality)
 
-    @staticmethod
-    def _read(dataset: Any, asset: Asset, indices: list[int], window: Window) -> np.ndarray:
-        try:
-            return dataset.read(indices, window=_raster_window(window))
-        except (RasterioError, OSError) as error:
-            raise SourceFault(
-                asset.id, f"corrupt pixels in {dataset.name}: {first_line(error.__cause__ or error)}"
-            ) from None
+    def read_overview(self, date: int, layer: int, band: str) -> np.ndarray | None:
+        asset, index = self._places[band]
+        factors = borrow_raster(asset).overviews(index + 1)
+        if not factors:
+            return None
+        height, width = (max(-(-side // factors[-1]), 1) for side in self.layers[layer].grid.shape)
+        return _read(asset, [index + 1], out_shape=(1, height, width))[0]
 
     def nodata_of(self, layer: int) -> float | None:
         """The nodata value the file itself declares for a layer's first band."""
-        dataset, index, _ = self._places[self.layers[layer].bands[0]]
-        return dataset.nodatavals[index - 1]
+        asset, index = self._places[self.layers[layer].bands[0]]
+        return borrow_raster(asset).nodatavals[index]
 
     def close(self) -> None:
         self._places = {}  # the datasets stay open for the next site of the same scene
 
 
-def scl_codes(scl: np.ndarray) -> np.ndarray:
-    """Validity codes of a Sentinel-2 scene classification: nodata and defective → NODATA, cloud, shadow, cirrus → CLOUD."""
-    codes = _scl_table()
-    return codes[np.minimum(scl.astype(np.int64), 255)]
+def _is_mask(asset: Asset) -> bool:
+    """Whether a file's alpha band is one: writers call any fourth band of bytes so, the near infrared of an aerial image too."""
+    dataset = borrow_raster(asset)
+    index = [kind.name for kind in dataset.colorinterp].index("alpha")
+    if asset.bands[index : index + 1] in ((), ("A",), ("",)):
+        return True
+    return bool(np.isin(_small(asset, index + 1), (0, 255)).all())
 
 
-@functools.cache
-def _scl_table() -> np.ndarray:
-    table = np.full(256, CLEAR, dtype=np.uint8)
-    table[list(SCL_NODATA)] = NODATA
-    table[list(SCL_CLOUD)] = CLOUD
-    return table
+def _small(asset: Asset, index: int) -> np.ndarray:
+    """One band, whole, at most SMALL_PX on a side."""
+    dataset = borrow_raster(asset)
+    shape = tuple(max(min(side, SMALL_PX), 1) for side in (dataset.height, dataset.width))
+    return _read(asset, [index], out_shape=(1, *shape))[0]
+
+
+def _read(asset: Asset, indices: list[int], **options: Any) -> np.ndarray:
+    """Bands of a file; what goes wrong on the way is tried again with the file opened anew. Raises ReadFault."""
+    return _asked(asset, lambda dataset: dataset.read(indices, **options), "pixels")
+
+
+def _asked(asset: Asset, ask: Any, what: str) -> Any:
+    def attempt() -> Any:
+        try:
+            return ask(borrow_raster(asset))
+        except (RasterioError, OSError):
+            _forget(asset)
+            raise
+
+    try:
+        with _settings(asset.href):
+            return retrying(attempt, asset.href)
+    except (RasterioError, OSError) as error:
+        raise ReadFault(
+            asset.id, f"corrupt {what} in {local_name(asset.href)}: {first_line(error.__cause__ or error)}"
+        ) from None
+
+
+def local_name(href: str) -> str:
+    return local_path(href) if is_local(href) else href
 
 
 def _raster_window(window: Window) -> RasterWindow:

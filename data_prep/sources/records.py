@@ -7,8 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_prep.geo import Bounds, Grid, Transform
+from data_prep.schema import MODALITIES
 
-MODALITY_ROLES = ("hr", "s2", "s2_l1c", "s1", "cloud", "scl", "label")
+# Rasters that say where an image of the same item is clear: scene classification codes, non-zero = cloud, cloud probability in
+# percent, and how clear a pixel is (0…1, Cloud Score+). Where an item has several, the first of these is read.
+MASKS = ("scl", "cloud", "cloud_probability", "clear_score")
+
+
+def modality_roles() -> tuple[str, ...]:
+    """Everything an asset can be."""
+    return (*MODALITIES, *MASKS, "label")
 
 
 class SourceFault(Exception):
@@ -20,7 +28,11 @@ class SourceFault(Exception):
         self.why = why
 
     def __reduce__(self) -> tuple[Any, ...]:  # crosses process pools
-        return SourceFault, (self.asset, self.why)
+        return type(self), (self.asset, self.why)
+
+
+class ReadFault(SourceFault):
+    """Bytes that cannot be had or decoded: costs the date that they hold, where other faults cost the site."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +41,19 @@ class Asset:
 
     Attributes:
         id: `ITEM/ASSET`, names it in messages and in the audit.
-        modality: hr, s2, s1; s2_l1c (audited, never built); cloud, scl (mask rasters of the image of the same item); label.
+        modality: one of `MODALITIES`; one of `MASKS` (a mask raster of the image of the same item); label.
         href: absolute fsspec URL.
-        format: reader: raster, zarr, treesatai, mesh, parquet_raster, copernicus.
+        format: reader: raster, zarr, zarr_bands, treesatai, mesh, parquet_raster, copernicus.
         bands: our band names in file order; a name we don't know stays as it is and is never read.
         datetime: ISO 8601 UTC; "" where the file carries its own dates.
         level: L2A or L1C (s2).
         baseline: processing baseline such as "05.09" (s2).
-        scale, offset: reflectance = DN * scale + offset (s2), as `raster:bands` declares.
+        scale, offset: reflectance = DN * scale + offset (s2), as `raster:bands` declares, of the first band.
+        per_band: (scale, offset, nodata) per band where they differ; empty = all as the first.
         offset_removed: the provider says it has removed the baseline-04.00 offset already.
         unit: dB or linear (s1), as declared. calibration: sigma0 or gamma0 and the product kind (s1), as declared.
+        relative_orbit: track of the acquisition, 0 = not known.
+        gsd_m: pixel size as declared, 0 = not said; of two files of one band the finer is read.
         member: array, dataset or byte range inside the file.
         note: what a reader of the data must know, e.g. that the position was assumed; goes to the decisions.
     """
@@ -59,6 +74,9 @@ class Asset:
     unit: str = ""
     calibration: str = ""
     nodata: float | None = None
+    per_band: tuple[tuple[float | None, float | None, float | None], ...] = ()
+    relative_orbit: int = 0
+    gsd_m: float = 0.0
     cloud_cover: float | None = None
     crs: str = ""
     transform: Transform | None = None
@@ -72,6 +90,13 @@ class Asset:
         if not self.crs or self.transform is None or self.shape is None:
             return None
         return Grid(self.crs, self.transform, self.shape[1], self.shape[0])
+
+    def of_band(self, index: int) -> Asset:
+        """The asset as it speaks of one of its bands (0-based): with that band's scale, offset and nodata."""
+        if not self.per_band:
+            return self
+        scale, offset, nodata = self.per_band[index]
+        return dataclasses.replace(self, scale=scale, offset=offset, nodata=nodata, per_band=())
 
 
 @dataclass(frozen=True)
@@ -106,8 +131,8 @@ class SiteRecord:
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """Which of hr, s2, s1 the site has."""
-        return tuple(name for name in ("hr", "s2", "s1") if self.of(name))
+        """Which modalities the site has, in the schema's order."""
+        return tuple(name for name in MODALITIES if self.of(name))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
@@ -16,24 +17,29 @@ from data_prep.geo import (
     has_place,
     inner_bounds,
     intersection,
-    is_geographic,
+    is_metric,
     same_crs,
     snap_inward,
     utm_code,
 )
+from data_prep.schema import MODALITIES, default_modalities
+from data_prep.sources.open import open_cube
 from data_prep.sources.raster import open_raster, raster_grid
 from data_prep.sources.records import Asset, SiteRecord, SourceFault
 from data_prep.sources.stac import item_assets, item_classes, item_footprint, item_scalars, site_name
-from data_prep.sources.zarr_cube import ZarrCube
 
 if TYPE_CHECKING:
     from data_prep.config import GridConfig
 
-# Series first: their 10 m grid is the one that must not be resampled; hr is fine enough to follow.
-ANCHORS = ("s2", "s1", "hr", "s2_l1c")
 CELL_SPAN_M = 12_000.0
 # Of a 10 m pixel: 10 cm, less than half an hr pixel, so that no edge pixel loses its centre.
 EDGE_TOLERANCE_PX = 0.01
+
+
+def anchors() -> list[str]:
+    """Modalities by whose grid a site is placed, first choice first. Series come first: their 10 m grid is the one that must not be
+    resampled, hr is fine enough to follow."""
+    return sorted(MODALITIES, key=lambda name: (not MODALITIES[name].is_default, not MODALITIES[name].is_series))
 
 
 def group_items(items: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -51,8 +57,9 @@ def site_record(key: str, items: list[dict[str, Any]]) -> SiteRecord:
         SourceFault: no usable asset, or assets that share no ground.
     """
     assets = tuple(asset for item in items for asset in item_assets(item))
-    if not any(asset.modality in ANCHORS for asset in assets):
-        raise SourceFault(key, "no asset is recognised as hr, s2 or s1; name it with geoloom:modality or eo:bands")
+    if not any(asset.modality in MODALITIES for asset in assets):
+        known = ", ".join(MODALITIES)
+        raise SourceFault(key, f"no asset is recognised as one of {known}; name it with geoloom:modality or eo:bands")
     explicit = next((box for item in items if (box := item_footprint(item))), None)
     crs, footprint = common_footprint(key, assets, explicit)
     scalars: dict[str, int] = {}
@@ -63,7 +70,7 @@ def site_record(key: str, items: list[dict[str, Any]]) -> SiteRecord:
     cell = next(
         (str(c) for i in items if (c := i["properties"].get("geoloom:cell") or i["properties"].get("grid:code"))), ""
     )
-    times = {asset.datetime for asset in assets if asset.datetime and asset.modality in ("s2", "s1", "hr")}
+    times = {asset.datetime for asset in assets if asset.datetime and asset.modality in default_modalities()}
     times |= {t for item in items for name in ("start_datetime", "end_datetime") if (t := _real_time(item, name))}
     return SiteRecord(
         key=key,
@@ -87,9 +94,9 @@ def asset_grid(asset: Asset) -> Grid:
     """Where an asset lies: as declared, else as the file says."""
     if asset.grid is not None:
         return asset.grid
-    if asset.format == "zarr":
-        cube = ZarrCube(asset, ())
-        return cube.layers[0].grid
+    if asset.format.startswith("zarr"):
+        with contextlib.closing(open_cube([asset], ())) as cube:
+            return min((layer.grid for layer in cube.layers), key=lambda grid: grid.gsd_m())
     with open_raster(asset.href, asset.id) as dataset:
         return raster_grid(dataset, asset.id)
 
@@ -98,15 +105,15 @@ def common_footprint(key: str, assets: tuple[Asset, ...], explicit: Bounds | Non
     """(CRS, bounds) of the ground every modality of the site covers.
 
     The CRS is that of the series (they keep their pixel grid); a geographic one is replaced by the UTM zone of the centre,
-    because sites are measured in metres. The bounds are cut to whole series pixels. An `explicit` footprint narrows them.
+    or one in feet or stretched metres (Web Mercator), because sites are measured in metres. The bounds are cut to whole series pixels. An `explicit` footprint narrows them.
     """
-    present = [name for name in ANCHORS if any(asset.modality == name for asset in assets)]
-    if len(present) > 1 and "s2_l1c" in present:
-        present.remove("s2_l1c")  # audited beside the others, never built
+    present = [name for name in anchors() if any(asset.modality == name for asset in assets)]
+    usual = [name for name in present if MODALITIES[name].is_default]
+    present = usual or present  # what is read only when asked for does not narrow the ground of the others
     grids = {name: _largest([asset_grid(a) for a in assets if a.modality == name]) for name in present}
     anchor = grids[present[0]]
     crs = anchor.crs
-    if is_geographic(crs):
+    if not is_metric(crs, anchor.bounds):
         crs = utm_code(*centre_wgs84(crs, anchor.bounds))
     boxes = [inner_bounds(grid.crs, grid.bounds, crs) for grid in grids.values()]
     if explicit is not None:
@@ -119,7 +126,7 @@ def common_footprint(key: str, assets: tuple[Asset, ...], explicit: Bounds | Non
     shared = intersection(boxes)
     if shared is None:
         raise SourceFault(key, f"its modalities share no ground: {_places(grids)}")
-    if present[0] == "hr" and same_crs(anchor.crs, crs):
+    if MODALITIES[present[0]].kind == "colour" and same_crs(anchor.crs, crs):
         return crs, shared
     lattice = anchor if same_crs(anchor.crs, crs) and anchor.is_north_up else _lattice(crs, shared, anchor.gsd_m())
     snapped = snap_inward(shared, lattice, EDGE_TOLERANCE_PX)

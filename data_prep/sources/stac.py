@@ -23,15 +23,18 @@ Item
 Asset (the key is free, except for labels, whose key is the label's name)
     href                      any fsspec URL, or relative
     type                      `image/tiff…` GeoTIFF/COG, `application/vnd+zarr` Zarr; else judged by the extension
-    "geoloom:modality"        "hr" | "s2" | "s2_l1c" (audited, never built) | "s1" | "cloud" | "scl" | "label".
-                              Default: by band names (R, G, B → hr; B02 … → s2; VV, VH → s1), roles ("labels",
-                              "cloud"), or common asset keys ("visual", "scl", "blue", "B02", "vv", …); others ignored.
+    "geoloom:modality"        a modality of the schema ("hr", "s2", "s2_l1c", "s1"), "scl", "cloud", "cloud_probability",
+                              "clear_score" or "label". Default: by band names (R, G, B → hr; B02 … → s2; VV, VH → s1), roles
+                              ("labels", "cloud"), or common asset keys ("scl", "blue", "B02_10m", "0_VV", …); others ignored,
+                              and so are 8-bit pictures of a Sentinel-2 scene ("visual", "TCI_10m") and previews.
+                              Of several files of one band the finest is read, GeoTIFF before JPEG 2000.
     "eo:bands" or "bands"     [{"name": "B02"}, …] in file order. One asset may hold one band or all of them. `R G B N`,
                               `B02 … B8A … B12` (also `B2`), `VV VH`; band common names (red, nir08) are understood.
     "proj:code", "proj:transform" (6 numbers a b c d e f, pixel corner), "proj:shape" (rows, columns): optional; used so
                               that planning opens no file.
     "raster:bands"            [{"nodata": 0, "scale": 0.0001, "offset": -0.1, "data_type": "uint16", "unit": "dB"}, …].
-                              s2: reflectance = DN * scale + offset. s1: unit "dB" or "linear".
+                              s2: reflectance = DN * scale + offset, per band. s1: unit "dB" or "linear". STAC 1.1's form, `nodata`,
+                              `data_type`, `raster:scale`, `raster:offset` in `bands` or on the asset, means the same.
 
 Zarr cube (format 2 or 3; a group)
     array `data`              dims time, band, y, x (or the only 4-dimensional array; `geoloom:array` on the asset names it)
@@ -41,32 +44,37 @@ Zarr cube (format 2 or 3; a group)
                               CF coordinates `time`, `band`, `x`, `y`, `spatial_ref` are read where attributes are missing.
     array `scl` or `cloud`    optional uint8 [time, y, x]: scene classification codes, or non-zero = cloud
 
-Label rasters are integer GeoTIFFs; -1, and the declared nodata, mean unlabelled. A cloud raster is non-zero where cloudy.
+Label rasters are integer GeoTIFFs; -1, and the declared nodata, mean unlabelled. A "cloud" raster is non-zero where cloudy.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from cluster.errors import UsageError
 from data_prep.geo import Bounds, crs_name
+from data_prep.schema import MODALITIES
+from data_prep.sources.choose import choose
 from data_prep.sources.names import (
-    HR_ALIASES,
     HR_BANDS,
     L1C_ORDER,
     L2A_ORDER,
     S2_BANDS,
     band_name,
     iso_datetime,
+    relative_orbit,
     s1_datetime,
+    s2_level,
     s2_product,
 )
-from data_prep.sources.records import MODALITY_ROLES, Asset, SourceFault
+from data_prep.sources.records import MASKS, Asset, SourceFault, modality_roles
 
 PRODUCT_FIELDS = ("s2:product_uri", "sar:product_id", "product_id", "s2:product_id")
 # formats that carry their own dates
 CUBES = ("zarr", "treesatai", "mesh", "copernicus")
+_PIXEL_SUFFIX = re.compile(r"_(\d+)m(?:[_-]jp2)?$")
 
 
 def site_name(item: dict[str, Any]) -> str:
@@ -76,9 +84,9 @@ def site_name(item: dict[str, Any]) -> str:
 
 
 def item_assets(item: dict[str, Any]) -> list[Asset]:
-    """The assets of an item that we understand, in item order."""
+    """The assets of an item that we understand and read, in item order: of two files of one band the better one."""
     assets = [_asset(item, name, dict(fields)) for name, fields in item["assets"].items()]
-    return [asset for asset in assets if asset is not None]
+    return choose([asset for asset in assets if asset is not None])
 
 
 def item_footprint(item: dict[str, Any]) -> Bounds | None:
@@ -125,85 +133,172 @@ def _asset(item: dict[str, Any], name: str, fields: dict[str, Any]) -> Asset | N
                     return source[key]
         return None
 
-    listed = fields.get("eo:bands") or fields.get("bands") or []
-    raw_names = [
-        str(band.get("name") or band.get("eo:common_name") or band.get("common_name") or "") for band in listed
-    ]
-    modality = _modality(fields, properties, name, raw_names)
+    listed = [band for band in fields.get("eo:bands") or fields.get("bands") or [] if isinstance(band, dict)]
+    raw_names = [_listed_name(band) for band in listed]
+    modality = _modality(fields, item, name, raw_names)
     if modality is None:
         return None
+    spec = MODALITIES.get(modality)
+    sentinel2 = modality in ("s2", "s2_l1c")
     product = str(said(*PRODUCT_FIELDS) or "")
-    parsed = s2_product(product) or s2_product(item["id"]) if modality.startswith("s2") else {}
-    level = str(said("processing:level") or parsed.get("level") or "L2A").upper()
-    if modality == "s2" and level.startswith(("L1", "LEVEL-1")):
+    parsed = s2_product(product) or s2_product(item["id"]) if sentinel2 else {}
+    level = str(said("processing:level") or parsed.get("level") or s2_level(item["id"]) or "L2A").upper()
+    if modality == "s2" and level.startswith(("L1", "LEVEL-1", "LEVEL1")):
         modality, level = "s2_l1c", "L1C"
-    raster = [dict(band) for band in fields.get("raster:bands") or listed or []]
+    raster = _raster_bands(fields, listed)
+    radiometry = [(_number(b.get("scale")), _number(b.get("offset")), _number(b.get("nodata"))) for b in raster]
     first = raster[0] if raster else {}
     transform, shape = said("proj:transform"), said("proj:shape")
-    own_dates = _format(fields) in CUBES
-    moment = (
-        ""
-        if own_dates
-        else fields.get("datetime") or properties.get("datetime") or parsed.get("datetime") or s1_datetime(product)
-    )
+    named = product or (item["id"] if parsed or s1_datetime(item["id"]) else "")
     return Asset(
         id=f"{item['id']}/{name}",
         modality=modality,
         href=fields["href"],
         format=_format(fields),
-        bands=_bands(modality, name, raw_names, first, level),
-        datetime=iso_datetime(str(moment or "")),
-        product_id=product or (item["id"] if parsed else ""),
-        level=level if modality.startswith("s2") else "",
-        baseline=str(said("s2:processing_baseline", "processing:baseline") or parsed.get("baseline") or ""),
-        scale=_number(first.get("scale", first.get("raster:scale"))),
-        offset=_number(first.get("offset", first.get("raster:offset"))),
+        bands=_bands(modality, name, raw_names, level),
+        datetime=_moment(item, fields, parsed.get("datetime") or s1_datetime(product)),
+        product_id=named,
+        level=level if sentinel2 else "",
+        baseline=str(said("s2:processing_baseline", "processing:baseline") or parsed.get("baseline") or "") if sentinel2 else "",
+        scale=radiometry[0][0] if radiometry else None,
+        offset=radiometry[0][1] if radiometry else None,
         offset_removed=said("earthsearch:boa_offset_applied"),
         orbit=str(said("sat:orbit_state") or "").lower() if modality == "s1" else "",
-        unit=_unit(first.get("unit")) if modality == "s1" else "",
-        calibration=str(said("geoloom:calibration") or "") if modality == "s1" else "",
-        nodata=_number(first.get("nodata")),
+        relative_orbit=int(said("sat:relative_orbit") or relative_orbit(named) or 0),
+        unit=_unit(first.get("unit")) if spec is not None and spec.kind == "backscatter" else "",
+        calibration=_calibration(item, name, fields, said) if modality == "s1" else "",
+        nodata=radiometry[0][2] if radiometry else None,
+        per_band=tuple(radiometry) if len(set(radiometry)) > 1 else (),
+        gsd_m=_declared_gsd(name, fields, first),
         cloud_cover=_number(said("eo:cloud_cover")),
         crs=_crs(said),
         transform=tuple(float(v) for v in transform[:6]) if transform and len(transform) >= 6 else None,  # type: ignore[arg-type]
         shape=(int(shape[0]), int(shape[1])) if shape else None,
         member=str(fields.get("geoloom:member") or fields.get("geoloom:array") or ""),
         note=str(fields.get("geoloom:note") or ""),
+    )  # fmt: skip
+
+
+def _listed_name(band: Mapping[str, Any]) -> str:
+    """The name of a listed band that we know: its own (B02, red), else the common one (BAND_B of common name blue)."""
+    names = [str(band[key]) for key in ("name", "eo:common_name", "common_name") if band.get(key)]
+    known = {*S2_BANDS, *HR_BANDS, "VV", "VH", "HH", "HV"}
+    return next(
+        (name for name in names if band_name(name) in known or band_name(name, hr=True) in known),
+        names[0] if names else "",
     )
 
 
-def _modality(fields: dict[str, Any], properties: dict[str, Any], name: str, bands: list[str]) -> str | None:
+def _moment(item: dict[str, Any], fields: dict[str, Any], named: str) -> str:
+    """When an image was taken; "" for formats that carry their own dates, and where nobody knows."""
+    if _format(fields) in CUBES:
+        return ""
+    properties = item["properties"]
+    stated = fields.get("datetime") or properties.get("datetime") or named
+    span = [str(properties.get(f"{end}_datetime") or "") for end in ("start", "end")]
+    if not stated and not properties.get("geoloom:date_unknown") and span[0][:10] == span[1][:10]:
+        stated = span[0]  # an acquisition given by its start and end; a longer span is that of a series
+    return iso_datetime(str(stated or ""))
+
+
+def _raster_bands(fields: dict[str, Any], listed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per band what `raster:bands` (STAC 1.0), or `bands` and the asset itself (1.1), say: nodata, scale, offset, unit, data_type."""
+    whole = {
+        key: fields[name]
+        for key in ("nodata", "scale", "offset", "unit", "data_type")
+        for name in (f"raster:{key}", key)
+        if fields.get(name) is not None
+    }
+    bands = [dict(band) for band in fields.get("raster:bands") or []] or [
+        {key.removeprefix("raster:"): value for key, value in band.items()} for band in listed
+    ]
+    if len(bands) == 1 < len(listed):
+        bands = bands * len(listed)
+    return [{**whole, **{k: v for k, v in band.items() if v is not None}} for band in bands] or (
+        [whole] if whole else []
+    )
+
+
+def _declared_gsd(name: str, fields: dict[str, Any], raster: Mapping[str, Any]) -> float:
+    """Pixel size in metres by `gsd`, `raster:spatial_resolution`, or the key's ending (`blue_20m`); 0 = not said."""
+    for value in (fields.get("gsd"), fields.get("raster:spatial_resolution"), raster.get("spatial_resolution")):
+        if isinstance(value, int | float) and value > 0:
+            return float(value)
+    match = _PIXEL_SUFFIX.search(name)
+    return float(match[1]) if match else 0.0
+
+
+def _modality(fields: dict[str, Any], item: dict[str, Any], name: str, bands: list[str]) -> str | None:
     explicit = fields.get("geoloom:modality")
     if explicit is not None:
-        if explicit not in MODALITY_ROLES:
+        if explicit not in modality_roles():
             raise UsageError(
-                f"{fields['href']}: geoloom:modality {explicit!r} is not one of {', '.join(MODALITY_ROLES)}"
+                f"{fields['href']}: geoloom:modality {explicit!r} is not one of {', '.join(modality_roles())}"
             )
         return explicit
-    kind = str(fields.get("type") or "")
+    kind, roles = str(fields.get("type") or ""), set(fields.get("roles") or [])
     if kind and not any(word in kind for word in ("tiff", "zarr", "hdf5", "jp2")):
         return None
-    roles = fields.get("roles") or []
-    key = name.lower()
-    if "labels" in roles or "label" in roles:
+    if roles & {"labels", "label"}:
         return "label"
-    if key == "scl":
-        return "scl"
-    if "cloud" in roles or key in ("cloud", "cloud_mask"):
-        return "cloud"
-    if {"thumbnail", "overview", "metadata"} & set(roles):
+    if roles & {"thumbnail", "overview", "metadata"}:
         return None
+    if mask := _mask(fields, name, roles):
+        return mask
+    properties = item["properties"]
+    mission = (
+        f"{item.get('collection', '')} {properties.get('constellation', '')} {properties.get('platform', '')}".lower()
+    )
+    for spec in MODALITIES.values():
+        if any(word in mission for word in spec.collections):
+            return spec.name if {spec.band(band) for band in bands or [name]} & set(spec.bands) else None
+    return _by_bands(fields, mission, name, bands)
+
+
+def _by_bands(fields: dict[str, Any], mission: str, name: str, bands: list[str]) -> str | None:
+    key = re.sub(r"_\d+m$", "", name.lower())
     known = {band_name(band) for band in bands or [name]}
     if known & {"VV", "VH"}:
         return "s1"
-    colours = len(bands) in (3, 4) and all(band.lower() in HR_ALIASES or band in HR_BANDS for band in bands)
+    types = {str(band.get("data_type") or "uint8") for band in _raster_bands(fields, [])} or {"uint8"}
+    colours = len(bands) >= 3 and {"R", "G", "B"} <= {band_name(band, hr=True) for band in bands}
     if colours or (not bands and key in ("visual", "image", "hr", "rgb", "rgbn")):
-        # one file of red, green, blue is an aerial image, unless it is the 10 m preview of a Sentinel-2 scene
-        sentinel = "sentinel-2" in f"{properties.get('constellation', '')} {properties.get('platform', '')}".lower()
-        return None if sentinel else "hr"
-    if known & set(S2_BANDS):
-        return "s2"
-    return None
+        # a file of red, green and blue is an aerial image, unless it is the 10 m picture of a Sentinel-2 scene
+        sentinel = "sentinel-2" in mission.replace("sentinel 2", "sentinel-2")
+        return "hr" if not sentinel and types == {"uint8"} else None
+    if key in ("tci", "visual", "visual-jp2", "true_color", "preview"):
+        return None
+    return "s2" if known & set(S2_BANDS) else None
+
+
+def _mask(fields: dict[str, Any], name: str, roles: set[str]) -> str | None:
+    """Which kind of mask an asset is, by its key, role, title and file name; None if it is none."""
+    key = re.sub(r"_\d+m$", "", name.lower().removesuffix("-jp2"))
+    if key in MASKS:
+        kind = key
+    elif key in ("cs", "cs_cdf"):
+        return "clear_score"
+    elif key in ("cld", "cldprb", "cloud_prob", "cloudprob", "msk_cldprb", "s2cloudless"):
+        return "cloud_probability"
+    elif "cloud" in roles or key == "cloud_mask":
+        kind = "cloud"
+    else:
+        return None
+    about = f"{fields.get('title', '')} {fields['href'].rsplit('/', 1)[-1]}".lower()
+    return "cloud_probability" if kind == "cloud" and ("probab" in about or "cld" in about) else kind
+
+
+def _calibration(item: dict[str, Any], name: str, fields: dict[str, Any], said: Any) -> str:
+    """Sigma0 or gamma0 and the product kind, as somebody says it; "" if nobody does."""
+    if stated := said("geoloom:calibration"):
+        return str(stated)
+    words = " ".join(
+        (name, item["id"], str(item.get("collection", "")), str(said("sar:product_type") or ""), *(fields.get("roles") or []))
+    ).lower()  # fmt: skip
+    terrain = "rtc" in re.split(r"[^a-z0-9]+", words) or "gamma0" in words
+    if terrain:
+        return "gamma0 RTC"
+    return "sigma0 GRD" if "sigma0" in words else ""
 
 
 def _format(fields: dict[str, Any]) -> str:
@@ -211,26 +306,29 @@ def _format(fields: dict[str, Any]) -> str:
         return str(fields["geoloom:format"])
     kind, href = str(fields.get("type") or ""), fields["href"].rstrip("/")
     if "zarr" in kind or href.endswith((".zarr", ".zarr.zip")):
-        return "zarr"
+        # an array or group inside a product (…/x.zarr/measurements/…) holds one date, one variable per band
+        return "zarr_bands" if ".zarr/" in href else "zarr"
     if "hdf5" in kind or href.endswith((".h5", ".hdf5")):
         return "treesatai"
     return "raster"
 
 
-def _bands(modality: str, name: str, listed: list[str], raster: dict[str, Any], level: str) -> tuple[str, ...]:
+def _bands(modality: str, name: str, listed: list[str], level: str) -> tuple[str, ...]:
     """Band names in file order; without any, the sensor's usual ones, which the reader holds against the file."""
-    if listed and all(listed):
-        return tuple(band_name(band, hr=modality == "hr") for band in listed)
-    if modality in ("label", "cloud", "scl"):
+    if modality == "label" or modality in MASKS:
         return ("",)
-    if modality == "hr":
+    spec, hr = MODALITIES[modality], MODALITIES[modality].kind == "colour"
+    ours = spec.band if spec.collections or spec.aliases else lambda band: band_name(band, hr=hr)
+    if listed and all(listed):
+        return tuple(ours(band) for band in listed)
+    if hr:
         return HR_BANDS[:3]
-    single = band_name(name)
-    if single in S2_BANDS or single in ("VV", "VH"):
+    single = ours(name)
+    if single in spec.bands or single in S2_BANDS:
         return (single,)
-    if modality == "s1":
-        return ("VV", "VH")
-    return L1C_ORDER if level == "L1C" else L2A_ORDER
+    if modality == "s2" or modality == "s2_l1c":
+        return L1C_ORDER if level == "L1C" else L2A_ORDER
+    return spec.bands
 
 
 def _crs(said: Any) -> str:

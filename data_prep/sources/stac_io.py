@@ -93,12 +93,12 @@ def _parquet_items(url: str, whole: bool) -> Iterator[dict[str, Any]]:
         # without threads: Arrow 22's pool aborts a process that ends while it starts up
         for batch in source.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
             for row in batch.to_pylist():
-                yield with_absolute_hrefs(_item_of_row(row), posixpath.dirname(url))
+                yield with_absolute_hrefs(item_of_row(row), posixpath.dirname(url))
     except (pyarrow.ArrowException, OSError) as error:
         raise UsageError(f"{url} is damaged: {str(error).splitlines()[0]}") from None
 
 
-def _item_of_row(row: dict[str, Any]) -> dict[str, Any]:
+def item_of_row(row: dict[str, Any]) -> dict[str, Any]:
     """A stac-geoparquet row as a STAC item: properties stand beside the item's own fields, absent values are null."""
     item = {name: row.pop(name) for name in ITEM_FIELDS if name in row}
     item["assets"] = {name: without_nulls(asset) for name, asset in (item["assets"] or {}).items() if asset is not None}

@@ -21,15 +21,18 @@ import h5py
 import numpy as np
 
 from cluster.errors import UsageError
-from cluster.storage import is_local, join, list_names, local_path, open_read
+from cluster.storage import is_local, join, list_names, local_path
+from data_prep.config import QualityConfig
 from data_prep.geo import Grid, Transform, Window
-from data_prep.harmonise import CLOUD_PROBABILITY
-from data_prep.schema import CLEAR, CLOUD, MODALITIES
-from data_prep.sources.cube import DateInfo, Layer
+from data_prep.schema import MODALITIES
+from data_prep.sources.cube import Cube, DateInfo, Layer
+from data_prep.sources.guard import Hostile, hdf5_dataset
 from data_prep.sources.items import AssetFields, make_item, raster_fields
-from data_prep.sources.names import s1_datetime, s2_product
+from data_prep.sources.masks import mask_codes
+from data_prep.sources.names import relative_orbit, s1_datetime, s2_product
 from data_prep.sources.raster import first_line
-from data_prep.sources.records import Asset, SourceFault
+from data_prep.sources.records import Asset, ReadFault, SourceFault
+from data_prep.sources.remote import open_source, retrying
 
 SERIES_GSD_M = 10.0
 SERIES_PX = 6
@@ -45,6 +48,10 @@ SERIES = {
     "s1_ascending": ("sen-1-asc", "s1", "ascending"),
     "s1_descending": ("sen-1-des", "s1", "descending"),
 }
+# keys by which other HDF5 archives are told
+OTHERS = {
+    "sentinel2_l2a": "OlmoEarth (one file per sample)", "sentinel2": "MMEarth (all samples in one file)", "sen1": "So2Sat (patches without place)",
+}  # fmt: skip
 POSITION = "position assumed: centred on the aerial tile, the file has no georeference"
 
 
@@ -57,6 +64,25 @@ def sites(url: str) -> list[tuple[str, ...]]:
     if not any({"tif", "h5"} <= set(extensions) for extensions in held.values()):
         raise UsageError(f"{url} is no treesatai folder: no aerial tile <stem>.tif with its series <stem>.h5 beside it")
     return [(stem, *extensions) for stem, extensions in sorted(held.items())]
+
+
+def refuse_other_hdf5(url: str) -> None:
+    """Raises UsageError where the folder's HDF5 files hold something else, saying whose they look like."""
+    name = next(name for name in list_names(url) if name.endswith((".h5", ".hdf5")))
+    try:
+        with open_h5(join(url, name), name) as file:
+            held = sorted(file)
+    except SourceFault:
+        return  # damaged: to be named file by file
+    if any(f"{member}-data" in held for member, _, _ in SERIES.values()):
+        return
+    likely = next(
+        (who for sign, who in OTHERS.items() if any(sign in key for key in held)), "an archive we do not know"
+    )
+    raise UsageError(
+        f"{join(url, name)} holds {', '.join(held[:6])}: {likely}, which no layout here reads; write STAC items for GeoTIFF or Zarr "
+        f"copies of it, or name a layout with --layout"
+    )
 
 
 def item(url: str, site: tuple[str, ...]) -> dict[str, Any]:
@@ -105,31 +131,33 @@ def centred_grid(hr: Grid, pixels: int) -> Grid:
 
 def open_h5(href: str, name: str) -> Any:
     try:
-        return h5py.File(local_path(href) if is_local(href) else open_read(href), "r")
+        return retrying(lambda: h5py.File(local_path(href) if is_local(href) else open_source(href), "r"), href)
     except FileNotFoundError:
-        raise SourceFault(name, f"{href} does not exist") from None
+        raise ReadFault(name, f"{href} does not exist") from None
     except OSError as error:
-        raise SourceFault(name, f"{href} cannot be read as HDF5: {first_line(error)}") from None
+        raise ReadFault(name, f"{href} cannot be read as HDF5: {first_line(error)}") from None
 
 
 def _dates(file: Any, member: str, orbit: str, name: str) -> list[DateInfo]:
     key = f"{member}-products"
     if key not in file:
         raise SourceFault(name, f"has {member}-data but no {key}, so its dates are unknown")
-    products = [item.decode() if isinstance(item, bytes) else str(item) for item in file[key][:]]
+    products = [
+        item.decode(errors="replace") if isinstance(item, bytes) else str(item) for item in hdf5_dataset(file, key)[:]
+    ]
     dates = []
     for product in products:
         if member == "sen-2":
             fields = s2_product(product)
             dates.append(DateInfo(fields.get("datetime", ""), product, fields.get("baseline", "")))
         else:
-            dates.append(DateInfo(s1_datetime(product), product, orbit=orbit))
+            dates.append(DateInfo(s1_datetime(product), product, orbit=orbit, relative_orbit=relative_orbit(product)))
         if not dates[-1].datetime:
             raise SourceFault(name, f"{key}: {product!r} names no date")
     return dates
 
 
-class TreeSatCube:
+class TreeSatCube(Cube):
     """One of the three series of an `.h5`; small, so it is held in memory whole."""
 
     def __init__(self, asset: Asset, wanted: tuple[str, ...]) -> None:
@@ -141,10 +169,13 @@ class TreeSatCube:
             )
         with open_h5(asset.href, asset.id) as file:
             try:
-                data_TCHW = file[f"{asset.member}-data"][:]
-                masks = file[f"{asset.member}-masks"][:, :2] if f"{asset.member}-masks" in file else None
-            except (KeyError, OSError) as error:
-                raise SourceFault(
+                data_TCHW = hdf5_dataset(file, f"{asset.member}-data")[:]
+                held = f"{asset.member}-masks" in file
+                masks = hdf5_dataset(file, f"{asset.member}-masks")[:, :2] if held else None
+            except Hostile as error:
+                raise SourceFault(asset.id, f"{asset.href}: {error}") from None
+            except (KeyError, OSError, ValueError, RuntimeError) as error:
+                raise ReadFault(
                     asset.id, f"corrupt or missing {asset.member}-data in {asset.href}: {first_line(error)}"
                 ) from None
             self.dates = _dates(file, asset.member, asset.orbit, asset.id)
@@ -162,16 +193,7 @@ class TreeSatCube:
         row0, row1, col0, col1 = window
         return self._data_TCHW[date, :, row0:row1, col0:col1]
 
-    def read_valid(self, date: int, layer: int, window: Window) -> np.ndarray | None:
-        return None
-
-    def read_cloud(self, date: int, window: Window) -> np.ndarray:
+    def read_cloud(self, date: int, window: Window, quality: QualityConfig) -> np.ndarray:
         assert self._masks is not None
         row0, row1, col0, col1 = window
-        cloudy = self._masks[date, 1, row0:row1, col0:col1] >= CLOUD_PROBABILITY
-        return np.where(cloudy, CLOUD, CLEAR).astype(np.uint8)
-
-    def nodata_of(self, layer: int) -> float | None:
-        return self.asset.nodata
-
-    def close(self) -> None: ...
+        return mask_codes(self._masks[date, 1, row0:row1, col0:col1] / np.float32(100), "cloud_probability", quality)

@@ -3,39 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime as dt
-import itertools
 import math
-import os
-import re
 from typing import Any
 
 import numpy as np
-import zarr
-from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
-from zarr.storage import FsspecStore, LocalStore, ZipStore
 
-from cluster.storage import filesystem, is_local, local_path
+from data_prep.config import QualityConfig
 from data_prep.geo import Grid, Window, crs_name
-from data_prep.schema import CLEAR, CLOUD
-from data_prep.sources.cube import DateInfo, Layer
-from data_prep.sources.names import band_name, iso_datetime
-from data_prep.sources.raster import first_line, scl_codes
-from data_prep.sources.records import Asset, SourceFault
+from data_prep.sources.cube import Cube, DateInfo, Layer
+from data_prep.sources.guard import Hostile
+from data_prep.sources.masks import mask_codes
+from data_prep.sources.names import band_name, cf_times, iso_datetime, relative_orbit
+from data_prep.sources.raster import first_line
+from data_prep.sources.records import MASKS, Asset, ReadFault, SourceFault
+from data_prep.sources.remote import retrying
+from data_prep.sources.zarr_store import arrays_of, open_group, small
 
 DIMS = ("time", "band", "y", "x")
 CACHE_BYTES = 64 << 20
 READ_AHEAD = 8  # dates per request where each has its own chunks
-BLOSC_HEADER_BYTES = 16
 
 
-class ZarrCube:
+class ZarrCube(Cube):
     """All dates of one modality of one site. Dates in the order of the file; sorting is `read.py`'s."""
 
     def __init__(self, asset: Asset, wanted: tuple[str, ...]) -> None:
         self.asset = asset
-        group = open_group(asset)
-        arrays = _arrays(group, asset)
+        group, store = open_group(asset.href, asset.id)
+        arrays = arrays_of(group, store, asset.href, asset.id)
         self._data = _data_array(arrays, asset)
         attributes = {**group.attrs.asdict(), **self._data.attrs.asdict()}
         self._nodata = attributes.get("nodata")
@@ -51,9 +46,8 @@ class ZarrCube:
         self.dates = _dates(attributes, arrays, times, asset)
         self._grid = _grid(attributes, arrays, height, width, asset)
         self.layers = [Layer(wanted, self._grid)]
-        self._mask, self._mask_is_scl = _mask_array(arrays, (times, height, width), asset)
+        self._mask, self._mask_kind = _mask_array(arrays, (times, height, width), asset)
         self.cloud = self._grid if self._mask is not None else None
-        self._is_local = is_local(asset.href) and not asset.href.endswith(".zip")
         self._held: dict[str, tuple[tuple[int, Window], np.ndarray]] = {}
 
     def read(self, date: int, layer: int, window: Window) -> np.ndarray:
@@ -78,42 +72,17 @@ class ZarrCube:
     def _fetch(self, array: Any, times: slice, window: Window) -> np.ndarray:
         row0, row1, col0, col1 = window
         try:
-            self._refuse_cut_blosc(array, times, window)
-            return np.asarray(array[times, ..., row0:row1, col0:col1])
+            return retrying(lambda: np.asarray(array[times, ..., row0:row1, col0:col1]), self.asset.href)
+        except Hostile as error:
+            raise SourceFault(self.asset.id, f"{self.asset.href}/{array.path}: {error}") from None
         except Exception as error:  # codecs raise what they like on damaged bytes
-            raise SourceFault(
+            raise ReadFault(
                 self.asset.id, f"corrupt chunk in {self.asset.href}/{array.path}: {first_line(error)}"
             ) from None
 
-    def _refuse_cut_blosc(self, array: Any, times: slice, window: Window) -> None:
-        """Raises ValueError for a chunk file shorter than its Blosc header says: the decoder would make pixels up.
-
-        Only for local folders: object stores show no half-written objects, zips carry checksums, other codecs notice.
-        """
-        if not (self._is_local and _uses_blosc(array)):
-            return
-        row0, row1, col0, col1 = window
-        middle = [(0, size) for size in array.shape[1:-2]]
-        ranges = [(times.start, times.stop), *middle, (row0, row1), (col0, col1)]
-        spans = [range(a // size, -(-b // size)) for (a, b), size in zip(ranges, array.chunks)]
-        folder = os.path.join(local_path(self.asset.href), array.path)
-        for place in itertools.product(*spans):
-            path = os.path.join(folder, array.metadata.encode_chunk_key(place))
-            if not os.path.exists(path):
-                continue  # absent chunks are the fill value, by the format's rules
-            with open(path, "rb") as stream:
-                header = stream.read(BLOSC_HEADER_BYTES)
-            promised = int.from_bytes(header[12:16], "little")
-            if len(header) < BLOSC_HEADER_BYTES or os.path.getsize(path) < promised:
-                raise ValueError(f"chunk {place} has {os.path.getsize(path)} of {promised} bytes")
-
-    def read_valid(self, date: int, layer: int, window: Window) -> np.ndarray | None:
-        return None
-
-    def read_cloud(self, date: int, window: Window) -> np.ndarray:
+    def read_cloud(self, date: int, window: Window, quality: QualityConfig) -> np.ndarray:
         assert self._mask is not None
-        values = self._read_date(self._mask, date, window)
-        return scl_codes(values) if self._mask_is_scl else np.where(values != 0, CLOUD, CLEAR).astype(np.uint8)
+        return mask_codes(self._read_date(self._mask, date, window), self._mask_kind, quality)
 
     def nodata_of(self, layer: int) -> float | None:
         return None if self._nodata is None else float(self._nodata)
@@ -122,29 +91,14 @@ class ZarrCube:
         self._held = {}
 
 
-def open_group(asset: Asset) -> Any:
-    """The Zarr group of an asset, read-only, from a folder, a zip or any fsspec URL."""
-    href = asset.href.rstrip("/")
-    try:
-        if is_local(href):
-            path = local_path(href)
-            store: Any = ZipStore(path, mode="r") if href.endswith(".zip") else LocalStore(path, read_only=True)
-        else:
-            fs, path = filesystem(href)
-            # the one (synchronous) client of this process, so that its connections are pooled and closed in one place
-            store = FsspecStore(AsyncFileSystemWrapper(fs, asynchronous=True), read_only=True, path=path)
-        return zarr.open_group(store, mode="r")
-    except (FileNotFoundError, KeyError) as error:
-        raise SourceFault(asset.id, f"{href} is not a Zarr group: {first_line(error)}") from None
-    except Exception as error:  # damaged metadata: JSON, key and type errors of every sort
-        raise SourceFault(asset.id, f"{href} cannot be opened as Zarr: {first_line(error)}") from None
-
-
-def _arrays(group: Any, asset: Asset) -> dict[str, Any]:
-    try:
-        return dict(group.arrays())
-    except Exception as error:  # damaged array metadata
-        raise SourceFault(asset.id, f"{asset.href} cannot be opened as Zarr: {first_line(error)}") from None
+def is_cube(asset: Asset) -> bool:
+    """Whether a Zarr group holds one array of all dates and bands, or is to be refused as such; else it has a variable per band."""
+    group, store = open_group(asset.href, asset.id)
+    arrays = arrays_of(group, store, asset.href, asset.id)
+    if asset.member or "data" in arrays or any(array.ndim >= 4 for array in arrays.values()):
+        return True
+    flat = any(array.ndim in (2, 3) and min(array.shape) > 1 for array in arrays.values())
+    return not flat and not any(True for _ in group.groups())
 
 
 def _with_attributes(asset: Asset, attributes: dict[str, Any]) -> Asset:
@@ -183,28 +137,33 @@ def _data_array(arrays: dict[str, Any], asset: Asset) -> Any:
     return array
 
 
-def _uses_blosc(array: Any) -> bool:
-    """Whether a chunk file is one Blosc frame (not a shard of several)."""
-    metadata = array.metadata
-    codecs = [getattr(metadata, "compressor", None), *(getattr(metadata, "codecs", None) or ())]
-    return any("blosc" in type(codec).__name__.lower() for codec in codecs)
-
-
 def _listed(attributes: dict[str, Any], name: str, arrays: dict[str, Any], coordinate: str, asset: Asset) -> list[Any]:
     if isinstance(attributes.get(name), list):
         return attributes[name]
     if coordinate in arrays:
-        values = np.asarray(arrays[coordinate][:])
-        return [item.decode() if isinstance(item, bytes) else item for item in values.tolist()]
+        values = _coordinate(arrays[coordinate], asset)
+        return [item.decode(errors="replace") if isinstance(item, bytes) else item for item in values.tolist()]
     if name == "bands" and asset.bands:
         return list(asset.bands)
     raise SourceFault(asset.id, f"has neither an attribute {name} nor a coordinate {coordinate}: {asset.href}")
 
 
+def _coordinate(array: Any, asset: Asset) -> np.ndarray:
+    try:
+        return small(array)
+    except Hostile as error:
+        raise SourceFault(asset.id, f"{asset.href}: {error}") from None
+    except Exception as error:
+        raise ReadFault(asset.id, f"corrupt chunk in {asset.href}/{array.path}: {first_line(error)}") from None
+
+
 def _dates(attributes: dict[str, Any], arrays: dict[str, Any], times: int, asset: Asset) -> list[DateInfo]:
     stamps = _listed(attributes, "datetimes", arrays, "time", asset)
     if stamps and not isinstance(stamps[0], str):
-        stamps = _cf_times(stamps, str(arrays["time"].attrs.get("units", "")), asset)
+        try:
+            stamps = cf_times(stamps, str(arrays["time"].attrs.get("units", "")))
+        except ValueError as error:
+            raise SourceFault(asset.id, f"{error}: {asset.href}") from None
     stamps = [iso_datetime(str(stamp)) for stamp in stamps]
     if len(stamps) != times:
         raise SourceFault(asset.id, f"names {len(stamps)} dates, the array has {times}: {asset.href}")
@@ -215,7 +174,10 @@ def _dates(attributes: dict[str, Any], arrays: dict[str, Any], times: int, asset
     baselines = _per_date(attributes, ("baselines", "processing_baselines"), times, asset.baseline, asset)
     offsets = _per_date(attributes, ("boa_add_offsets",), times, None, asset)
     return [
-        DateInfo(stamp, str(product or ""), str(baseline or ""), str(orbit or "").lower(), None if o is None else float(o))
+        DateInfo(
+            stamp, str(product or ""), str(baseline or ""), str(orbit or "").lower(), None if o is None else float(o),
+            relative_orbit(str(product or "")),
+        )
         for stamp, product, baseline, orbit, o in zip(stamps, products, baselines, orbits, offsets)
     ]  # fmt: skip
 
@@ -232,23 +194,6 @@ def _per_date(attributes: dict[str, Any], names: tuple[str, ...], times: int, de
     return [default] * times
 
 
-def _cf_times(values: list[Any], units: str, asset: Asset) -> list[str]:
-    """CF numbers such as `days since 2020-01-01` as ISO strings."""
-    match = re.match(r"(nanosecond|microsecond|millisecond|second|minute|hour|day)s? since (.+)", units.strip())
-    if not match:
-        raise SourceFault(
-            asset.id, f"time coordinate has units {units!r}, wanted e.g. 'days since 2020-01-01': {asset.href}"
-        )
-    seconds = {
-        "nanosecond": 1e-9, "microsecond": 1e-6, "millisecond": 1e-3, "second": 1, "minute": 60, "hour": 3600, "day": 86400,
-    }[match[1]]  # fmt: skip
-    origin = iso_datetime(match[2].strip())
-    if not origin:
-        raise SourceFault(asset.id, f"time coordinate counts from {match[2]!r}, which is no date: {asset.href}")
-    start = dt.datetime.fromisoformat(origin)
-    return [(start + dt.timedelta(seconds=float(value) * seconds)).isoformat() for value in values]
-
-
 def _grid(attributes: dict[str, Any], arrays: dict[str, Any], height: int, width: int, asset: Asset) -> Grid:
     crs = str(attributes.get("crs") or asset.crs or "")
     if not crs and "spatial_ref" in arrays:
@@ -258,7 +203,7 @@ def _grid(attributes: dict[str, Any], arrays: dict[str, Any], height: int, width
         raise SourceFault(asset.id, f"has no CRS (attribute crs, or proj:code in the catalog): {asset.href}")
     transform = attributes.get("transform") or asset.transform
     if transform is None and "x" in arrays and "y" in arrays and width > 1 and height > 1:
-        xs, ys = np.asarray(arrays["x"][:], float), np.asarray(arrays["y"][:], float)
+        xs, ys = (_coordinate(arrays[axis], asset).astype(float) for axis in ("x", "y"))
         step_x, step_y = (xs[-1] - xs[0]) / (width - 1), (ys[-1] - ys[0]) / (height - 1)
         transform = (step_x, 0.0, xs[0] - step_x / 2, 0.0, step_y, ys[0] - step_y / 2)  # coordinates are pixel centres
     if transform is None or len(transform) < 6:
@@ -272,11 +217,12 @@ def _grid(attributes: dict[str, Any], arrays: dict[str, Any], height: int, width
         raise SourceFault(asset.id, f"CRS or transform cannot be read: {first_line(error)}") from None
 
 
-def _mask_array(arrays: dict[str, Any], shape: tuple[int, int, int], asset: Asset) -> tuple[Any, bool]:
-    for name in ("scl", "cloud"):
+def _mask_array(arrays: dict[str, Any], shape: tuple[int, int, int], asset: Asset) -> tuple[Any, str]:
+    """(array, kind) of the first mask the cube holds; (None, "") without."""
+    for name in MASKS:
         if name in arrays:
             array = arrays[name]
             if array.shape != shape:
                 raise SourceFault(asset.id, f"array {name} has shape {array.shape}, wanted {shape}: {asset.href}")
-            return array, name == "scl"
-    return None, False
+            return array, name
+    return None, ""

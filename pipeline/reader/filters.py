@@ -24,10 +24,19 @@ class Filters:
     max_cloud: float | None
     date_range: tuple[str, str] | None
     bbox: tuple[float, float, float, float] | None
+    unflagged: bool = False
 
     @staticmethod
     def of(data: DataConfig, modalities: Sequence[str]) -> Filters:
-        return Filters(tuple(modalities), data.split, tuple(data.require), data.max_cloud, data.date_range, data.bbox)
+        return Filters(
+            tuple(modalities),
+            data.split,
+            tuple(data.require),
+            data.max_cloud,
+            data.date_range,
+            data.bbox,
+            data.unflagged,
+        )
 
     def rows(self, columns: Columns, where: str) -> np.ndarray:
         """Numbers of the rows that pass all filters, ascending: int64.
@@ -63,6 +72,8 @@ class Filters:
         if self.max_cloud is not None:
             cloud = np.nan_to_num(columns["cloud"].astype(np.float64))  # as limits are; without s2 nothing is cloudy
             yield f"data.max_cloud={self.max_cloud}", cloud <= self.max_cloud
+        if self.unflagged:  # sets from before the column have no corrected date
+            yield "data.unflagged=true", ~columns.get("flagged", np.zeros(len(held), bool))
         if self.date_range is not None:
             first, last = (_day(text) for text in self.date_range)
             known_day = columns["day_last"] != UNKNOWN_DAY

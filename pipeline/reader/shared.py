@@ -45,7 +45,7 @@ FACTS = "facts.json"
 UNUSED_S = 14 * 86_400.0  # an entry that nobody opened for so long is removed
 ABANDONED_S = 86_400.0  # and what a killed maker left, after so long
 ALWAYS = ("key.", "shard", "label.", "width_m", "height_m", "west", "south", "east", "north", "scene", "split", "modalities",
-          "cloud", "day_")  # fmt: skip
+          "cloud", "flagged", "day_")  # fmt: skip
 
 log = logging.getLogger(__name__)
 Make = Callable[[BinaryIO], dict[str, Any]]

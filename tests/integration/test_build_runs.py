@@ -119,8 +119,8 @@ def test_corrupt_and_vanished_sources_are_quarantined(scenes, tmp_path):
     shutil.copytree(catalog.parent, tmp_path / "scenes")
     images = sorted((tmp_path / "scenes").rglob("*.tif"))
     images[0].write_bytes(images[0].read_bytes()[:2000])
-    gone = next(path for path in images if path.parent != images[0].parent)
-    gone.unlink()
+    gone = next(path.parent for path in images if path.parent != images[0].parent)
+    shutil.rmtree(gone)
     command = [
         "build",
         DEMO,
@@ -129,12 +129,15 @@ def test_corrupt_and_vanished_sources_are_quarantined(scenes, tmp_path):
         "--json",
     ]
     figures, err = run(*command, code=1)
-    assert figures["faults"] == 2
+    assert figures["faults"] == 1  # nothing of that site is left
     assert "past error_budget=0.0" in err
-    faults = [json.loads(line) for line in (tmp_path / "x" / "faults.jsonl").read_text().splitlines()]
-    assert len({fault["site"] for fault in faults}) == 2
-    assert all(fault["why"] and fault["asset"] for fault in faults)
-    assert run("verify", f"{tmp_path}/x", "--decode", "--json")[0]["samples"] == 16
+    (fault,) = [json.loads(line) for line in (tmp_path / "x" / "faults.jsonl").read_text().splitlines()]
+    (loss,) = [json.loads(line) for line in (tmp_path / "x" / "losses.jsonl").read_text().splitlines()]
+    assert fault["why"]
+    assert fault["asset"]
+    assert (loss["modality"], figures["losses"]) == ("hr", 1)  # the other keeps its series
+    assert loss["site"] != fault["site"]
+    assert run("verify", f"{tmp_path}/x", "--decode", "--json")[0]["samples"] == 17
     run(*command, "error_budget=0.2")
 
 

@@ -8,7 +8,7 @@ import pytest
 from data_prep.audit import audit, figures
 from data_prep.build import build
 from data_prep.catalog import make_catalog
-from data_prep.config import BuildConfig, GridConfig, OutputConfig, SourceConfig
+from data_prep.config import BuildConfig, GridConfig, OutputConfig, QualityConfig, SourceConfig
 from data_prep.shards import ShardSet
 from data_prep.sources import open_catalog, read_site, split_site
 from tests.data_folder import real_data
@@ -41,6 +41,11 @@ def same(one, other):
         assert (np.squeeze(other.rasters[name]) == raster).all()
 
 
+CORRECT = QualityConfig(
+    on_contradiction="correct"
+)  # one of the real scenes contradicts its metadata; it is kept, and flagged
+
+
 @pytest.mark.parametrize("grid", [GridConfig(), GridConfig(side_m=640, tile=True)], ids=["native", "tiled"])
 def test_every_layout_survives_the_shards_bit_for_bit(tmp_path, grid):
     catalogs = []
@@ -49,7 +54,11 @@ def test_every_layout_survives_the_shards_bit_for_bit(tmp_path, grid):
         make_catalog(str(real_data(folder)), catalogs[-1], layout)
     out = str(tmp_path / "shards")
     config = BuildConfig(
-        source=SourceConfig(catalog=tuple(catalogs)), output=OutputConfig(url=out), grid=grid, workers=2
+        source=SourceConfig(catalog=tuple(catalogs)),
+        output=OutputConfig(url=out),
+        grid=grid,
+        workers=2,
+        quality=CORRECT,
     )
     outcome = build(config, 0, 1, False)
     assert not outcome.faults
@@ -59,7 +68,7 @@ def test_every_layout_survives_the_shards_bit_for_bit(tmp_path, grid):
     assert sorted(keys) == sorted(expected)
     for number, key in enumerate(keys[:: 1 if grid.side_m is None else 12]):
         row = number if grid.side_m is None else number * 12
-        same(read_site(expected[key], grid), shards.read_sample(row))
+        same(read_site(expected[key], grid, CORRECT), shards.read_sample(row))
     flagged = {entry["asset"] for entry in figures(audit(out))["contradictions"]}
     assert flagged
     assert all(asset.startswith("433D_629L_3_1") for asset in flagged)

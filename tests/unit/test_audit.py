@@ -11,7 +11,7 @@ from cluster.errors import UsageError
 from data_prep.audit import audit, figures
 from data_prep.commands import audit as audit_command
 from data_prep.commands import catalog as catalog_command
-from data_prep.config import BuildConfig, GridConfig, OutputConfig, SourceConfig
+from data_prep.config import BuildConfig, GridConfig, OutputConfig, QualityConfig, SourceConfig
 from data_prep.geo import Grid
 from data_prep.sources import open_catalog, read_site
 from data_prep.sources.items import AssetFields
@@ -126,12 +126,15 @@ def test_dates_out_of_order_are_noted(tmp_path):
     assert row.verdict == "ok"
 
 
-def build(url, out, **grid):
+CORRECT = QualityConfig(on_contradiction="correct")
+
+
+def build(url, out, quality=QualityConfig(), **grid):  # noqa: B008
     from data_prep.build import build as make
 
     config = BuildConfig(
-        source=SourceConfig(catalog=(url,)), output=OutputConfig(url=str(out)), grid=GridConfig(**grid), workers=1
-    )
+        source=SourceConfig(catalog=(url,)), output=OutputConfig(url=str(out)), grid=GridConfig(**grid), quality=quality, workers=1,
+    )  # fmt: skip
     return make(config, 0, 1, False)
 
 
@@ -143,7 +146,7 @@ def test_shards_hold_bit_for_bit_what_was_read_and_their_audit_repeats_the_flags
         "assets"
     ]["s1"]
     url = write_items(tmp_path / "items", [both, scene(tmp_path, "left_in", 1050, baseline="03.01")])
-    build(url, tmp_path / "shards")
+    build(url, tmp_path / "shards", CORRECT)
     from data_prep.shards import ShardSet
 
     shards = ShardSet.open(str(tmp_path / "shards"))
@@ -151,7 +154,7 @@ def test_shards_hold_bit_for_bit_what_was_read_and_their_audit_repeats_the_flags
     assert shards.num_samples == 2
     for number in range(2):
         stored = shards.read_sample(number)
-        fresh = read_site(records[stored.key], GridConfig())
+        fresh = read_site(records[stored.key], GridConfig(), CORRECT)
         assert set(stored.series) == set(fresh.series)
         assert (stored.crs, stored.footprint, stored.cell) == (fresh.crs, fresh.footprint, fresh.cell)
         for name, series in fresh.series.items():

@@ -40,7 +40,7 @@ class World:
         self.broken: dict[str, Exception] = {}
         self.read: list[str] = []
 
-    def read_site(self, record, grid):
+    def read_site(self, record, grid, **options):
         self.read.append(record.key)
         if record.key in self.broken:
             raise self.broken[record.key]
@@ -130,7 +130,7 @@ def test_faulty_sites_drop_out_of_their_shard_only(world, tmp_path):
 
 
 def test_an_all_nodata_modality_is_absent_and_an_all_nodata_site_a_fault(world, tmp_path, monkeypatch):
-    def read(record, grid):
+    def read(record, grid, **options):
         site = world.read_site(record, grid)
         for name in ("s1",) if record.key == "k_0" else site.series if record.key == "k_1" else ():
             site.series[name].mask_THW[...] = NODATA
@@ -144,7 +144,7 @@ def test_an_all_nodata_modality_is_absent_and_an_all_nodata_site_a_fault(world, 
 
 
 def test_repeated_dates_are_dropped(world, tmp_path, monkeypatch):
-    def read(record, grid):
+    def read(record, grid, **options):
         site = world.read_site(record, grid)
         s2 = site.series["s2"]
         s2.pixels_TCHW, s2.mask_THW = (np.repeat(a, 2, axis=0) for a in (s2.pixels_TCHW, s2.mask_THW))
@@ -240,7 +240,7 @@ def test_a_disk_that_keeps_something_else_is_noticed(world, tmp_path, monkeypatc
 def test_labels_that_disagree_are_named(world, tmp_path, monkeypatch):
     other = {"scene": ["other", "names"]}
 
-    def read(record, grid):
+    def read(record, grid, **options):
         site = world.read_site(record, grid)
         site.classes = site.classes | (other if record.key == "k_0" else {})
         return site

@@ -308,3 +308,14 @@ def test_what_nobody_uses_is_removed_and_what_failed_leaves_nothing(shards, old,
     with pytest.raises(UsageError, match="not in order"):
         tables.load(shared_data(torn, sharing), ALL)
     assert len(entries(sharing)) == 1
+
+
+@pytest.mark.parametrize("shared_from", [1, 10**9], ids=["mapped", "alone"])
+def test_samples_with_contradicted_dates_can_be_left_out(tmp_path, sharing, monkeypatch, shared_from):
+    monkeypatch.setattr(shared, "SHARED_FROM", shared_from)
+    sites = [make_site(f"site_{i}", i, place=(1000.0 * i, 0.0)) for i in range(4)]
+    sites[2].series["s2"].decisions[1]["flags"] = ["offset contradicted"]
+    write_shard_set(str(tmp_path / "set"), sites)
+    for unflagged, kept in ((False, [0, 1, 2, 3]), (True, [0, 1, 3])):
+        table = tables.load(shared_data(tmp_path / "set", sharing, split="", unflagged=unflagged), ALL)
+        assert [sample["key"] for sample in samples(table)] == [f"site_{i}" for i in kept]

@@ -16,13 +16,16 @@ from cluster.errors import RunFailure, UsageError
 from data_prep.audit import audit, figures
 from data_prep.catalog import detect_layout, make_catalog
 from data_prep.commands.catalog import LAYOUTS
-from data_prep.config import GridConfig
+from data_prep.config import BuildConfig, GridConfig, QualityConfig, SourceConfig
+from data_prep.plan import make_plan
 from data_prep.schema import CLEAR, CLOUD, MODALITIES
 from data_prep.sources import open_catalog, read_site, split_site
+from data_prep.sources.names import s1_datetime
 from tests.data_folder import real_data
 from tests.scenes import s2_item, write_items
 
 NATIVE = GridConfig()
+CORRECT = QualityConfig(on_contradiction="correct")
 # layout of each folder of real imagery
 FOLDERS = {
     "terramind": "terramind", "treesatai": "treesatai", "ssl4eo": "ssl4eo", "majortom": "majortom",
@@ -72,12 +75,18 @@ def test_terramind_pixels_dates_labels(tmp_path):
     records, _ = catalogued(tmp_path, "terramind")
     assert [r.key for r in records] == ["38D_378R_2_3", "433D_629L_3_1", "609U_541L_3_0"]
     for record in records:
-        site = read_site(record, NATIVE)
+        site = read_site(record, NATIVE, CORRECT)
         assert set(site.series) == {"s2", "s1"}
         assert site.cell == "_".join(record.key.split("_")[:2])
         raw, transform = bands(root / "S2L2A" / f"{record.key}.tif", 2, 3, 4, 5, 6, 7, 8, 9, 11, 12)
         s2 = site.series["s2"]
-        assert (s2.pixels_TCHW[0] == np.clip(raw, 1, None)).all()
+        # one of the three still carries the offset that its provider says is gone
+        left_in = record.key == "433D_629L_3_1"
+        assert (s2.pixels_TCHW[0] == np.clip(raw.astype(int) - 1000 * left_in, 1, None)).all()
+        assert (s2.decisions[0].get("corrected", False), bool(s2.decisions[0]["flags"])) == (left_in, left_in)
+        kept = read_site(record, NATIVE)
+        assert ("s2" in kept.series) is not left_in
+        assert [loss["modality"] for loss in kept.losses] == ["s2"] * left_in
         assert s2.transform == transform
         db, _ = bands(root / "S1RTC" / f"{record.key}.tif")
         assert (site.series["s1"].pixels_TCHW[0] == db.astype(np.float16)).all()
@@ -101,15 +110,20 @@ def test_treesatai_three_modalities_both_orbits_and_cloud_masks(tmp_path):
     with h5py.File(stem.with_suffix(".h5")) as file:
         dn, probability = file["sen-2-data"][:], file["sen-2-masks"][:, 1]
         up, down = file["sen-1-asc-data"][:], file["sen-1-des-data"][:]
+        products = [name.decode() if isinstance(name, bytes) else str(name) for name in file["sen-1-des-products"][:]]
     s2, s1 = site.series["s2"], site.series["s1"]
     assert (s2.pixels_TCHW == dn).all()
     assert ((s2.mask_THW == CLOUD) == (probability >= 50)).all()
     assert (s2.mask_THW == CLOUD).any()
     assert (s2.mask_THW == CLEAR).any()
     assert sorted(s1.datetimes) == s1.datetimes
-    assert len(s1.datetimes) == 146
+    # 25 descending passes were delivered as two products each, with the very same pixels
+    assert len(s1.datetimes) == 146 - 25
     ascending = np.array([orbit == "ascending" for orbit in s1.orbits])
-    for raw, mine in ((up, s1.pixels_TCHW[ascending]), (down, s1.pixels_TCHW[~ascending])):
+    once = sorted(
+        {name.split("_")[0] + s1_datetime(name)[:10]: i for i, name in reversed(list(enumerate(products)))}.values()
+    )
+    for raw, mine in ((up, s1.pixels_TCHW[ascending]), (down[once], s1.pixels_TCHW[~ascending])):
         valid = np.isfinite(mine.astype(float))
         assert valid.mean() > 0.999
         np.testing.assert_allclose(mine[valid].astype(float), 10 * np.log10(raw[valid]), atol=0.02)
@@ -194,6 +208,24 @@ def test_audit_of_the_other_folders_finds_nothing(folder):
         assert [row.pixels for row in rows if row.modality == "s1"] == ["linear", "linear"]
 
 
+def test_level_1c_files_per_band_are_top_of_atmosphere(tmp_path):
+    """OSCD: `S2A_OPER_MSI_L1C_TL_…_B01.tif`, catalogued band by band; the stamp in the names is of the processing, no date."""
+    city = next(real_data("labelled/oscd").glob("*Images")) / "nantes" / "imgs_1"
+    make_catalog(str(city), str(tmp_path / "c.parquet"), "geotiff")
+    (record,) = open_catalog(str(tmp_path / "c.parquet"))
+    assert {asset.modality for asset in record.assets} == {"s2_l1c"}
+    assert record.datetimes == ()
+    with pytest.raises(UsageError, match=r"s2_l1c.*source\.modalities=\[s2_l1c\] builds it"):
+        make_plan([record], BuildConfig())
+    plan = make_plan([record], BuildConfig(source=SourceConfig(modalities=("s2_l1c",))))
+    assert plan.num_sites == 1
+    (part,) = split_site(record, GridConfig(side_m=640))
+    series = read_site(part, NATIVE, modalities=("s2_l1c",)).series["s2_l1c"]
+    assert series.pixels_TCHW.shape[:2] == (1, 13)
+    assert (series.mask_THW == CLEAR).all()
+    assert not series.decisions[0]["flags"]
+
+
 # --- no real data needed
 
 
@@ -233,3 +265,16 @@ def test_a_stac_folder_can_be_catalogued_and_reads_the_same(tmp_path):
     shutil.copy(tmp_path / "items" / "a.json", tmp_path / "items" / "again.json")
     with pytest.raises(UsageError, match="stands twice"):
         open_catalog(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "who"), [("sentinel2_l2a", "OlmoEarth"), ("sentinel2", "MMEarth"), ("weights", "do not know")]
+)
+def test_hdf5_files_are_told_by_what_they_hold(tmp_path, key, who):
+    with h5py.File(tmp_path / "sample_1.h5", "w") as file:
+        file[key] = np.zeros((4, 4, 12, 12), np.uint16)
+    with pytest.raises(UsageError, match=rf"{who}.*no layout here reads"):
+        detect_layout(str(tmp_path))
+    with h5py.File(tmp_path / "sample_1.h5", "w") as file:
+        file["sen-2-data"] = np.zeros((4, 10, 6, 6), np.float32)
+    assert detect_layout(str(tmp_path)) == "treesatai"

@@ -43,8 +43,8 @@ def write_mesh(path: Path, values: np.ndarray, bands, times, cloud=None, samples
         array = group.create_array(name, data=np.asarray(data))
         array.attrs["_ARRAY_DIMENSIONS"] = dims
 
-    xs = GRID.transform[2] + 10 * (np.arange(24) + 0.5)
-    ys = GRID.transform[5] - 10 * (np.arange(24) + 0.5)
+    xs = GRID.transform[2] + 10 * (np.arange(values.shape[-1]) + 0.5)
+    ys = GRID.transform[5] - 10 * (np.arange(values.shape[-2]) + 0.5)
     put("bands", values, [*lead, "time", "band", "y", "x"])
     put("band", np.array(bands, dtype="S4"), ["band"])
     put("x", np.stack([xs] * count) if lead else xs, [*lead, "x"])
@@ -103,29 +103,141 @@ def test_terramesh_tars_one_per_modality(tmp_path):
     middle = int(records[0].of("s2")[0].member.split(":")[0]) + 3000
     damaged[middle : middle + 400] = b"\0" * 400
     shard.write_bytes(damaged)
+    rest = read_site(records[0], NATIVE)
+    assert set(rest.series) == {"s1"}
+    assert [(loss["modality"], loss["asset"]) for loss in rest.losses] == [("s2", "100U_20L_0_1/S2L2A")]
     with pytest.raises(SourceFault, match="100U_20L_0_1/S2L2A"):
-        read_site(records[0], NATIVE)
+        read_site(records[0], NATIVE, modalities=("s2",))
     read_site(records[1], NATIVE)
 
 
+def write_ssl4eo_v11(path: Path, values, bands, seconds, places, samples) -> None:
+    """A 64 x 4 file as its README lists it: `x`, `y`, `time` count, `x_`, `y_`, `time_` say; CF times as xarray writes them."""
+    count, times = values.shape[:2]
+    folder = path.with_suffix(".folder")
+    group = zarr.open_group(str(folder), mode="w", zarr_format=2)
+
+    def put(name, data, dims, **attributes):
+        array = group.create_array(name, data=np.asarray(data))
+        array.attrs.update({"_ARRAY_DIMENSIONS": dims, **attributes})
+
+    height, width = values.shape[-2:]
+    put("bands", values, ["sample", "time", "band", "y", "x"])
+    put("band", np.array(bands, dtype="U3"), ["band"])
+    put("sample", np.array(samples, dtype="U7"), ["sample"])
+    for name, size in (("time", times), ("x", width), ("y", height)):
+        put(name, np.arange(size), [name])
+    put("time_", seconds, ["sample", "time"], units="seconds since 2020-01-01", calendar="proleptic_gregorian")
+    put("x_", np.stack([x + 10 * (np.arange(width) + 0.5) for _, x, _ in places]), ["sample", "x"])
+    put("y_", np.stack([y - 10 * (np.arange(height) + 0.5) for _, _, y in places]), ["sample", "y"])
+    put("crs", np.array([epsg for epsg, _, _ in places]), ["sample"])
+    put("cloud_mask", np.zeros((count, times, height, width), np.uint8), ["sample", "time", "y", "x"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                archive.write(file, file.relative_to(folder).as_posix())
+
+
 def test_ssl4eo_v11_files_of_many_locations_and_dates(tmp_path):
+    """A site in Korea lies in Korea, in its year; and the offset that this edition left in is taken out."""
     rng = np.random.default_rng(1)
-    stamps = STAMP + np.arange(4)[None] * 90 * 86_400 * 10**9 + np.array([[0], [3]]) * 86_400 * 10**9
-    values = rng.integers(50, 4000, (2, 4, 12, 24, 24)).astype(np.int16)
-    write_mesh(
-        tmp_path / "set" / "S2L2A" / "ssl4eos12_val_000001.zarr.zip",
-        values,
-        L2A_ORDER,
-        stamps,
-        samples=["0000173", "0000200"],
-    )
+    truth = rng.integers(50, 4000, (2, 4, 12, 24, 24)).astype(np.int16)
+    days = np.array([[320, 20, 110, 200], [323, 23, 113, 203]]) * 86400 + 36_631
+    places = [(32652, 714_900.0, 4_728_000.0), (32751, 300_000.0, 6_600_000.0)]
+    path = tmp_path / "set" / "S2L2A" / "ssl4eos12_val_seasonal_data_000001.zarr.zip"
+    write_ssl4eo_v11(path, truth + np.int16(1000), L2A_ORDER, days, places, ["0080717", "0060573"])
     make_catalog(str(tmp_path / "set"), str(tmp_path / "c.parquet"), "ssl4eo")
-    records = open_catalog(str(tmp_path / "c.parquet"))
-    assert [r.key for r in records] == ["0000173", "0000200"]
-    for number, record in enumerate(records):
-        s2 = read_site(record, NATIVE).series["s2"]
-        assert (s2.pixels_TCHW == values[number][:, TEN]).all()
-        assert s2.datetimes[0] == ("2021-06-01T10:10:31Z", "2021-06-04T10:10:31Z")[number]
+    records = {r.key: r for r in open_catalog(str(tmp_path / "c.parquet"))}
+    for number, key in enumerate(("0080717", "0060573")):
+        site = read_site(records[key], NATIVE)
+        s2 = site.series["s2"]
+        order = np.argsort(days[number])
+        assert (s2.pixels_TCHW == truth[number][order][:, TEN]).all()
+        assert s2.datetimes[-1] == ("2020-11-16T10:10:31Z", "2020-11-19T10:10:31Z")[number]
+        assert s2.transform[2:6:3] == places[number][1:]
+        assert not any(decision["flags"] for decision in s2.decisions)
+    assert 130 < records["0080717"].bbox_wgs84[0] < 133
+    assert 42 < records["0080717"].bbox_wgs84[1] < 43
+
+
+def eopf(folder: Path, offset_dn: int = 1000) -> tuple[dict, dict]:
+    """A Sentinel-2 product as ESA's EOPF writes it: a variable per band, a group per resolution; and the bands' reflectances."""
+    rng = np.random.default_rng(4)
+    product = "S2B_MSIL2A_20250113T103309_N0511_R108_T32TLQ_20250113T122458"
+    root = zarr.open_group(str(folder / f"{product}.zarr"), mode="w", zarr_format=2)
+    root.attrs.update({
+        "stac_discovery": {"type": "Feature", "properties": {"proj:epsg": 32632, "platform": "sentinel-2b"}},
+        "other_metadata": {"horizontal_CRS_code": "EPSG:32632"},
+    })  # fmt: skip
+    truth, assets = {}, {}
+    groups = {
+        10: ("b02", "b03", "b04", "b08"),
+        20: ("b01", "b02", "b05", "b06", "b07", "b8a", "b11", "b12"),
+        60: ("b02", "b09"),
+    }
+    for gsd, bands in groups.items():
+        group = root.create_group(f"measurements/reflectance/r{gsd}m")
+        side = 240 // gsd
+        for name, values in (
+            ("x", 300_000 + gsd * (np.arange(side) + 0.5)),
+            ("y", 5_000_040 - gsd * (np.arange(side) + 0.5)),
+        ):
+            group.create_array(name, data=values.astype(np.int64)).attrs["_ARRAY_DIMENSIONS"] = [name]
+        for band in bands:
+            values = rng.integers(20, 4000, (side, side)).astype(np.uint16)
+            native = gsd == min(g for g, names in groups.items() if band in names)
+            truth |= {band.upper(): values} if native else {}
+            about = {
+                "scale_factor": 0.0001,
+                "add_offset": -offset_dn / 10_000,
+                "fill_value": 0,
+                "dtype": "<u2",
+                "units": "digital_counts",
+            }
+            array = group.create_array(band, data=values + np.uint16(offset_dn), chunks=(side, side))
+            array.attrs.update({"_ARRAY_DIMENSIONS": ["y", "x"], "_eopf_attrs": about, **about, "proj:epsg": 32632})
+            assets[f"{band.upper()}_{gsd}m"] = {
+                "href": f"{folder}/{product}.zarr/measurements/reflectance/r{gsd}m/{band}", "type": "application/vnd+zarr", "gsd": gsd,
+                "roles": ["data", "reflectance"], "bands": [{"name": band.upper()}],
+            }  # fmt: skip
+    mask = root.create_group("conditions/mask/l2a_classification/r20m")
+    mask.create_array("x", data=(300_000 + 20 * (np.arange(12) + 0.5)).astype(np.int64))
+    mask.create_array("y", data=(5_000_040 - 20 * (np.arange(12) + 0.5)).astype(np.int64))
+    scl = np.full((12, 12), 4, np.uint8)
+    scl[2, 3] = 9
+    mask.create_array("scl", data=scl).attrs["_ARRAY_DIMENSIONS"] = ["y", "x"]
+    assets["SCL_20m"] = {
+        "href": f"{folder}/{product}.zarr/conditions/mask/l2a_classification/r20m/scl", "type": "application/vnd+zarr", "roles": ["data"],
+    }  # fmt: skip
+    entry = {
+        "type": "Feature", "stac_version": "1.1.0", "id": product, "geometry": None, "links": [], "assets": assets,
+        "properties": {"datetime": "2025-01-13T10:33:09Z", "proj:code": "EPSG:32632", "constellation": "sentinel-2"},
+    }  # fmt: skip
+    return entry, truth
+
+
+@pytest.mark.parametrize("as_one", [False, True])
+def test_eopf_zarr_with_a_variable_per_band_and_a_group_per_resolution(tmp_path, as_one):
+    entry, truth = eopf(tmp_path)
+    if as_one:  # the product itself, as an xarray tree
+        href = next(iter(entry["assets"].values()))["href"].split(".zarr/")[0] + ".zarr"
+        entry["assets"] = {"product": {"href": href, "type": "application/vnd+zarr", "geoloom:modality": "s2"}}
+    (tmp_path / "items").mkdir()
+    (tmp_path / "items" / "x.json").write_text(json.dumps(entry))
+    (record,) = open_catalog(str(tmp_path / "items"))
+    assert record.footprint == (300000.0, 4999800.0, 300240.0, 5000040.0)
+    s2 = read_site(record, NATIVE).series["s2"]
+    bands = MODALITIES["s2"].bands
+    clear = s2.mask_THW[0] == 1
+    for band in ("B02", "B03", "B04", "B08"):
+        assert (s2.pixels_TCHW[0, bands.index(band)][clear] == truth[band][clear]).all()
+    assert abs(s2.pixels_TCHW[0, bands.index("B11")].mean() - truth["B11"].mean()) < 60
+    cloudy = np.zeros((24, 24), bool)
+    cloudy[4:6, 6:8] = True
+    assert ((s2.mask_THW[0] == CLOUD) == cloudy).all()
+    assert s2.decisions[0]["offset_applied"] == -1000
+    assert s2.datetimes == ["2025-01-13T10:33:09Z"]
 
 
 def test_majortom_parquet_rows_with_geotiff_bytes(tmp_path):
@@ -179,10 +291,12 @@ def test_copernicus_tensors_are_read_without_touching_their_pickle(tmp_path):
     assert detect_layout(str(tmp_path / "set")) == "copernicus"
     make_catalog(str(tmp_path / "set"), str(tmp_path / "c.parquet"), "copernicus")
     records = open_catalog(str(tmp_path / "c.parquet"))
-    assert [(r.key, r.modalities) for r in records] == [("0772176_0", ("s1",)), ("0772176_1", ("s1",))]
+    assert [(r.key, r.modalities) for r in records] == [(f"0772176_{p}", ("s1", "s2_l1c")) for p in range(2)]
     for number, record in enumerate(records):
         site = read_site(record, NATIVE)
-        assert set(site.series) == {"s1"}
+        assert set(site.series) == {"s1"}  # the other half is top of atmosphere, read when asked for
+        asked = read_site(record, NATIVE, modalities=("s2_l1c",)).series["s2_l1c"]
+        assert (asked.pixels_TCHW == s2[number]).all()
         assert (site.series["s1"].pixels_TCHW == s1[number].astype(np.float16)).all()
         assert site.series["s1"].datetimes == ["2021-03-05T00:00:00Z", "2021-09-05T00:00:00Z"]
         assert site.series["s1"].decisions[0]["position"].startswith("assumed")
@@ -204,3 +318,46 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))
+
+
+def test_copernicus_repeats_and_names_in_lists_of_one(tmp_path):
+    """A short season is padded with repeats of an image; some names stand alone in a list."""
+    rng = np.random.default_rng(6)
+    images = rng.normal(-14, 3, (1, 2, 2, 264, 264)).astype(np.float32)
+    padded = images[:, [0, 1, 1, 0]]
+    name = "0772176_-96.00_44.00/0865830_-95.95_43.99/2021{:02d}05"
+    names = {"s1_grd": [[[name.format(3)], [name.format(9)], [name.format(9)], [name.format(3)]]]}
+    (tmp_path / "set").mkdir()
+    stored = io.BytesIO()
+    with zipfile.ZipFile(stored, "w") as archive:
+        archive.writestr("archive/byteorder", b"little")
+        archive.writestr("archive/data/0", padded.tobytes())
+    with tarfile.open(tmp_path / "set" / "example-000000.tar", "w") as tar:
+        _add(tar, "0772176.s1_grd.pth", stored.getvalue())
+        _add(tar, "0772176.json", json.dumps(names).encode())
+    make_catalog(str(tmp_path / "set"), str(tmp_path / "c.parquet"), "copernicus")
+    (record,) = open_catalog(str(tmp_path / "c.parquet"))
+    s1 = read_site(record, NATIVE).series["s1"]
+    assert s1.datetimes == ["2021-03-05T00:00:00Z", "2021-09-05T00:00:00Z"]
+    assert (s1.pixels_TCHW == images[0].astype(np.float16)).all()
+
+
+def test_cataloguing_reads_coordinates_and_no_image(tmp_path, monkeypatch):
+    from data_prep.sources import zarr_store
+
+    rng = np.random.default_rng(0)
+    shard = tmp_path / "set" / "S2L2A" / "majortom_shard_000001.tar"
+    shard.parent.mkdir(parents=True)
+    data = write_mesh(
+        tmp_path / "x.zarr.zip", rng.integers(50, 4000, (1, 12, 264, 264)).astype(np.int16), L2A_ORDER, [STAMP]
+    )
+    with tarfile.open(shard, "w") as tar:
+        _add(tar, "100U_20L_0_1.zarr.zip", data)
+    read = []
+    plain = zarr_store.read_source
+    monkeypatch.setattr(
+        zarr_store, "read_source", lambda href, start, end: read.append(end - start) or plain(href, start, end)
+    )
+    make_catalog(str(tmp_path / "set"), str(tmp_path / "c.parquet"), "terramind")
+    assert len(data) > 1_000_000
+    assert sum(read) <= 4 * zarr_store.PAGE

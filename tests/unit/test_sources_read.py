@@ -51,7 +51,7 @@ def test_a_geotiff_comes_through_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize("fmt", [2, 3])
 def test_zarr_2_and_3_cubes_with_baselines_orbits_and_masks_per_date(tmp_path, fmt):
-    pixels = s2_pixels(2, dates=3, low=1050)
+    pixels = np.concatenate([s2_pixels(2, dates=2, low=50), s2_pixels(3, dates=1, low=1050)])
     pixels[1, :, 2, 3] = 0
     entry = cube_item(tmp_path, pixels, fmt=fmt, baselines=["03.00", "03.00", "05.09"], product_ids=["a", "b", "c"])
     scl = np.full((3, 16, 16), 4, np.uint8)
@@ -59,7 +59,8 @@ def test_zarr_2_and_3_cubes_with_baselines_orbits_and_masks_per_date(tmp_path, f
     zarr.open_group(str(tmp_path / "site.zarr"), mode="a", zarr_format=fmt).create_array("scl", data=scl)
     series = read_site(only(tmp_path, [entry]), NATIVE).series["s2"]
     assert [d["offset_applied"] for d in series.decisions] == [0, 0, -1000]
-    assert series.decisions[0]["flags"]  # declared free of the offset, but no pixel is below 1,050
+    assert [d["pixels"] for d in series.decisions] == ["absent", "absent", "unclear"]  # 256 pixels prove no offset
+    assert not any(d["flags"] for d in series.decisions)
     assert (series.pixels_TCHW[0] == pixels[0]).all()
     clear = series.mask_THW[1] != NODATA
     assert (series.pixels_TCHW[1][:, clear] == pixels[1][:, clear]).all()
@@ -101,7 +102,7 @@ def test_time_axis_out_of_order_is_sorted_and_said_so(tmp_path):
 
 
 def test_cf_coordinates_do_where_attributes_are_missing(tmp_path):
-    pixels = s2_pixels(4, 2)
+    pixels = s2_pixels(4, 2, low=1001)
     group = zarr.open_group(str(tmp_path / "site.zarr"), mode="w", zarr_format=2)
     for name, data in {
         "dn": pixels, "time": np.array([10, 375.5]), "band": np.array(S2_BANDS, dtype="S3"),

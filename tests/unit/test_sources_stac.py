@@ -190,3 +190,16 @@ def test_a_label_that_is_no_whole_number_is_a_fault(tmp_path):
     entry["properties"]["geoloom:labels"] = {"scene": 1.5}
     with pytest.raises(SourceFault, match="whole number"):
         open_catalog(write_json(tmp_path / "items", [entry]))
+
+
+def test_the_span_of_a_series_is_no_date_of_an_image(tmp_path):
+    entry = s2_item(tmp_path, "a")
+    entry["assets"]["s2"].pop("datetime")
+    entry["properties"] |= {
+        "datetime": None,
+        "start_datetime": "2020-01-02T10:24:21Z",
+        "end_datetime": "2020-12-30T10:24:21Z",
+    }
+    assert open_catalog(write_json(tmp_path / "year", [entry]))[0].assets[0].datetime == ""
+    entry["properties"]["end_datetime"] = "2020-01-02T10:24:46Z"
+    assert open_catalog(write_json(tmp_path / "pass", [entry]))[0].assets[0].datetime == "2020-01-02T10:24:21Z"

@@ -1,0 +1,140 @@
+"""Builds on a real dask cluster: workers killed and stopped, every shard once, the bytes of one process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data_prep.bench.units import empty
+from data_prep.executors import Executor, run_units
+from tests.data_folder import REPOSITORY
+from tests.integration.test_build_runs import DEMO, content, reference, run, scenes, start
+from tests.require import require
+
+pytestmark = pytest.mark.integration
+__all__ = ["reference", "scenes"]
+
+
+@contextlib.contextmanager
+def dask_cluster(folder: Path, workers: int):
+    """(address, worker processes) of a scheduler and workers in processes of their own."""
+    pytest.importorskip("distributed")
+    place = folder / "scheduler.json"
+    command = [sys.executable, "-m", "dask"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "DASK_DISTRIBUTED__DASHBOARD__LINK": ""}
+    log = open(folder / "dask.log", "ab")  # noqa: SIM115
+    processes = [
+        subprocess.Popen(
+            [
+                *command,
+                "scheduler",
+                "--host",
+                "127.0.0.1",
+                "--port",
+                "0",
+                "--scheduler-file",
+                str(place),
+                "--no-dashboard",
+            ],
+            stdout=log,
+            stderr=log,
+            env=environment,
+        )
+    ]
+    try:
+        deadline = time.monotonic() + 60
+        while not place.exists() and time.monotonic() < deadline and processes[0].poll() is None:
+            time.sleep(0.1)
+        require(place.exists(), "a dask scheduler that starts", "pip install -r requirements.txt")
+        address = json.loads(place.read_text())["address"]
+        for _ in range(workers):
+            processes.append(
+                subprocess.Popen(
+                    [
+                        *command,
+                        "worker",
+                        address,
+                        "--nthreads",
+                        "1",
+                        "--no-nanny",
+                        "--no-dashboard",
+                        "--host",
+                        "127.0.0.1",
+                    ],
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                    cwd=folder,
+                )
+            )
+        yield address, processes[1:]
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGCONT)
+            process.kill()
+            process.wait()
+        log.close()
+
+
+def test_workers_killed_and_stopped_the_same_bytes(scenes, reference, tmp_path):
+    with dask_cluster(tmp_path, 4) as (address, workers):
+        url = tmp_path / "set"
+        process = start(
+            "build",
+            DEMO,
+            scenes,
+            "shards.max_samples=2",
+            f"output.url={url}",
+            "--executor",
+            "dask",
+            "--scheduler",
+            address,
+            "--json",
+        )
+        wait_for_parts(url, 1, process)
+        workers[0].kill()
+        workers[3].send_signal(signal.SIGSTOP)
+        wait_for_parts(url, 3, process)
+        workers[1].kill()
+        wait_for_parts(url, 5, process)
+        workers[3].send_signal(signal.SIGCONT)
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert json.loads(out.splitlines()[-1])["samples"] == 18
+    assert content(url) == content(reference)
+    assert run("verify", str(url), "--json")[0]["faults"] == 0
+    figures = run("status", str(url), "--json")[0]
+    assert (figures["state"], figures["done"], figures["faulty"]) == ("finished", figures["shards"], 0)
+
+
+def wait_for_parts(url: Path, count: int, process: subprocess.Popen) -> None:
+    while (
+        process.poll() is None
+        and len(list((url / "_build").glob("*-0*.json")) if (url / "_build").exists() else []) < count
+    ):
+        time.sleep(0.02)
+
+
+def test_a_cluster_on_this_machine(scenes, reference, tmp_path):
+    run("build", DEMO, scenes, "shards.max_samples=2", f"output.url={tmp_path}/set", "workers=2", "--executor", "dask")
+    assert content(tmp_path / "set") == content(reference)
+
+
+def test_every_unit_comes_back_once(tmp_path):
+    found = list(run_units(empty, range(500), [str(i) for i in range(500)], Executor("dask", 2), lambda _: None))
+    assert sorted(found) == list(range(500))
+
+
+def test_a_cluster_that_is_not_there_is_one_line(scenes, tmp_path):
+    out = f"output.url={tmp_path}/x"
+    _, err = run("build", DEMO, scenes, out, "--scheduler", "tcp://127.0.0.1:1", code=2)
+    assert "--scheduler goes with --executor dask" in err

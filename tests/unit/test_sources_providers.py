@@ -1,0 +1,318 @@
+"""Items as providers publish them: right bands, right values, right dates, right place, or a refusal that says why."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+
+from data_prep.config import GridConfig, QualityConfig
+from data_prep.geo import Grid
+from data_prep.schema import CLEAR, CLOUD, MODALITIES, NODATA
+from data_prep.sources import SourceFault, open_catalog, read_site
+from data_prep.sources.stac import item_assets
+from tests import providers
+from tests.providers import NATIVE_M, Scene
+from tests.scenes import write_items
+
+NATIVE = GridConfig()
+TENS = ("B02", "B03", "B04", "B08")
+
+
+def record_of(folder, *items):
+    (record,) = open_catalog(write_items(folder / "items", items))
+    return record
+
+
+def same_site(*items):
+    for one in items:
+        one["properties"]["geoloom:site"] = "here"
+    return items
+
+
+def check_scene(scene, series, moment="2023-07-01T10:46:30Z", offset=-1000):
+    """Every 10 m band bit for bit, every 20 m band where its pixel centres fall, the clouds of the SCL, place and date."""
+    bands = MODALITIES["s2"].bands
+    for band in TENS:
+        truth = scene.reflectance[band].astype(int)
+        clear = series.mask_THW[0] != NODATA
+        assert (series.pixels_TCHW[0, bands.index(band)][clear] == np.clip(truth, 1, None)[clear]).all(), band
+    for band in (band for band in bands if NATIVE_M.get(band, 20) == 20):
+        low, high = scene.reflectance[band].min(), scene.reflectance[band].max()
+        found = series.pixels_TCHW[0, bands.index(band)]
+        assert low <= found.min() <= found.max() <= high
+        assert abs(found.mean() - scene.reflectance[band].mean()) < 20
+    cloudy = np.kron(np.isin(scene.scl, (3, 8, 9, 10)), np.ones((2, 2), bool))
+    assert ((series.mask_THW[0] == CLOUD) == cloudy).all()
+    assert series.datetimes == [moment]
+    assert series.transform == (10.0, 0.0, 600000.0, 0.0, -10.0, 5800020.0)
+    assert [decision["offset_applied"] for decision in series.decisions] == [offset]
+    assert not any(decision["flags"] for decision in series.decisions)
+
+
+@pytest.mark.parametrize("extension", [".jp2", ".tif"])
+def test_stactools_bands_at_every_size_and_true_colour_pictures(tmp_path, extension):
+    scene = Scene(tmp_path, extension=extension)
+    record = record_of(tmp_path, providers.stactools(scene))
+    assert record.crs == "EPSG:32631"
+    assert len(record.of("s2")) == 12  # one file per band
+    assert {asset.modality for asset in record.assets} == {"s2", "scl"}
+    check_scene(scene, read_site(record, NATIVE).series["s2"])
+
+
+def test_planetary_computer_says_nothing_of_scales_and_its_visual_is_no_band(tmp_path):
+    scene = Scene(tmp_path)
+    record = record_of(tmp_path, providers.planetary_computer(scene))
+    assert {asset.modality for asset in record.assets} == {"s2", "scl"}
+    check_scene(scene, read_site(record, NATIVE).series["s2"])
+
+
+def test_earth_search_v1_opens_no_requester_pays_twin(tmp_path):
+    scene = Scene(tmp_path, offset_dn=0)
+    record = record_of(tmp_path, providers.earth_search_v1(scene))
+    assert not [asset.href for asset in record.assets if asset.href.startswith("s3://")]
+    check_scene(scene, read_site(record, NATIVE).series["s2"], offset=0)
+
+
+def test_earth_search_c1_cloud_probabilities_are_no_mask(tmp_path):
+    scene = Scene(tmp_path)
+    probability = np.full((30, 30), 12, np.uint8)  # a little haze everywhere: no cloud
+    record = record_of(tmp_path, providers.earth_search_c1(scene, probability))
+    check_scene(scene, read_site(record, NATIVE).series["s2"])  # the scene classification is read first
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_probability_is_thresholded_by_name_or_by_its_numbers(tmp_path, named):
+    scene = Scene(tmp_path)
+    probability = np.full((30, 30), 12, np.uint8)
+    probability[:10], probability[20:] = 49, 90
+    entry = providers.earth_search_c1(scene, probability)
+    entry["assets"].pop("scl")
+    if not named:
+        entry["assets"]["cloud"].pop("title")
+        entry["assets"]["cloud"]["href"] = scene.file("mask", probability, 20)
+    record = record_of(tmp_path, entry)
+    mask = read_site(record, NATIVE).series["s2"].mask_THW[0]
+    assert (mask[:40] == CLEAR).all()
+    assert (mask[40:] == CLOUD).all()
+    strict = read_site(record, NATIVE, QualityConfig(cloud_probability=45)).series["s2"].mask_THW[0]
+    assert (strict[:20] == CLOUD).all()
+    assert (strict[20:40] == CLEAR).all()
+    grown = read_site(record, NATIVE, QualityConfig(cloud_dilate_px=2)).series["s2"].mask_THW[0]
+    assert (grown[36:] == CLOUD).all()
+    assert (grown[:36] == CLEAR).all()
+
+
+@pytest.mark.parametrize("extension", [".jp2", ".tif"])
+def test_copernicus_data_space_speaks_stac_1_1(tmp_path, extension):
+    scene = Scene(tmp_path, extension=extension)
+    record = record_of(tmp_path, providers.data_space(scene))
+    assert len(record.of("s2")) == 12
+    assert all(asset.scale == 1e-4 and asset.offset == -0.1 and asset.nodata == 0 for asset in record.of("s2"))
+    check_scene(scene, read_site(record, NATIVE).series["s2"])
+
+
+@pytest.mark.parametrize(("provider", "gsd"), [("pc", 10), ("aws", 20), ("opera", 30)])
+def test_sentinel_1_rtc_of_three_providers(tmp_path, provider, gsd):
+    rng = np.random.default_rng(0)
+    db = rng.normal(-14, 2, (2, 600 // gsd, 600 // gsd))
+    record = record_of(tmp_path, providers.rtc(tmp_path, provider, db))
+    series = read_site(record, GridConfig(series_gsd_m=gsd)).series["s1"]
+    np.testing.assert_allclose(series.pixels_TCHW[0], db, atol=0.02)
+    assert series.decisions[0]["calibration"] == "gamma0 RTC"
+    assert series.decisions[0]["relative_orbit"] == {"pc": 121, "aws": 121, "opera": 64}[provider]
+    assert series.gsd_m == gsd
+
+
+def test_grd_amplitudes_are_refused_by_name(tmp_path):
+    entry = providers.rtc(tmp_path, "pc", np.full((2, 60, 60), 25.0))  # uncalibrated digital numbers of some hundred
+    entry["collection"] = "sentinel-1-grd"
+    with pytest.raises(SourceFault, match="neither dB nor linear"):
+        read_site(record_of(tmp_path, entry), NATIVE)
+
+
+def test_calibrations_are_not_mixed(tmp_path):
+    rng = np.random.default_rng(0)
+    entries = []
+    for number in range(3):
+        entry = providers.rtc(tmp_path / str(number), "pc", rng.normal(-14, 2, (2, 60, 60)))
+        entry["id"] = f"S1A_{number}"
+        entry["properties"] |= {"datetime": f"2020-01-{3 + 12 * number // 2:02d}T23:36:21Z"}
+        entry["collection"] = "sentinel-1-rtc" if number else "sentinel-1-sigma0"
+        entries.append(entry)
+    record = record_of(tmp_path, *same_site(*entries))
+    site = read_site(record, NATIVE)
+    assert [d["calibration"] for d in site.series["s1"].decisions] == ["gamma0 RTC"] * 2
+    assert "mixes gamma0 RTC and sigma0 GRD" in site.losses[0]["why"]
+    with pytest.raises(SourceFault, match="mixes"):
+        read_site(record, NATIVE, QualityConfig(on_contradiction="fail"))
+
+
+def test_naip_quads_and_maxar_scenes_are_pictures(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 255, (4, 60, 60)).astype(np.uint8)
+    naip = record_of(tmp_path / "n", providers.naip(tmp_path, pixels, (500000.0, 3500000.0), "ca_m_1"))
+    hr = read_site(naip, NATIVE).series["hr"]
+    assert (hr.pixels_TCHW[0] == pixels[:3]).all()
+    assert (hr.gsd_m, hr.datetimes) == (0.6, ["2020-04-15T16:00:00Z"])
+    pixels = rng.integers(0, 255, (3, 100, 100)).astype(np.uint8)
+    maxar = record_of(tmp_path / "m", providers.maxar(tmp_path, pixels))
+    hr = read_site(maxar, NATIVE).series["hr"]
+    assert [asset.id.rsplit("/", 1)[1] for asset in maxar.assets] == ["visual"]
+    assert (hr.pixels_TCHW[0] == pixels).all()
+    assert hr.gsd_m == 0.3
+
+
+def test_of_several_pictures_the_one_that_shows_most_wins_not_the_newest(tmp_path):
+    whole = np.full((4, 60, 60), 100, np.uint8)
+    old = providers.naip(tmp_path, whole, (500000.0, 3500000.0), "old", 2018)
+    newer = providers.naip(tmp_path, whole + 1, (500000.0, 3500000.0), "newer", 2020)
+    sliver = providers.naip(tmp_path, whole + 2, (500035.4, 3500000.0), "sliver", 2022)  # one column of the site
+    entries = same_site(old, newer, sliver)
+    series = read_site(record_of(tmp_path, *entries), NATIVE).series["hr"]
+    assert series.datetimes == ["2020-04-15T16:00:00Z"]
+    assert (series.pixels_TCHW == 101).all()
+
+
+def test_one_pass_in_two_tiles_is_one_date_with_equal_pixels(tmp_path):
+    """Two MGRS tiles of one datatake overlap; a site across their edge is whole, and where both see it they say the same."""
+    whole = Scene(tmp_path / "w", seed=3)
+    halves = []
+    for number, tile in enumerate(("T31UFU", "T31UGU")):
+        scene = Scene(tmp_path / tile, seed=3)
+        for values in scene.reflectance.values():
+            side = values.shape[0]
+            hidden = np.s_[:, side * 2 // 3 :] if number == 0 else np.s_[:, : side // 3]
+            values[hidden] = 0
+        scene.numbers = lambda band, gsd, s=scene: np.where(
+            s.reflectance[band] > 0, s.reflectance[band] + 1000, 0
+        ).astype(np.uint16)  # type: ignore[method-assign]
+        entry = providers.planetary_computer(scene)
+        entry["id"] = entry["id"].replace("T31UFU", tile)
+        entry["properties"]["s2:product_uri"] = entry["properties"]["s2:product_uri"].replace("T31UFU", tile)
+        entry["properties"]["datetime"] = f"2023-07-01T10:36:{31 + 14 * number}Z"
+        halves.append(entry)
+    both = read_site(record_of(tmp_path, *same_site(*halves)), NATIVE).series["s2"]
+    entry = providers.planetary_computer(whole)
+    entry["properties"]["datetime"] = "2023-07-01T10:36:31Z"
+    alone = read_site(record_of(tmp_path / "alone", entry), NATIVE).series["s2"]
+    assert len(both.datetimes) == 1
+    assert both.decisions[0]["mosaic"]
+    seen = both.mask_THW[0] != NODATA
+    assert seen.mean() > 0.9  # a 60 m band's edge pixel may stay out
+    tens = [MODALITIES["s2"].bands.index(band) for band in TENS]
+    assert (both.pixels_TCHW[0, tens][:, seen] == alone.pixels_TCHW[0, tens][:, seen]).all()
+
+
+def test_the_other_orbit_of_the_same_day_stays_a_date_of_its_own(tmp_path):
+    rng = np.random.default_rng(0)
+    entries = []
+    for number, (orbit, hour) in enumerate((("descending", "05"), ("ascending", "17"))):
+        entry = providers.rtc(tmp_path / orbit, "pc", rng.normal(-14, 2, (2, 60, 60)))
+        entry["id"] = f"S1_{number}"
+        entry["properties"] |= {
+            "sat:orbit_state": orbit,
+            "sat:relative_orbit": 10 + number,
+            "datetime": f"2020-01-03T{hour}:36:21Z",
+        }
+        entries.append(entry)
+    series = read_site(record_of(tmp_path, *same_site(*entries)), NATIVE).series["s1"]
+    assert series.orbits == ["descending", "ascending"]
+
+
+def test_level_1c_is_a_modality_of_its_own_and_only_read_when_asked_for(tmp_path):
+    scene = Scene(tmp_path, bands=MODALITIES["s2_l1c"].bands)
+    entry = {
+        band: {
+            "href": scene.file(band, scene.numbers(band, {"B10": 20}.get(band, NATIVE_M.get(band, 20))), NATIVE_M.get(band, 20)),
+            "type": "image/tiff; application=geotiff", "roles": ["data"], "eo:bands": [{"name": band}],
+        }
+        for band in scene.bands
+    }  # fmt: skip
+    product = "S2B_MSIL1C_20230701T103631_N0509_R008_T31UFU_20230701T134500"
+    made = providers.item(product, entry, {"constellation": "sentinel-2", "proj:epsg": 32631})
+    record = record_of(tmp_path, made)
+    assert record.modalities == ("s2_l1c",)
+    with pytest.raises(SourceFault):
+        read_site(record, NATIVE)
+    series = read_site(record, NATIVE, modalities=("s2_l1c",)).series["s2_l1c"]
+    assert series.pixels_TCHW.shape[1] == 13
+    assert (series.pixels_TCHW[0, 1] == np.clip(scene.reflectance["B02"], 1, None)).all()
+
+
+def test_per_band_scale_offset_and_nodata_of_one_file(tmp_path):
+    """raster:bands differ band by band: each band is read by its own."""
+    names = MODALITIES["s2"].bands
+    grid = providers.grid_of(10)
+    rng = np.random.default_rng(0)
+    truth = rng.integers(50, 3000, (10, 60, 60)).astype(np.uint16)
+    stored = truth.copy()
+    stored[3:5] = truth[3:5] // 2  # declared at 0.0002
+    stored[9] = truth[9] + 1000  # declared with an offset
+    stored[9, 0, 0] = 65535  # declared nodata of that band
+    href = providers.write(tmp_path / "all.tif", stored, grid)
+    raster = [{"scale": 1e-4, "offset": 0.0, "nodata": 0} for _ in names]
+    raster[3] = raster[4] = {"scale": 2e-4, "offset": 0.0, "nodata": 0}
+    raster[9] = {"scale": 1e-4, "offset": -0.1, "nodata": 65535}
+    entry = providers.item("x", {"data": {
+        "href": href, "type": providers.COG, "eo:bands": [{"name": band} for band in names], "raster:bands": raster,
+        "proj:shape": [60, 60], "proj:transform": list(grid.transform),
+    }}, {"proj:epsg": 32631})  # fmt: skip
+    series = read_site(record_of(tmp_path, entry), NATIVE).series["s2"]
+    expected = truth.copy()
+    expected[3:5] = stored[3:5] * 2
+    assert series.mask_THW[0, 0, 0] == NODATA
+    valid = series.mask_THW[0] != NODATA
+    assert valid.sum() == 60 * 60 - 1
+    assert (series.pixels_TCHW[0][:, valid] == expected[:, valid]).all()
+    assert series.decisions[0]["per_band"]["B12"] == [1.0, -1000.0]
+
+
+def test_stac_1_1_and_1_0_say_the_same(tmp_path):
+    scene = Scene(tmp_path)
+    old = providers.planetary_computer(scene)
+    for asset in old["assets"].values():
+        if "eo:bands" in asset:
+            asset["raster:bands"] = [{"scale": 1e-4, "offset": -0.1, "nodata": 0}] * len(asset["eo:bands"])
+    new = copy.deepcopy(old)
+    for asset in new["assets"].values():
+        if "eo:bands" in asset:
+            raster = asset.pop("raster:bands")
+            asset["bands"] = [
+                {"name": band["name"], "raster:scale": r["scale"], "raster:offset": r["offset"], "nodata": r["nodata"]}
+                for band, r in zip(asset.pop("eo:bands"), raster)
+            ]
+    assert item_assets(old) == item_assets(new)
+
+
+def test_pixels_in_feet_and_stretched_metres_are_measured_on_the_ground():
+    north = Grid("EPSG:3857", (10.0, 0.0, 1_000_000.0, 0.0, -10.0, 8_399_737.9), 64, 64)  # 60 degrees north
+    assert north.gsd_m() == pytest.approx(5.0, rel=0.01)
+    feet = Grid("EPSG:2263", (1.0, 0.0, 1_000_000.0, 0.0, -1.0, 200_000.0), 64, 64)
+    assert feet.gsd_m() == pytest.approx(0.3048, rel=1e-3)
+    assert Grid("EPSG:32633", (10.0, 0.0, 300000.0, 0.0, -10.0, 5e6), 8, 8).gsd_m() == 10.0
+
+
+def test_a_site_in_web_mercator_is_placed_in_metres(tmp_path):
+    grid = Grid("EPSG:3857", (1.2, 0.0, 1_000_000.0, 0.0, -1.2, 8_399_737.9), 400, 400)
+    href = providers.write(tmp_path / "x.tif", np.full((3, 400, 400), 9, np.uint8), grid)
+    entry = providers.item(
+        "x", {"image": {"href": href, "type": providers.COG, "geoloom:modality": "hr"}}, {}, grid=grid
+    )
+    record = record_of(tmp_path, entry)
+    assert record.crs.startswith("EPSG:326")
+    assert record.footprint[2] - record.footprint[0] == pytest.approx(240, abs=4)
+    assert read_site(record, NATIVE).series["hr"].gsd_m == pytest.approx(0.6, rel=0.02)
+
+
+def test_a_box_may_cross_the_antimeridian():
+    from data_prep.geo import boxes_meet
+
+    fiji = (177.0, -19.0, -178.0, -15.0)
+    assert boxes_meet((179.5, -17.0, -179.5, -16.0), fiji)
+    assert boxes_meet((-178.5, -17.0, -178.2, -16.0), fiji)
+    assert boxes_meet((178.0, -17.0, 178.5, -16.0), fiji)
+    assert not boxes_meet((0.0, -17.0, 1.0, -16.0), fiji)
+    assert boxes_meet((179.5, -17.0, -179.5, -16.0), (-180.0, -20.0, -170.0, 0.0))
+    assert not boxes_meet((179.5, 17.0, -179.5, 18.0), fiji)
