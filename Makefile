@@ -11,7 +11,8 @@ DEMO   ?= demo_out
 REAL   ?= real_out
 GEOLOOM_DATA ?= ../shared/data
 SITES  ?= 600
-STEPS  ?= 200
+STEPS  ?= 150
+SEED   ?= 7
 NWPU   = $(GEOLOOM_DATA)/labelled/nwpu_vhr10
 L2A_BANDS = B01,B02,B03,B04,B05,B06,B07,B08,B8A,B09,B11,B12
 export OMP_NUM_THREADS ?= 1
@@ -46,7 +47,7 @@ system-deps: ## apt packages of the real servers that integration tests start: S
 .PHONY: demo
 demo: setup ## scenes -> shards -> 2-process ZeRO-2 + expert-parallel pretraining -> MLflow -> comparison (under 10 minutes, 2 cores)
 	rm -rf $(DEMO)
-	$(PY) -m data_prep simulate $(DEMO)/scenes --sites $(SITES) --side-m 120 --seed 7
+	$(PY) -m data_prep simulate $(DEMO)/scenes --sites $(SITES) --side-m 120 --seed $(SEED)
 	$(PY) -m data_prep build data_prep/runs/demo.yaml source.catalog=[$(DEMO)/scenes/catalog.parquet] output.url=$(DEMO)/shards
 	$(PY) -m data_prep verify $(DEMO)/shards
 	$(PY) -m data_prep show $(DEMO)/shards --out $(DEMO)/sheet.png

@@ -170,7 +170,8 @@ def list_rows(as_json: bool) -> None:
             bands,
             row.needs,
         )
-    Console(file=sys.stdout, width=_width(), highlight=False, markup=False, emoji=False).print(table)
+    width = _width()
+    Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False).print(table)
 
 
 def _width() -> int:
@@ -213,7 +214,8 @@ def show(results: list[Result]) -> None:
             result.task, f"{result.mode} {result.head}", WORDS[result.metric], score, *base, *gains, f"{result.score.chance:.3f}",
             str(result.items["test"]), result.split[:8], f"{result.seconds:.0f}",
         )  # fmt: skip
-    console = Console(file=sys.stdout, width=_width(), highlight=False, markup=False, emoji=False)
+    width = _width()
+    console = Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
     console.print(table)
     for note in dict.fromkeys(
         f"{result.task}: {note}" for result in results for note in [f"split {result.how}", *result.notes]
