@@ -126,7 +126,8 @@ def test_explain_says_what_a_key_is_and_where_its_value_comes_from(tmp_path: Pat
     told = explain(PretrainConfig, path, [], "model.moe.experts")
     for wanted in ("whole number", "0 = dense", "default: 8", "here: 0, from", "demo_dense.yaml"):
         assert wanted in told
-    assert "here: 200, from" in (told := explain(PretrainConfig, path, [], "train.steps"))
+    steps = yaml.safe_load((RUNS["train"] / "demo.yaml").read_text())["train"]["steps"]
+    assert f"here: {steps}, from" in (told := explain(PretrainConfig, path, [], "train.steps"))
     assert told.endswith("demo.yaml")
     assert "here: 7, from override train.steps=7" in explain(PretrainConfig, path, ["train.steps=7"], "train.steps")
     assert explain(PretrainConfig, path, [], "train.stall_timeout_s").endswith("from the default")
