@@ -42,7 +42,7 @@ def shards_of(tmp_path: Path, sites: int = 24) -> Path:
 
 def test_base_and_variants_end_in_one_comparison(tmp_path: Path) -> None:
     shards, root = shards_of(tmp_path), tmp_path / "runs"
-    words = ["pipeline", "ablate", "pipeline/runs/demo.yaml", f"data.url={shards}", f"run.dir={root}", *SMALL, "--set",
+    words = ["pipeline", "ablate", "tests/runs/small.yaml", f"data.url={shards}", f"run.dir={root}", *SMALL, "--set",
              "model.prompts=0", "--set", "model.moe.experts=0", "--processes", "1"]  # fmt: skip
 
     first = run(*words, "--tasks", "2", "--task", "1")  # as one task of a job array: the second run only
@@ -77,7 +77,7 @@ def test_seeds_killed_and_continued_end_in_one_report(tmp_path: Path) -> None:
     """Two settings with two seeds each; killed once a run has a checkpoint, the ranks die too, and the same command continues it."""
     shards, root = shards_of(tmp_path), tmp_path / "runs"
     small = [word for word in SMALL if not word.startswith(("checkpoint.", "train.steps", "parallel.ep"))]
-    words = ["pipeline", "ablate", "pipeline/runs/demo.yaml", f"data.url={shards}", f"run.dir={root}", *small, "train.steps=8",
+    words = ["pipeline", "ablate", "tests/runs/small.yaml", f"data.url={shards}", f"run.dir={root}", *small, "train.steps=8",
              "checkpoint.every=2", "parallel.ep=1", "model.prompts=4,0", "--seeds", "2", "--processes", "1", "--json"]  # fmt: skip
     first = root / "base" / "seed-0"
     started = subprocess.Popen(

@@ -53,7 +53,7 @@ def found_in(folder: Path) -> list[str]:
 
 def test_no_secret_is_left_anywhere(shards: str, tmp_path: Path, server: MlflowServer) -> None:
     run, host = tmp_path / "run", server.uri.removeprefix("http://")
-    train = ["pipeline", "train", "pipeline/runs/demo.yaml", f"data.url={shards}", f"run.dir={run}",
+    train = ["pipeline", "train", "tests/runs/small.yaml", f"data.url={shards}", f"run.dir={run}",
              *[word for word in SMALL if not word.startswith("tracking.")], "train.steps=2", "parallel.ep=1"]  # fmt: skip
     secret = f"http://user:{CANARIES['uri'].replace('/', '%2F').replace('?', '%3F')}@{host}"
     call(tmp_path, "train", *train, "tracking.uri=env", GEOLOOM_TRACKING_URI=secret)

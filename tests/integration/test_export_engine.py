@@ -52,7 +52,7 @@ def test_exported_features_and_probes_equal_the_engines(tmp_path: Path) -> None:
     ]  # fmt: skip
     results = run_ranks(
         "tests.integration.export_job:train_and_feel", 2,
-        {"config": "pipeline/runs/demo.yaml", "overrides": overrides, "shards": shards}, tmp_path / "job",
+        {"config": "tests/runs/small.yaml", "overrides": overrides, "shards": shards}, tmp_path / "job",
     )  # fmt: skip
     assert results[0] == results[1]  # all ranks get the same figures
     engine = np.array(results[0]["fused"])

@@ -54,7 +54,7 @@ class Job:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                command("pipeline", "train", "pipeline/runs/demo.yaml", *arguments),
+                command("pipeline", "train", "tests/runs/small.yaml", *arguments),
                 cwd=REPOSITORY, stdout=log, stderr=log, env=env,
             )  # fmt: skip
 

@@ -91,7 +91,7 @@ def test_only_commas_outside_brackets_part_values(text: str, values: list[str]) 
 
 
 def test_the_terms_are_ablated_by_name_and_against_what_they_are_a_part_of() -> None:
-    planned = plan(str(REPOSITORY / "pipeline/runs/demo.yaml"), ["run.dir=out"], variants="terms", seeds=1)
+    planned = plan(str(REPOSITORY / "tests/runs/small.yaml"), ["run.dir=out"], variants="terms", seeds=1)
     configs = {run.variant: run.config for run in planned.runs}
     assert set(configs) == {"base", *(variant.name for variant in read_list("terms").variants)}
     assert changes(configs["base"], configs["cross"]) == {"objective.cross_weight"}
@@ -100,7 +100,7 @@ def test_the_terms_are_ablated_by_name_and_against_what_they_are_a_part_of() -> 
     assert planned.references["cross"] == "base"
     every = {key for config in configs.values() for key in changes(configs["base"], config)}
     assert {"objective.restore_weight", "objective.masked_weight", "objective.modality_dropout"} <= every
-    few = plan(str(REPOSITORY / "pipeline/runs/demo.yaml"), ["run.dir=out"], ["all_minus_ita"], variants="terms")
+    few = plan(str(REPOSITORY / "tests/runs/small.yaml"), ["run.dir=out"], ["all_minus_ita"], variants="terms")
     assert [run.variant for run in few.runs] == ["base", "all", "all_minus_ita"]  # with what it is held against
 
 
@@ -144,7 +144,7 @@ def test_a_budget_lets_no_run_begin_that_would_pass_it(tmp_path: Path) -> None:
 def test_a_layout_that_one_run_forbids_is_told_before_any_starts(tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     ablate.add_arguments(parser)
-    args = parser.parse_args([str(REPOSITORY / "pipeline/runs/demo.yaml"), f"run.dir={tmp_path}/runs", "--set",
+    args = parser.parse_args([str(REPOSITORY / "tests/runs/small.yaml"), f"run.dir={tmp_path}/runs", "--set",
                               "model.moe.experts=0", "--processes", "2"])  # fmt: skip
     with pytest.raises(UsageError, match="needs experts"):
         ablate.main(args)

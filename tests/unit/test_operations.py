@@ -15,7 +15,7 @@ from tests.synthetic_batch import STATISTICS, make_batch
 
 def step(overrides: list[str]) -> Operations:
     """One micro-batch of the demo's model in one process: teacher, centring, student forward and backward, end of step."""
-    config = load(PretrainConfig, "pipeline/runs/demo.yaml", ["objective.ita_embeddings=null", *overrides])
+    config = load(PretrainConfig, "tests/runs/small.yaml", ["objective.ita_embeddings=null", *overrides])
     view = config.data.views_global
     batch = make_batch(
         2, canvas={"hr": view.hr_px, "s2": view.series_px, "s1": view.series_px},
