@@ -16,6 +16,7 @@ import json
 import math
 import os
 import struct
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -132,6 +133,11 @@ def open_member(data: Buffer, extension: str) -> Member:
         raise MemberError(f"not a readable {extension} member: {error}") from None
 
 
+_HEADERS = (
+    threading.Lock()
+)  # numpy parses headers with `ast`, which CPython 3.11 cannot do in two threads at once (gh-106905)
+
+
 @functools.lru_cache(maxsize=1024)
 def _npy_header(head: bytes) -> tuple[tuple[int, int, int, int], np.dtype, int]:
     """(shape, dtype, start of the data). Cached: members of a set share few headers, and parsing one takes 20 µs."""
@@ -139,7 +145,8 @@ def _npy_header(head: bytes) -> tuple[tuple[int, int, int, int], np.dtype, int]:
     version = np.lib.format.read_magic(stream)
     if version != (1, 0):
         raise MemberError(f"npy version {version} is not read")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    with _HEADERS:
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
     if fortran:
         raise MemberError("npy in Fortran order is not read")
     return _checked(shape, dtype), dtype, stream.tell()

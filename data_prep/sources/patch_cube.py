@@ -52,7 +52,10 @@ def patch_array(href: str, name: str = "") -> tuple[str, np.ndarray]:
         if array.ndim != 4:
             raise SourceFault(where, f"has shape {array.shape}, wanted [N, C, H, W]: {href}")
         return "", array
-    shapes = _shapes(href)
+    with (
+        _arrays.lock
+    ):  # numpy parses headers with `ast`, which CPython 3.11 cannot do in two threads at once (gh-106905)
+        shapes = _shapes(href)
     if not name:
         four = [key for key, shape in shapes.items() if len(shape) == 4]
         if len(four) != 1:
