@@ -56,7 +56,7 @@ def test_base_and_variants_end_in_one_comparison(tmp_path: Path) -> None:
     figures = json.loads(lines[-1])
     assert figures["runs"] == [f"{root}/{name}/seed-0" for name in ("base", "prompts_0", "experts_0")]
     assert any(line.startswith("comparable: same data") for line in lines)
-    table = lines[next(i for i, line in enumerate(lines) if line.startswith("Ablation of")) :]
+    table = lines[next(i for i, line in enumerate(lines) if line.startswith("Ablation of")) : -1]  # the last is JSON
     rows = {
         name: line for line in table for name in ("base", "prompts_0", "experts_0") if f"runs-{name}-seed-0" in line
     }
