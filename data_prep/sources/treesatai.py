@@ -1,4 +1,4 @@
-"""TreeSatAI-TS: `<stem>.tif` (aerial, 0.2 m, N R G B) beside `<stem>.h5` (Sentinel series of 6 x 6 pixels at 10 m).
+"""TreeSatAI-TS: `<stem>.tif` (aerial, 0.2 m, N G B R) beside `<stem>.h5` (Sentinel series of 6 x 6 pixels at 10 m).
 
 The `.h5` holds `sen-2-data` [T, 10, 6, 6] (B02 B03 B04 B05 B06 B07 B08 B8A B11 B12, offset-free digital numbers as float32),
 `sen-2-masks` [T, 10, 6, 6] (channel 0 snow, 1 cloud probability in %, the rest unused: the bright dates of channel 0 have an
@@ -9,8 +9,8 @@ The series carry no georeference. Their 60 m are taken as centred on the 60.8 m 
 to half a Sentinel pixel (5 m), and every date's decision says `position: assumed…`. The site is those 60 m, so the aerial
 image loses two pixels on each side (copied, not resampled); its near infrared band is not kept.
 
-The aerial tile's first band is the near infrared: over forest it is by far the brightest (137 against 86, 82, 76 in the tile we
-hold), and read as R G B N the same trees would be red, with less near infrared than red. Band names are not in the file.
+Band names are not in the file, its colour tags (red, green, blue, alpha) are wrong. The archive's description (Zenodo 6780578,
+`220629_doc_TreeSatAI_benchmark_archive.pdf`) says infrared, green, blue, red, and pixels agree: see `AERIAL_BANDS`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ from data_prep.sources.raster import first_line
 from data_prep.sources.records import Asset, ReadFault, SourceFault
 from data_prep.sources.remote import open_source, retrying
 
+# Of the nine forest tiles we hold, all have green crowns (sunlit pixels: band 2 above band 4 in 9 of 9; read as N R G B they would be
+# redder than green) and in seven the third band loses least from sun to shade, which only the blue of the sky lights. The archive's
+# means of all tiles say the same: 154, 92, 85, 79. tests/unit/test_aerial_bands.py looks at the pixels.
+AERIAL_BANDS = ("N", "G", "B", "R")
 SERIES_GSD_M = 10.0
 SERIES_PX = 6
 # The twenty classes of the data set; a file name begins with the dominant one. Rides along as the scalar label `species`.
@@ -91,7 +95,7 @@ def item(url: str, site: tuple[str, ...]) -> dict[str, Any]:
     if "tif" not in extensions:
         raise SourceFault(f"{stem}.h5", f"has no aerial tile {stem}.tif beside it, so its place is unknown")
     hr = raster_fields(join(url, f"{stem}.tif"), stem)
-    bands = ("N", "R", "G", "B") if hr.count == 4 else ("R", "G", "B")[: hr.count]
+    bands = AERIAL_BANDS if hr.count == 4 else ("R", "G", "B")[: hr.count]
     tile = AssetFields(
         "hr", join(url, f"{stem}.tif"), bands=bands, grid=hr.grid, data_type=hr.data_type, nodata=hr.nodata
     )

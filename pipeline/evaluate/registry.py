@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from cluster.errors import UsageError
+from data_prep.sources.treesatai import AERIAL_BANDS
 from pipeline.evaluate.bands import Bands, Unit
 from pipeline.evaluate.items import Kind, LabelledSet
 from pipeline.evaluate.readers import aerial, boxes, change, folders, geobench, patches, series
@@ -125,7 +126,7 @@ ROWS: tuple[Row, ...] = (
     Row("pastis_r", "PASTIS-R", "dense", "miou", series.pastis_r, "metadata.geojson, DATA_{S2,S1A,S1D}/, ANNOTATIONS/", (PASTIS_S2, PASTIS_S1), published_px=128, paper="PASTIS-MM"),
     Row("bigearthnet_mm", "BigEarthNet", "labels", "map", patches.bigearthnet, BEN, (BENV2_S2, BENV2_S1), published_px=120, paper="BigEarthNet-MM"),
     Row("benv2", "BigEarthNet v2 (GEO-Bench-2)", "labels", "map", geobench.benv2, "*benv2*.tortilla", (BENV2_S2, Bands("s1", ("VH", "VV"), "dB", 10.0)), published_px=120),
-    Row("treesatai", "TreeSatAI (GEO-Bench-2)", "labels", "map", geobench.treesatai, "*treesatai*.tortilla", (Bands("hr", ("N", "G", "B", "R"), "uint8", 0.2), Bands("s2", S2_TEN_FIRST, REFLECTANCE, 10.0), Bands("s1", ("VV", "VH", "VV/VH"), "dB", 10.0)), published_px=0),
+    Row("treesatai", "TreeSatAI (GEO-Bench-2)", "labels", "map", geobench.treesatai, "*treesatai*.tortilla", (Bands("hr", AERIAL_BANDS, "uint8", 0.2), Bands("s2", S2_TEN_FIRST, REFLECTANCE, 10.0), Bands("s1", ("VV", "VH", "VV/VH"), "dB", 10.0)), published_px=0),
     Row("pastis", "PASTIS-R (GEO-Bench-2)", "dense", "miou", geobench.pastis, "*pastis*.tortilla", (PASTIS_S2, PASTIS_S1), published_px=0),
     Row("dynamic_earthnet_geobench", "Dynamic EarthNet (GEO-Bench-2)", "dense", "miou", geobench.dynamic_earthnet, "*dynamic_earthnet*.tortilla", (PLANET, Bands("s2", S2_TEN_FIRST, REFLECTANCE, 3.0, note="resampled to 3 m by its authors")), published_px=0),
 )  # fmt: skip
