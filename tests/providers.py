@@ -1,13 +1,13 @@
-"""Items as the providers publish them, with the hrefs pointed at small local files of the same bands, types, scales and nodata.
+"""Items as their providers publish them, with the hrefs pointed at small local files of the same bands, types, nodata and pixel sizes.
 
-Keys, roles, media types, band lists, projection and raster fields are those of real items: stactools-sentinel2 (whose layout the
-Planetary Computer's and Element 84's items come from), odc-stac's copies of Planetary Computer items, stactools-sentinel1's RTC example,
-eopf-stac's asset table; Copernicus Data Space, NAIP and Maxar Open Data by their collections' item_assets.
+The JSON in `tests/items` are real items; its README says where each comes from and what was left out. Nothing in them is changed here
+but hrefs, and the shape that follows from a smaller file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,37 @@ from rasterio.transform import Affine
 
 from data_prep.geo import Grid, bbox_wgs84
 
+ITEMS = Path(__file__).parent / "items"
 COMMON = {
     "B01": "coastal", "B02": "blue", "B03": "green", "B04": "red", "B05": "rededge1", "B06": "rededge2", "B07": "rededge3",
-    "B08": "nir", "B8A": "nir08", "B09": "nir09", "B11": "swir16", "B12": "swir22",
+    "B08": "nir", "B8A": "nir08", "B09": "nir09", "B10": "cirrus", "B11": "swir16", "B12": "swir22",
 }  # fmt: skip
-NATIVE_M = {"B02": 10, "B03": 10, "B04": 10, "B08": 10, "B01": 60, "B09": 60}
+BAND_OF = {common: band for band, common in COMMON.items()}
+NATIVE_M = {"B02": 10, "B03": 10, "B04": 10, "B08": 10, "B01": 60, "B09": 60, "B10": 60}
 COG = "image/tiff; application=geotiff; profile=cloud-optimized"
-PRODUCT = "S2B_MSIL2A_20230701T103631_N0509_R008_T31UFU_20230701T134500"
 CORNER = (600000.0, 5800020.0)
+CRS = "EPSG:32631"
 SIDE_M = 600
 
 
-def grid_of(
-    gsd_m: float, corner: tuple[float, float] = CORNER, crs: str = "EPSG:32631", side_m: float = SIDE_M
-) -> Grid:
+def published(name: str) -> dict[str, Any]:
+    """A real item of `tests/items`, as published."""
+    return json.loads((ITEMS / f"{name}.json").read_text())
+
+
+def crs_of_item(entry: dict[str, Any]) -> str:
+    said = entry["properties"]
+    code = said.get("proj:code") or next((a["proj:code"] for a in entry["assets"].values() if a.get("proj:code")), None)
+    return str(code or f"EPSG:{said['proj:epsg']}")
+
+
+def corner_of_item(entry: dict[str, Any]) -> tuple[float, float]:
+    """Top left of its ground."""
+    said = [source["proj:transform"] for source in (entry["properties"], *entry["assets"].values()) if source.get("proj:transform")]  # fmt: skip
+    return (float(said[0][2]), float(said[0][5])) if said else CORNER
+
+
+def grid_of(gsd_m: float, corner: tuple[float, float] = CORNER, crs: str = CRS, side_m: float = SIDE_M) -> Grid:
     pixels = round(side_m / gsd_m)
     return Grid(crs, (gsd_m, 0.0, corner[0], 0.0, -gsd_m, corner[1]), pixels, pixels)
 
@@ -59,11 +76,12 @@ class Scene:
     folder: Path
     offset_dn: int = 1000
     seed: int = 0
-    extension: str = ".tif"
     corner: tuple[float, float] = CORNER
-    bands: Iterable[str] = tuple(COMMON)
+    crs: str = CRS
+    bands: Iterable[str] = tuple(band for band in COMMON if band != "B10")
     reflectance: dict[str, np.ndarray] = field(default_factory=dict)
     scl: np.ndarray = field(default_factory=lambda: np.full((30, 30), 4, np.uint8))
+    cloud_probability: np.ndarray = field(default_factory=lambda: np.full((30, 30), 12, np.uint8))
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(self.seed)
@@ -72,11 +90,20 @@ class Scene:
             self.reflectance[band] = rng.integers(20, 4000, (side, side)).astype(np.uint16)
         self.scl[3:6, 3:6], self.scl[10, 10] = 9, 3
 
+    @classmethod
+    def of(cls, name: str, folder: Path, **more: Any) -> Scene:
+        """A scene at the place of a published item."""
+        entry = published(name)
+        return cls(folder, corner=corner_of_item(entry), crs=crs_of_item(entry), **more)
+
+    def grid(self, gsd_m: float) -> Grid:
+        return grid_of(gsd_m, self.corner, self.crs)
+
     def file(self, name: str, values: np.ndarray, gsd_m: float, nodata: float | None = 0) -> str:
-        driver = "JP2OpenJPEG" if self.extension == ".jp2" else "GTiff"
+        """name: with its ending, which decides about the format."""
+        driver = "JP2OpenJPEG" if name.endswith(".jp2") else "GTiff"
         plane = values[None] if values.ndim == 2 else values
-        nodata = None if driver == "JP2OpenJPEG" else nodata
-        return write(self.folder / f"{name}{self.extension}", plane, grid_of(gsd_m, self.corner), nodata, driver)
+        return write(self.folder / name, plane, self.grid(gsd_m), None if driver == "JP2OpenJPEG" else nodata, driver)
 
     def numbers(self, band: str, gsd_m: int) -> np.ndarray:
         """Digital numbers of a band at a pixel size: its own, or (wrong if read) a resampled copy that is 7 too high."""
@@ -88,18 +115,52 @@ class Scene:
         index = np.arange(side) * gsd_m // native
         return (own[np.ix_(index, index)] + 7).astype(np.uint16)
 
-    def picture(self, gsd_m: int = 10) -> np.ndarray:
-        return np.full((3, SIDE_M // gsd_m, SIDE_M // gsd_m), 77, np.uint8)
+    def content(self, about: str, bands: list[str], gsd_m: int) -> np.ndarray:
+        """What lies in a file: by its bands, or by what its key and file name say of it."""
+        side = SIDE_M // gsd_m
+        if len(bands) == 1:
+            return self.numbers(bands[0], gsd_m)
+        if len(bands) == 3 or "pvi" in about or "tci" in about:
+            return np.full((3, side, side), 77, np.uint8)
+        if "scl" in about:
+            return self.scl if gsd_m == 20 else np.full((side, side), 9, np.uint8)
+        if "cld" in about or "snw" in about:
+            return self.cloud_probability if "cld" in about else np.full((side, side), 90, np.uint8)
+        return np.ones((side, side), np.uint16)  # aerosols, water vapour
 
 
-def projection(gsd_m: float, corner: tuple[float, float] = CORNER) -> dict[str, Any]:
-    grid = grid_of(gsd_m, corner)
-    return {"proj:shape": list(grid.shape), "proj:transform": list(grid.transform), "proj:bbox": list(grid.bounds)}
+def sentinel2(
+    name: str, scene: Scene, untouched: Callable[[str, dict[str, Any]], bool] = lambda key, asset: False
+) -> dict[str, Any]:
+    """A published Sentinel-2 item whose rasters lie in the scene's folder. untouched: assets whose hrefs stay out of reach."""
+    entry = published(name)
+    for key, asset in entry["assets"].items():
+        kind = asset.get("type", "")
+        if not ("tiff" in kind or "jp2" in kind) or untouched(key, asset):
+            continue
+        listed = asset.get("eo:bands") or asset.get("bands") or []
+        bands = [BAND_OF.get(band["name"], band["name"]) for band in listed]
+        said = asset.get("proj:transform")
+        gsd = int(said[0]) if said else int(asset.get("gsd") or 10)
+        ending = asset["href"].rpartition(".")[2]
+        gsd = gsd if SIDE_M % gsd == 0 else 60  # previews of 320 m
+        about = f"{key} {asset['href'].rpartition('/')[2]}".lower()
+        asset["href"] = scene.file(f"{key}.{ending}", scene.content(about, bands, gsd), gsd)
+        _shrink(asset, scene.grid(gsd))
+    return entry
+
+
+def _shrink(fields: dict[str, Any], grid: Grid) -> None:
+    """What is declared of a file's extent, for a smaller file."""
+    for key, value in (("proj:shape", list(grid.shape)), ("proj:bbox", list(grid.bounds))):
+        if key in fields:
+            fields[key] = value
 
 
 def item(
     name: str, assets: dict[str, Any], properties: dict[str, Any], collection: str = "", grid: Grid | None = None
 ) -> dict[str, Any]:
+    """An item of nobody's, for what no provider publishes."""
     west, south, east, north = bbox_wgs84(*(lambda g: (g.crs, g.bounds))(grid or grid_of(10)))
     ring = [[west, south], [east, south], [east, north], [west, north], [west, south]]
     return {
@@ -109,320 +170,60 @@ def item(
     }  # fmt: skip
 
 
-def stactools(scene: Scene) -> dict[str, Any]:
-    """stactools-sentinel2: every band at every size its product has, the coarser copies first, JPEG 2000, TCI as `visual`."""
-    assets: dict[str, Any] = {}
-    for band, common in COMMON.items():
-        for gsd in (60, 20, 10):
-            native = NATIVE_M.get(band, 20)
-            if gsd < native:
-                continue
-            key = common if gsd == native else f"{common}_{gsd}m"
-            about: dict[str, Any] = {
-                "href": scene.file(f"{band}_{gsd}m", scene.numbers(band, gsd), gsd), "type": "image/jp2", "roles": ["data", "reflectance"],
-                "eo:bands": [{"name": band, "common_name": common}], **projection(gsd, scene.corner),
-                "raster:bands": [{"nodata": 0, "data_type": "uint16", "spatial_resolution": gsd, "scale": 0.0001, "offset": -0.1 if scene.offset_dn else 0}],
-            }  # fmt: skip
-            assets[key] = about | ({"gsd": gsd} if gsd == native else {})
-    rgb = [{"name": band, "common_name": COMMON[band]} for band in ("B04", "B03", "B02")]
-    for gsd in (60, 20, 10):
-        href = scene.file(f"TCI_{gsd}m", scene.picture(gsd), gsd)
-        assets["visual" if gsd == 10 else f"visual_{gsd}m"] = {
-            "href": href, "type": "image/jp2", "roles": ["visual", "data"], "eo:bands": rgb, "gsd": gsd, **projection(gsd, scene.corner),
-        }  # fmt: skip
-    for name, gsd in (("scl_60m", 60), ("scl", 20)):
-        values = scene.scl if gsd == 20 else np.full((10, 10), 9, np.uint8)
-        assets[name] = {
-            "href": scene.file(name, values, gsd),
-            "type": "image/jp2",
-            "roles": ["data"],
-            "gsd": gsd,
-            **projection(gsd, scene.corner),
-        }
-    assets["aot"] = {
-        "href": scene.file("AOT", np.ones((30, 30), np.uint16), 20),
-        "type": "image/jp2",
-        "roles": ["data"],
-        **projection(20),
-    }
-    assets["preview"] = {
-        "href": scene.file("PVI", scene.picture(60), 60),
-        "type": "image/jp2",
-        "roles": ["overview"],
-        **projection(60),
-    }
-    assets["product_metadata"] = {"href": "MTD_MSIL2A.xml", "type": "application/xml", "roles": ["metadata"]}
-    baseline = "05.09" if scene.offset_dn else "02.12"
-    properties = {
-        "platform": "sentinel-2b", "constellation": "sentinel-2", "proj:epsg": 32631, "s2:processing_baseline": baseline, "eo:cloud_cover": 10.0,
-        "s2:product_uri": f"{PRODUCT}.SAFE", "sat:relative_orbit": 8, "grid:code": "MGRS-31UFU",
-    }  # fmt: skip
-    return item("S2B_T31UFU_20230701T104630_L2A", dict(reversed(assets.items())), properties)
+# how each provider keeps backscatter: item, pixel size, nodata
+RTC = {
+    "pc": ("planetary_computer_s1_rtc", 10, -32768.0),
+    "aws": ("aws_s1_rtc", 20, 0.0),
+    "opera": ("opera_s1_rtc", 30, float("nan")),
+}
 
 
-def planetary_computer(scene: Scene) -> dict[str, Any]:
-    """Planetary Computer: keys B02 …, no raster:bands at all, `visual` listed as data, `preview` a GeoTIFF."""
-    assets: dict[str, Any] = {}
-    for band, common in COMMON.items():
-        gsd = NATIVE_M.get(band, 20)
-        assets[band] = {
-            "href": scene.file(band, scene.numbers(band, gsd), gsd), "type": COG, "roles": ["data"], "gsd": gsd, **projection(gsd),
-            "eo:bands": [{"name": band, "common_name": common, "description": band}],
-        }  # fmt: skip
-    rgb = [{"name": band, "common_name": COMMON[band]} for band in ("B04", "B03", "B02")]
-    assets = {
-        "AOT": {
-            "href": scene.file("AOT", np.ones((60, 60), np.uint16), 10),
-            "type": COG,
-            "roles": ["data"],
-            "gsd": 10.0,
-        },
-        **assets,
-        "SCL": {
-            "href": scene.file("SCL", scene.scl, 20),
-            "type": COG,
-            "roles": ["data"],
-            "gsd": 20.0,
-            **projection(20),
-        },
-        "visual": {
-            "href": scene.file("TCI", scene.picture(), 10),
-            "type": COG,
-            "roles": ["data"],
-            "eo:bands": rgb,
-            **projection(10),
-        },
-        "preview": {"href": scene.file("PVI", scene.picture(60), 60), "type": COG, "roles": ["thumbnail"]},
-        "safe-manifest": {"href": "manifest.safe", "type": "application/xml", "roles": ["metadata"]},
-        "tilejson": {
-            "href": "https://planetarycomputer.microsoft.com/x.json",
-            "type": "application/json",
-            "roles": ["tiles"],
-        },
-    }
-    properties = {
-        "platform": "Sentinel-2B", "constellation": "Sentinel 2", "proj:epsg": 32631, "s2:processing_baseline": "05.09", "sat:relative_orbit": 8,
-        "s2:product_uri": f"{PRODUCT}.SAFE", "sat:orbit_state": "descending", "s2:mgrs_tile": "31UFU",
-    }  # fmt: skip
-    return item(PRODUCT.replace("_N0509", ""), assets, properties, "sentinel-2-l2a")
-
-
-def earth_search_v1(scene: Scene, twins: bool = True) -> dict[str, Any]:
-    """Earth Search v1: GeoTIFF and, for whoever pays, JPEG 2000 twins; the offset is removed and still declared."""
-    assets: dict[str, Any] = {}
-    for band, common in COMMON.items():
-        gsd = NATIVE_M.get(band, 20)
-        about: dict[str, Any] = {
-            "roles": ["data", "reflectance"], "eo:bands": [{"name": common, "common_name": common}], "gsd": gsd, **projection(gsd),
-            "raster:bands": [{"nodata": 0, "data_type": "uint16", "bits_per_sample": 15, "spatial_resolution": gsd, "scale": 0.0001, "offset": -0.1}],
-        }  # fmt: skip
-        if twins:
-            assets[f"{common}-jp2"] = about | {
-                "href": f"s3://sentinel-s2-l2a/tiles/31/U/FU/2023/7/1/0/{band}.jp2",
-                "type": "image/jp2",
-            }
-        assets[common] = about | {"href": scene.file(band, scene.numbers(band, gsd), gsd), "type": COG}
-    rgb = [{"name": name, "common_name": name} for name in ("red", "green", "blue")]
-    assets["visual"] = {
-        "href": scene.file("TCI", scene.picture(), 10),
-        "type": COG,
-        "roles": ["visual"],
-        "eo:bands": rgb,
-        **projection(10),
-    }
-    assets["scl"] = {
-        "href": scene.file("SCL", scene.scl, 20),
-        "type": COG,
-        "roles": ["data", "reflectance"],
-        **projection(20),
-    }
-    assets["scl-jp2"] = {
-        "href": "s3://sentinel-s2-l2a/tiles/31/U/FU/2023/7/1/0/SCL.jp2",
-        "type": "image/jp2",
-        "roles": ["data"],
-    }
-    assets["thumbnail"] = {"href": "https://x/preview.jpg", "type": "image/jpeg", "roles": ["thumbnail"]}
-    properties = {
-        "platform": "sentinel-2b", "constellation": "sentinel-2", "proj:epsg": 32631, "s2:processing_baseline": "05.09",
-        "s2:product_uri": f"{PRODUCT}.SAFE", "earthsearch:boa_offset_applied": True, "eo:cloud_cover": 10.0,
-    }  # fmt: skip
-    return item("S2B_31UFU_20230701_0_L2A", assets, properties, "sentinel-2-l2a")
-
-
-def earth_search_c1(scene: Scene, probability: np.ndarray) -> dict[str, Any]:
-    """Earth Search Collection 1: offset in the pixels and declared; `scl`, cloud and snow *probabilities*."""
-    made = earth_search_v1(scene, twins=False)
-    made |= {"id": "S2B_T31UFU_20230701T104630_L2A", "collection": "sentinel-2-c1-l2a"}
-    made["properties"].pop("earthsearch:boa_offset_applied")
-    made["properties"] |= {"proj:code": "EPSG:32631"}
-    made["assets"].pop("scl-jp2")
-    for name, role in (("cloud", "cloud"), ("snow", "snow-ice")):
-        href = scene.file(f"{'CLD' if name == 'cloud' else 'SNW'}_20m", probability, 20)
-        made["assets"] = {name: {
-            "href": href, "type": COG, "roles": ["data", role], "title": f"{name.title()} Probabilities", **projection(20),
-            "raster:bands": [{"nodata": 0, "data_type": "uint8", "spatial_resolution": 20}],
-        }} | made["assets"]  # fmt: skip
-    return made
-
-
-def data_space(scene: Scene) -> dict[str, Any]:
-    """Copernicus Data Space: STAC 1.1 (`bands`, `nodata`, `raster:scale` on the asset), every size, JPEG 2000, `SCL_20m`."""
-    assets: dict[str, Any] = {}
-    for gsd in (60, 20, 10):
-        for band, common in COMMON.items():
-            native = NATIVE_M.get(band, 20)
-            if gsd < native:
-                continue
-            assets[f"{band}_{gsd}m"] = {
-                "href": scene.file(f"{band}_{gsd}m", scene.numbers(band, gsd), gsd), "type": "image/jp2", "gsd": gsd,
-                "roles": ["data", "reflectance", "sampling:original" if gsd == native else "sampling:downsampled", f"gsd:{gsd}m"],
-                "bands": [{"name": band, "eo:common_name": common, "eo:center_wavelength": 0.49}],
-                "nodata": 0, "data_type": "uint16", "raster:scale": 0.0001, "raster:offset": -0.1,
-                "proj:code": "EPSG:32631", **projection(gsd),
-            }  # fmt: skip
-        assets[f"TCI_{gsd}m"] = {
-            "href": scene.file(f"TCI_{gsd}m", scene.picture(gsd), gsd), "type": "image/jp2", "roles": ["visual", f"gsd:{gsd}m"], "gsd": gsd,
-            "bands": [{"name": band, "eo:common_name": COMMON[band]} for band in ("B04", "B03", "B02")], "data_type": "uint8",
-            "proj:code": "EPSG:32631", **projection(gsd),
-        }  # fmt: skip
-    assets["SCL_60m"] = {
-        "href": scene.file("SCL_60m", np.full((10, 10), 9, np.uint8), 60),
-        "type": "image/jp2",
-        "roles": ["data"],
-        **projection(60),
-    }
-    assets["SCL_20m"] = {
-        "href": scene.file("SCL_20m", scene.scl, 20),
-        "type": "image/jp2",
-        "roles": ["data"],
-        **projection(20),
-    }
-    assets["thumbnail"] = {"href": "https://x/t.jpg", "type": "image/jpeg", "roles": ["thumbnail", "overview"]}
-    assets["Product"] = {
-        "href": "https://x/$value",
-        "type": "application/zip",
-        "roles": ["data", "metadata", "archive"],
-    }
-    properties = {
-        "platform": "sentinel-2b", "constellation": "sentinel-2", "processing:level": "L2", "processing:version": "05.09",
-        "product:type": "S2MSI2A", "sat:relative_orbit": 8, "grid:code": "MGRS-31UFU", "eo:cloud_cover": 10.0,
-    }  # fmt: skip
-    return item(PRODUCT, assets, properties, "sentinel-2-l2a") | {"stac_version": "1.1.0"}
-
-
-def rtc(folder: Path, provider: str, db: np.ndarray) -> dict[str, Any]:
-    """Sentinel-1 RTC of the Planetary Computer (`vv`), of AWS (`gamma0_vv`, MGRS tiles at 20 m) or OPERA (`0_VV`, bursts at 30 m)."""
-    gsd = {"pc": 10, "aws": 20, "opera": 30}[provider]
-    grid = grid_of(gsd)
+def rtc(folder: Path, provider: str, db: np.ndarray, incidence_deg: float = 34.0) -> dict[str, Any]:
+    """Sentinel-1 RTC of the Planetary Computer (`vv`), of AWS (`gamma0_vv`, MGRS tiles) or OPERA (`0_VV`, bursts), of `db` [2, H, W]."""
+    name, gsd, nodata = RTC[provider]
+    entry = published(name)
+    crs = "EPSG:32617" if provider == "opera" else crs_of_item(entry)  # OPERA's items say nothing of the projection
+    grid = grid_of(gsd, corner_of_item(entry), crs)
     power = (10 ** (db / 10)).astype(np.float32)
-    nodata = {"pc": -32768.0, "aws": 0.0, "opera": np.nan}[provider]
-    hrefs = [write(folder / f"{name}.tif", plane[None], grid, nodata) for name, plane in zip(("VV", "VH"), power)]
-    if provider == "pc":
-        assets = {
-            name: {"href": href, "type": COG, "roles": ["data"], **projection(10)}
-            for name, href in zip(("vh", "vv"), hrefs[::-1])
-        }
-        properties = {
-            "platform": "SENTINEL-1A", "constellation": "Sentinel-1", "proj:epsg": 32631, "sar:product_type": "GRD", "sat:orbit_state": "ascending",
-            "sat:relative_orbit": 121, "sar:polarizations": ["VV", "VH"],
-        }  # fmt: skip
-        return item(
-            "S1A_IW_GRDH_1SDV_20200103T233556_20200103T233621_030643_0382F7_rtc", assets, properties, "sentinel-1-rtc"
-        )
-    if provider == "aws":
-        assets = {
-            f"gamma0_{name}": {"href": href, "type": COG, "roles": ["data", "gamma0"], "raster:bands": [{"nodata": 0, "sampling": "area", "data_type": "float32"}]}
-            for name, href in zip(("vv", "vh"), hrefs)
-        }  # fmt: skip
-        angle = write(folder / "angle.tif", np.full((1, *grid.shape), 3400, np.uint16), grid, 0)
-        assets["incidence"] = {
-            "href": angle,
-            "type": COG,
-            "roles": ["data", "local-incidence-angle"],
-            "raster:bands": [{"nodata": 0, "scale": 0.01, "unit": "degrees"}],
-        }
-        properties = {
-            "constellation": "sentinel-1", "platform": "sentinel-1a", "sar:product_type": "RTC", "sat:orbit_state": "ascending", "proj:epsg": 32631,
-            "sat:relative_orbit": 121, "proj:transform": [*grid.transform, 0.0, 0.0, 1.0], "proj:shape": list(grid.shape), "datetime": "2020-01-03T23:36:21Z",
-        }  # fmt: skip
-        return item("S1A_20200103_17RMJ_ASC", assets, properties)
-    assets = {
-        "0_VV": {
-            "href": hrefs[0],
-            "title": "Download VV.tif",
-            "roles": ["data"],
-            "type": "image/tiff; application=geotiff",
-        },
-        "0_VH": {
-            "href": hrefs[1],
-            "title": "Download VH.tif",
-            "roles": ["data"],
-            "type": "image/tiff; application=geotiff",
-        },
-        "0_mask": {"href": hrefs[1], "roles": ["data"], "type": "image/tiff; application=geotiff"},
-        "browse": {"href": "https://x/b.png", "type": "image/png", "roles": ["browse"]},
-        "metadata": {
-            "href": "https://cmr.earthdata.nasa.gov/x.json",
-            "type": "application/json",
-            "roles": ["metadata"],
-        },
-    }
-    name = "OPERA_L2_RTC-S1_T064-135524-IW2_20231213T121235Z_20231213T184607Z_S1A_30_v1.0"
-    return item(name, assets, {"datetime": "2023-12-13T12:12:35Z"}, "OPERA_L2_RTC-S1_V1_1")
+    for key, asset in entry["assets"].items():
+        if key.lower().endswith(("vv", "vh")) and not key.startswith("s3_"):
+            plane = power[0 if key.lower().endswith("vv") else 1]
+            asset["href"] = write(folder / f"{key}.tif", plane[None], grid, nodata)
+        elif key == "incidence":
+            angle = np.full((1, *grid.shape), round(incidence_deg * 100), np.uint16)
+            asset["href"] = write(folder / "incidence.tif", angle, grid, 0)
+        elif key == "0_mask":
+            asset["href"] = write(folder / "mask.tif", np.zeros((1, *grid.shape), np.uint8), grid, 255)
+    _shrink(entry["properties"], grid)
+    return entry
 
 
-def naip(folder: Path, pixels: np.ndarray, corner: tuple[float, float], name: str, year: int = 2020) -> dict[str, Any]:
-    """A NAIP quad: one file of four bands, Red Green Blue NIR."""
-    grid = grid_of(0.6, corner, "EPSG:26911", side_m=36)
-    href = write(folder / f"{name}.tif", pixels, grid)
-    listed = [
-        {"name": n, "common_name": c} for n, c in (("Red", "red"), ("Green", "green"), ("Blue", "blue"), ("NIR", "nir"))
-    ]
-    assets = {
-        "image": {"href": href, "type": COG, "roles": ["data"], "eo:bands": listed},
-        "thumbnail": {"href": "https://x/t.jpg", "type": "image/jpeg", "roles": ["thumbnail"]},
-        "metadata": {"href": "https://x/m.txt", "type": "text/plain", "roles": ["metadata"]},
-    }
-    properties = {
-        "gsd": 0.6, "naip:year": str(year), "naip:state": "ca", "datetime": f"{year}-04-15T16:00:00Z", "proj:epsg": 26911,
-        "proj:shape": list(grid.shape), "proj:transform": list(grid.transform), "proj:bbox": list(grid.bounds), "providers": [],
-    }  # fmt: skip
-    return item(name, assets, properties, "naip", grid)
+def naip(folder: Path, pixels: np.ndarray, shift_m: float = 0.0, name: str = "", year: int = 0) -> dict[str, Any]:
+    """A NAIP quad of the Planetary Computer: one file of four bands, Red Green Blue NIR. shift_m: moved east."""
+    entry = published("planetary_computer_naip")
+    corner = corner_of_item(entry)
+    grid = grid_of(0.6, (corner[0] + shift_m, corner[1]), crs_of_item(entry), side_m=36)
+    entry["assets"]["image"]["href"] = write(folder / f"{name or 'quad'}.tif", pixels, grid)
+    entry["properties"]["proj:transform"] = [*grid.transform, 0.0, 0.0, 1.0]
+    _shrink(entry["properties"], grid)
+    if name:
+        entry["id"] = name
+    if year:
+        entry["properties"] |= {"datetime": f"{year}-04-15T16:00:00Z", "naip:year": str(year)}
+    return entry
 
 
 def maxar(folder: Path, pixels: np.ndarray) -> dict[str, Any]:
     """Maxar Open Data (ARD): `visual` of three bytes, `ms_analytic` of eight bands, `pan_analytic`; bands are called BAND_R …"""
-    grid = grid_of(0.3, (600000.0, 5800020.0), "EPSG:32631", side_m=30)
-    coarse = grid_of(1.2, (600000.0, 5800020.0), "EPSG:32631", side_m=30)
-    rgb = [
-        {"name": f"BAND_{n}", "common_name": c, "description": c}
-        for n, c in (("R", "red"), ("G", "green"), ("B", "blue"))
-    ]
-    eight = [{"name": f"BAND_{n}", "common_name": c} for n, c in (
-        ("C", "coastal"), ("B", "blue"), ("G", "green"), ("Y", "yellow"), ("R", "red"), ("RE", "rededge"), ("N", "nir08"), ("N2", "nir09"))]  # fmt: skip
-    ms = write(folder / "ms.tif", np.full((8, *coarse.shape), 500, np.uint16), coarse, 0)
-    assets = {
-        "ms_analytic": {"href": ms, "type": COG, "roles": ["data"], "eo:bands": eight, "gsd": 1.2},
-        "pan_analytic": {
-            "href": ms,
-            "type": COG,
-            "roles": ["data"],
-            "eo:bands": [{"name": "BAND_P", "description": "Pan"}],
-        },
-        "visual": {
-            "href": write(folder / "visual.tif", pixels, grid),
-            "type": COG,
-            "roles": ["visual"],
-            "eo:bands": rgb,
-            "gsd": 0.3,
-        },
-        "data-mask": {"href": "x.gpkg", "type": "application/geopackage+sqlite3", "roles": ["data-mask"]},
-    }
-    properties = {
-        "platform": "WV03",
-        "gsd": 0.3,
-        "datetime": "2022-11-21T03:18:42Z",
-        "proj:epsg": 32631,
-        "catalog_id": "10300100CB626A00",
-    }
-    return item("48-300020121333-10300100CB626A00", assets, properties, "", grid)
+    entry = published("maxar_open_data")
+    corner, crs = corner_of_item(entry), crs_of_item(entry)
+    for key, asset in entry["assets"].items():
+        if "tiff" not in asset["type"]:
+            continue
+        grid = grid_of(asset["proj:transform"][0], corner, crs, side_m=pixels.shape[-1] * 0.30517578125)
+        values = pixels if key == "visual" else np.full((len(asset["eo:bands"]), *grid.shape), 500, np.uint16)
+        asset["href"] = write(folder / f"{key}.tif", values, grid, None if key == "visual" else 0)
+        _shrink(asset, grid)
+        if key == "visual":
+            _shrink(entry["properties"], grid)
+    return entry

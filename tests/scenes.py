@@ -79,7 +79,7 @@ def item(name: str, assets: dict[str, AssetFields], **more: Any) -> dict[str, An
 def write_items(folder: Path, items: Sequence[dict[str, Any]]) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     for entry in items:
-        (folder / f"{entry['id']}.json").write_text(json.dumps(entry))
+        (folder / f"{entry['id'].replace('/', '_')}.json").write_text(json.dumps(entry))
     return str(folder)
 
 

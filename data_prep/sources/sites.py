@@ -17,6 +17,7 @@ from data_prep.geo import (
     has_place,
     inner_bounds,
     intersection,
+    is_geographic,
     is_metric,
     same_crs,
     snap_inward,
@@ -116,8 +117,9 @@ def common_footprint(key: str, assets: tuple[Asset, ...], explicit: Bounds | Non
     if not is_metric(crs, anchor.bounds):
         crs = utm_code(*centre_wgs84(crs, anchor.bounds))
     boxes = [inner_bounds(grid.crs, grid.bounds, crs) for grid in grids.values()]
-    if explicit is not None:
-        wanted = inner_bounds(next((a.crs for a in assets if a.crs), crs), explicit, crs)
+    said = next((a.crs for a in assets if a.crs), crs)
+    if explicit is not None and not _in_degrees(explicit, said):
+        wanted = inner_bounds(said, explicit, crs)
         if intersection([*boxes, wanted]) is None:
             raise SourceFault(
                 key, f"its footprint {tuple(round(v, 3) for v in explicit)} lies outside: {_places(grids)}"
@@ -133,6 +135,13 @@ def common_footprint(key: str, assets: tuple[Asset, ...], explicit: Bounds | Non
     if snapped is None:
         raise SourceFault(key, f"its modalities share less than one pixel of ground: {_places(grids)}")
     return crs, snapped
+
+
+def _in_degrees(box: Bounds, crs: str) -> bool:
+    """Whether a footprint is the box in degrees, though its CRS counts metres (EOPF's items repeat `bbox` as `proj:bbox`)."""
+    west, south, east, north = box
+    looks = -180 <= west <= east <= 180 and -90 <= south <= north <= 90
+    return looks and has_place(crs) and not is_geographic(crs)
 
 
 def _largest(grids: list[Grid]) -> Grid:

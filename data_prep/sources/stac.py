@@ -71,7 +71,8 @@ from data_prep.sources.names import (
 )
 from data_prep.sources.records import MASKS, Asset, SourceFault, modality_roles
 
-PRODUCT_FIELDS = ("s2:product_uri", "sar:product_id", "product_id", "s2:product_id")
+# `sentinel:…` are the names that Sentinel-2 items had before the `s2` extension (Earth Search v0)
+PRODUCT_FIELDS = ("s2:product_uri", "sar:product_id", "product_id", "s2:product_id", "sentinel:product_id")
 # formats that carry their own dates
 CUBES = ("zarr", "treesatai", "mesh", "copernicus")
 _PIXEL_SUFFIX = re.compile(r"_(\d+)m(?:[_-]jp2)?$")
@@ -159,10 +160,10 @@ def _asset(item: dict[str, Any], name: str, fields: dict[str, Any]) -> Asset | N
         datetime=_moment(item, fields, parsed.get("datetime") or s1_datetime(product)),
         product_id=named,
         level=level if sentinel2 else "",
-        baseline=str(said("s2:processing_baseline", "processing:baseline") or parsed.get("baseline") or "") if sentinel2 else "",
+        baseline=str(said("s2:processing_baseline", "processing:baseline", "sentinel:processing_baseline") or parsed.get("baseline") or "") if sentinel2 else "",
         scale=radiometry[0][0] if radiometry else None,
         offset=radiometry[0][1] if radiometry else None,
-        offset_removed=said("earthsearch:boa_offset_applied"),
+        offset_removed=said("earthsearch:boa_offset_applied", "sentinel:boa_offset_applied"),
         orbit=str(said("sat:orbit_state") or "").lower() if modality == "s1" else "",
         relative_orbit=int(said("sat:relative_orbit") or relative_orbit(named) or 0),
         unit=_unit(first.get("unit")) if spec is not None and spec.kind == "backscatter" else "",

@@ -31,7 +31,7 @@ def same_site(*items):
     return items
 
 
-def check_scene(scene, series, moment="2023-07-01T10:46:30Z", offset=-1000):
+def check_scene(scene, series, moment, offset):
     """Every 10 m band bit for bit, every 20 m band where its pixel centres fall, the clouds of the SCL, place and date."""
     bands = MODALITIES["s2"].bands
     for band in TENS:
@@ -46,52 +46,74 @@ def check_scene(scene, series, moment="2023-07-01T10:46:30Z", offset=-1000):
     cloudy = np.kron(np.isin(scene.scl, (3, 8, 9, 10)), np.ones((2, 2), bool))
     assert ((series.mask_THW[0] == CLOUD) == cloudy).all()
     assert series.datetimes == [moment]
-    assert series.transform == (10.0, 0.0, 600000.0, 0.0, -10.0, 5800020.0)
+    assert series.transform == scene.grid(10).transform
     assert [decision["offset_applied"] for decision in series.decisions] == [offset]
     assert not any(decision["flags"] for decision in series.decisions)
 
 
-@pytest.mark.parametrize("extension", [".jp2", ".tif"])
-def test_stactools_bands_at_every_size_and_true_colour_pictures(tmp_path, extension):
-    scene = Scene(tmp_path, extension=extension)
-    record = record_of(tmp_path, providers.stactools(scene))
-    assert record.crs == "EPSG:32631"
+def twins(key, asset):
+    """What the requester pays for: never to be opened beside a file that anybody may read."""
+    return asset["href"].startswith("s3://sentinel-s2-l2a")
+
+
+S2_L2A = [
+    # item, what is added to reflectance in its files, its date
+    ("stactools_s2_l2a", 0, "2019-02-12T19:26:51Z"),
+    ("planetary_computer_s2_l2a", 1000, "2024-08-25T17:39:09Z"),
+    ("earth_search_v1_s2_l2a", 0, "2023-10-08T18:02:55Z"),
+    ("earth_search_v1_s2_l2a_2025", 0, "2025-07-31T13:19:22Z"),
+    ("earth_search_v0_s2_l2a", 0, "2025-07-31T13:19:22Z"),
+    ("earth_search_c1_s2_l2a", 1000, "2024-04-22T17:53:02Z"),
+    ("copernicus_data_space_s2_l2a", 1000, "2022-02-17T18:34:31Z"),
+]
+
+
+@pytest.mark.parametrize(("name", "offset_dn", "moment"), S2_L2A)
+def test_sentinel_2_items_as_they_are_published(tmp_path, name, offset_dn, moment):
+    """Bands at every size, 8-bit pictures, JPEG 2000 twins, cloud probabilities, STAC 1.0 and 1.1: right bands, values, date, place."""
+    scene = Scene.of(name, tmp_path, offset_dn=offset_dn)
+    record = record_of(tmp_path, providers.sentinel2(name, scene, twins))
+    assert record.crs == scene.crs
     assert len(record.of("s2")) == 12  # one file per band
     assert {asset.modality for asset in record.assets} == {"s2", "scl"}
-    check_scene(scene, read_site(record, NATIVE).series["s2"])
-
-
-def test_planetary_computer_says_nothing_of_scales_and_its_visual_is_no_band(tmp_path):
-    scene = Scene(tmp_path)
-    record = record_of(tmp_path, providers.planetary_computer(scene))
-    assert {asset.modality for asset in record.assets} == {"s2", "scl"}
-    check_scene(scene, read_site(record, NATIVE).series["s2"])
-
-
-def test_earth_search_v1_opens_no_requester_pays_twin(tmp_path):
-    scene = Scene(tmp_path, offset_dn=0)
-    record = record_of(tmp_path, providers.earth_search_v1(scene))
     assert not [asset.href for asset in record.assets if asset.href.startswith("s3://")]
-    check_scene(scene, read_site(record, NATIVE).series["s2"], offset=0)
+    check_scene(scene, read_site(record, NATIVE).series["s2"], moment, -offset_dn)
 
 
-def test_earth_search_c1_cloud_probabilities_are_no_mask(tmp_path):
-    scene = Scene(tmp_path)
-    probability = np.full((30, 30), 12, np.uint8)  # a little haze everywhere: no cloud
-    record = record_of(tmp_path, providers.earth_search_c1(scene, probability))
-    check_scene(scene, read_site(record, NATIVE).series["s2"])  # the scene classification is read first
+def test_an_offset_that_is_removed_is_said_in_every_generation_of_earth_search(tmp_path):
+    """`earthsearch:…`, and before that `sentinel:boa_offset_applied`, `sentinel:processing_baseline`, `sentinel:product_id`."""
+    for name in ("earth_search_v0_s2_l2a", "earth_search_v1_s2_l2a_2025"):
+        scene = Scene.of(name, tmp_path / name, offset_dn=0)
+        record = record_of(tmp_path / name, providers.sentinel2(name, scene, twins))
+        (decision,) = read_site(record, NATIVE).series["s2"].decisions
+        assert (decision["offset_applied"], decision["basis"]) == (0.0, "boa_offset_applied, baseline 05.11")
+        assert record.product_ids[0].startswith("S2B_MSIL2A_20250731T131909_N0511_R095_T20EPT_20250731T143919")
+
+
+@pytest.mark.parametrize("name", ["earth_search_v1_s2_l1c", "stactools_s2_l1c"])
+def test_level_1c_items_are_top_of_atmosphere_and_only_read_when_asked_for(tmp_path, name):
+    offset = 1000 if "earth" in name else 0
+    scene = Scene.of(name, tmp_path, offset_dn=offset, bands=MODALITIES["s2_l1c"].bands)
+    record = record_of(tmp_path, providers.sentinel2(name, scene))
+    assert record.modalities == ("s2_l1c",)
+    with pytest.raises(SourceFault):
+        read_site(record, NATIVE)
+    series = read_site(record, NATIVE, modalities=("s2_l1c",)).series["s2_l1c"]
+    assert series.pixels_TCHW.shape[1] == 13
+    assert (series.pixels_TCHW[0, 1] == np.clip(scene.reflectance["B02"], 1, None)).all()
+    assert [decision["offset_applied"] for decision in series.decisions] == [-offset]
 
 
 @pytest.mark.parametrize("named", [True, False])
 def test_a_probability_is_thresholded_by_name_or_by_its_numbers(tmp_path, named):
-    scene = Scene(tmp_path)
-    probability = np.full((30, 30), 12, np.uint8)
-    probability[:10], probability[20:] = 49, 90
-    entry = providers.earth_search_c1(scene, probability)
+    name = "earth_search_c1_s2_l2a"
+    scene = Scene.of(name, tmp_path)
+    scene.cloud_probability[:10], scene.cloud_probability[20:] = 49, 90
+    entry = providers.sentinel2(name, scene)
     entry["assets"].pop("scl")
     if not named:
         entry["assets"]["cloud"].pop("title")
-        entry["assets"]["cloud"]["href"] = scene.file("mask", probability, 20)
+        entry["assets"]["cloud"]["href"] = scene.file("mask.tif", scene.cloud_probability, 20)
     record = record_of(tmp_path, entry)
     mask = read_site(record, NATIVE).series["s2"].mask_THW[0]
     assert (mask[:40] == CLEAR).all()
@@ -104,15 +126,6 @@ def test_a_probability_is_thresholded_by_name_or_by_its_numbers(tmp_path, named)
     assert (grown[:36] == CLEAR).all()
 
 
-@pytest.mark.parametrize("extension", [".jp2", ".tif"])
-def test_copernicus_data_space_speaks_stac_1_1(tmp_path, extension):
-    scene = Scene(tmp_path, extension=extension)
-    record = record_of(tmp_path, providers.data_space(scene))
-    assert len(record.of("s2")) == 12
-    assert all(asset.scale == 1e-4 and asset.offset == -0.1 and asset.nodata == 0 for asset in record.of("s2"))
-    check_scene(scene, read_site(record, NATIVE).series["s2"])
-
-
 @pytest.mark.parametrize(("provider", "gsd"), [("pc", 10), ("aws", 20), ("opera", 30)])
 def test_sentinel_1_rtc_of_three_providers(tmp_path, provider, gsd):
     rng = np.random.default_rng(0)
@@ -121,8 +134,11 @@ def test_sentinel_1_rtc_of_three_providers(tmp_path, provider, gsd):
     series = read_site(record, GridConfig(series_gsd_m=gsd)).series["s1"]
     np.testing.assert_allclose(series.pixels_TCHW[0], db, atol=0.02)
     assert series.decisions[0]["calibration"] == "gamma0 RTC"
-    assert series.decisions[0]["relative_orbit"] == {"pc": 121, "aws": 121, "opera": 64}[provider]
+    assert series.decisions[0]["relative_orbit"] == {"pc": 80, "aws": 121, "opera": 87}[provider]
     assert series.gsd_m == gsd
+    assert series.datetimes == [
+        {"pc": "2025-03-11T04:42:40Z", "aws": "2020-01-03T23:36:21Z", "opera": "2020-01-01T16:16:22Z"}[provider]
+    ]
 
 
 def test_grd_amplitudes_are_refused_by_name(tmp_path):
@@ -152,23 +168,24 @@ def test_calibrations_are_not_mixed(tmp_path):
 def test_naip_quads_and_maxar_scenes_are_pictures(tmp_path):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 255, (4, 60, 60)).astype(np.uint8)
-    naip = record_of(tmp_path / "n", providers.naip(tmp_path, pixels, (500000.0, 3500000.0), "ca_m_1"))
+    naip = record_of(tmp_path / "n", providers.naip(tmp_path, pixels))
     hr = read_site(naip, NATIVE).series["hr"]
     assert (hr.pixels_TCHW[0] == pixels[:3]).all()
-    assert (hr.gsd_m, hr.datetimes) == (0.6, ["2020-04-15T16:00:00Z"])
+    assert (hr.gsd_m, hr.datetimes) == (0.6, ["2023-11-17T16:00:00Z"])
     pixels = rng.integers(0, 255, (3, 100, 100)).astype(np.uint8)
     maxar = record_of(tmp_path / "m", providers.maxar(tmp_path, pixels))
     hr = read_site(maxar, NATIVE).series["hr"]
     assert [asset.id.rsplit("/", 1)[1] for asset in maxar.assets] == ["visual"]
     assert (hr.pixels_TCHW[0] == pixels).all()
-    assert hr.gsd_m == 0.3
+    assert hr.gsd_m == pytest.approx(0.305, abs=1e-3)
+    assert hr.datetimes == ["2024-12-14T18:53:50Z"]
 
 
 def test_of_several_pictures_the_one_that_shows_most_wins_not_the_newest(tmp_path):
     whole = np.full((4, 60, 60), 100, np.uint8)
-    old = providers.naip(tmp_path, whole, (500000.0, 3500000.0), "old", 2018)
-    newer = providers.naip(tmp_path, whole + 1, (500000.0, 3500000.0), "newer", 2020)
-    sliver = providers.naip(tmp_path, whole + 2, (500035.4, 3500000.0), "sliver", 2022)  # one column of the site
+    old = providers.naip(tmp_path, whole, 0.0, "old", 2018)
+    newer = providers.naip(tmp_path, whole + 1, 0.0, "newer", 2020)
+    sliver = providers.naip(tmp_path, whole + 2, 35.4, "sliver", 2022)  # one column of the site
     entries = same_site(old, newer, sliver)
     series = read_site(record_of(tmp_path, *entries), NATIVE).series["hr"]
     assert series.datetimes == ["2020-04-15T16:00:00Z"]
@@ -177,10 +194,11 @@ def test_of_several_pictures_the_one_that_shows_most_wins_not_the_newest(tmp_pat
 
 def test_one_pass_in_two_tiles_is_one_date_with_equal_pixels(tmp_path):
     """Two MGRS tiles of one datatake overlap; a site across their edge is whole, and where both see it they say the same."""
-    whole = Scene(tmp_path / "w", seed=3)
+    name = "planetary_computer_s2_l2a"
+    whole = Scene.of(name, tmp_path / "w", seed=3)
     halves = []
-    for number, tile in enumerate(("T31UFU", "T31UGU")):
-        scene = Scene(tmp_path / tile, seed=3)
+    for number, tile in enumerate(("T13TDE", "T13TEE")):
+        scene = Scene.of(name, tmp_path / tile, seed=3)
         for values in scene.reflectance.values():
             side = values.shape[0]
             hidden = np.s_[:, side * 2 // 3 :] if number == 0 else np.s_[:, : side // 3]
@@ -188,14 +206,13 @@ def test_one_pass_in_two_tiles_is_one_date_with_equal_pixels(tmp_path):
         scene.numbers = lambda band, gsd, s=scene: np.where(
             s.reflectance[band] > 0, s.reflectance[band] + 1000, 0
         ).astype(np.uint16)  # type: ignore[method-assign]
-        entry = providers.planetary_computer(scene)
-        entry["id"] = entry["id"].replace("T31UFU", tile)
-        entry["properties"]["s2:product_uri"] = entry["properties"]["s2:product_uri"].replace("T31UFU", tile)
-        entry["properties"]["datetime"] = f"2023-07-01T10:36:{31 + 14 * number}Z"
+        entry = providers.sentinel2(name, scene)
+        entry["id"] = entry["id"].replace("T13TDE", tile)
+        entry["properties"]["s2:product_uri"] = entry["properties"]["s2:product_uri"].replace("T13TDE", tile)
+        entry["properties"]["datetime"] = f"2024-08-25T17:39:{9 + 14 * number:02d}Z"
         halves.append(entry)
     both = read_site(record_of(tmp_path, *same_site(*halves)), NATIVE).series["s2"]
-    entry = providers.planetary_computer(whole)
-    entry["properties"]["datetime"] = "2023-07-01T10:36:31Z"
+    entry = providers.sentinel2(name, whole)
     alone = read_site(record_of(tmp_path / "alone", entry), NATIVE).series["s2"]
     assert len(both.datetimes) == 1
     assert both.decisions[0]["mosaic"]
@@ -219,26 +236,6 @@ def test_the_other_orbit_of_the_same_day_stays_a_date_of_its_own(tmp_path):
         entries.append(entry)
     series = read_site(record_of(tmp_path, *same_site(*entries)), NATIVE).series["s1"]
     assert series.orbits == ["descending", "ascending"]
-
-
-def test_level_1c_is_a_modality_of_its_own_and_only_read_when_asked_for(tmp_path):
-    scene = Scene(tmp_path, bands=MODALITIES["s2_l1c"].bands)
-    entry = {
-        band: {
-            "href": scene.file(band, scene.numbers(band, {"B10": 20}.get(band, NATIVE_M.get(band, 20))), NATIVE_M.get(band, 20)),
-            "type": "image/tiff; application=geotiff", "roles": ["data"], "eo:bands": [{"name": band}],
-        }
-        for band in scene.bands
-    }  # fmt: skip
-    product = "S2B_MSIL1C_20230701T103631_N0509_R008_T31UFU_20230701T134500"
-    made = providers.item(product, entry, {"constellation": "sentinel-2", "proj:epsg": 32631})
-    record = record_of(tmp_path, made)
-    assert record.modalities == ("s2_l1c",)
-    with pytest.raises(SourceFault):
-        read_site(record, NATIVE)
-    series = read_site(record, NATIVE, modalities=("s2_l1c",)).series["s2_l1c"]
-    assert series.pixels_TCHW.shape[1] == 13
-    assert (series.pixels_TCHW[0, 1] == np.clip(scene.reflectance["B02"], 1, None)).all()
 
 
 def test_per_band_scale_offset_and_nodata_of_one_file(tmp_path):
@@ -270,8 +267,8 @@ def test_per_band_scale_offset_and_nodata_of_one_file(tmp_path):
 
 
 def test_stac_1_1_and_1_0_say_the_same(tmp_path):
-    scene = Scene(tmp_path)
-    old = providers.planetary_computer(scene)
+    name = "planetary_computer_s2_l2a"
+    old = providers.sentinel2(name, Scene.of(name, tmp_path))
     for asset in old["assets"].values():
         if "eo:bands" in asset:
             asset["raster:bands"] = [{"scale": 1e-4, "offset": -0.1, "nodata": 0}] * len(asset["eo:bands"])

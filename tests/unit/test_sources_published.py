@@ -23,6 +23,7 @@ from data_prep.geo import Grid
 from data_prep.schema import CLOUD, MODALITIES
 from data_prep.sources import SourceFault, open_catalog, read_site
 from data_prep.sources.names import L2A_ORDER
+from tests.providers import published
 from tests.scenes import write_tiff
 
 NATIVE = GridConfig()
@@ -162,19 +163,21 @@ def test_ssl4eo_v11_files_of_many_locations_and_dates(tmp_path):
 
 
 def eopf(folder: Path, offset_dn: int = 1000) -> tuple[dict, dict]:
-    """A Sentinel-2 product as ESA's EOPF writes it: a variable per band, a group per resolution; and the bands' reflectances."""
+    """A published item of ESA's EOPF samples, its product written small: a variable per band, a group per resolution; and the bands'
+    reflectances."""
     rng = np.random.default_rng(4)
-    product = "S2B_MSIL2A_20250113T103309_N0511_R108_T32TLQ_20250113T122458"
+    entry = published("eopf_s2_l2a")
+    product = entry["id"]
     root = zarr.open_group(str(folder / f"{product}.zarr"), mode="w", zarr_format=2)
     root.attrs.update({
         "stac_discovery": {"type": "Feature", "properties": {"proj:epsg": 32632, "platform": "sentinel-2b"}},
         "other_metadata": {"horizontal_CRS_code": "EPSG:32632"},
     })  # fmt: skip
-    truth, assets = {}, {}
+    truth = {}
     groups = {
         10: ("b02", "b03", "b04", "b08"),
-        20: ("b01", "b02", "b05", "b06", "b07", "b8a", "b11", "b12"),
-        60: ("b02", "b09"),
+        20: ("b01", "b02", "b03", "b04", "b05", "b06", "b07", "b8a", "b11", "b12"),
+        60: ("b01", "b02", "b03", "b04", "b05", "b06", "b07", "b8a", "b09", "b11", "b12"),
     }
     for gsd, bands in groups.items():
         group = root.create_group(f"measurements/reflectance/r{gsd}m")
@@ -197,30 +200,25 @@ def eopf(folder: Path, offset_dn: int = 1000) -> tuple[dict, dict]:
             }
             array = group.create_array(band, data=values + np.uint16(offset_dn), chunks=(side, side))
             array.attrs.update({"_ARRAY_DIMENSIONS": ["y", "x"], "_eopf_attrs": about, **about, "proj:epsg": 32632})
-            assets[f"{band.upper()}_{gsd}m"] = {
-                "href": f"{folder}/{product}.zarr/measurements/reflectance/r{gsd}m/{band}", "type": "application/vnd+zarr", "gsd": gsd,
-                "roles": ["data", "reflectance"], "bands": [{"name": band.upper()}],
-            }  # fmt: skip
     mask = root.create_group("conditions/mask/l2a_classification/r20m")
     mask.create_array("x", data=(300_000 + 20 * (np.arange(12) + 0.5)).astype(np.int64))
     mask.create_array("y", data=(5_000_040 - 20 * (np.arange(12) + 0.5)).astype(np.int64))
     scl = np.full((12, 12), 4, np.uint8)
     scl[2, 3] = 9
     mask.create_array("scl", data=scl).attrs["_ARRAY_DIMENSIONS"] = ["y", "x"]
-    assets["SCL_20m"] = {
-        "href": f"{folder}/{product}.zarr/conditions/mask/l2a_classification/r20m/scl", "type": "application/vnd+zarr", "roles": ["data"],
-    }  # fmt: skip
-    entry = {
-        "type": "Feature", "stac_version": "1.1.0", "id": product, "geometry": None, "links": [], "assets": assets,
-        "properties": {"datetime": "2025-01-13T10:33:09Z", "proj:code": "EPSG:32632", "constellation": "sentinel-2"},
-    }  # fmt: skip
+    for asset in entry["assets"].values():
+        inner = asset["href"].partition(".zarr")[2]
+        asset["href"] = f"{folder}/{product}.zarr{inner}"
     return entry, truth
 
 
-@pytest.mark.parametrize("as_one", [False, True])
-def test_eopf_zarr_with_a_variable_per_band_and_a_group_per_resolution(tmp_path, as_one):
+@pytest.mark.parametrize("form", ["published", "arrays", "product"])
+def test_eopf_zarr_with_a_variable_per_band_and_a_group_per_resolution(tmp_path, form):
+    """The item lists groups (`SR_10m`), arrays (`B02_10m`) and the product; its `proj:bbox` is in degrees beside a UTM code."""
     entry, truth = eopf(tmp_path)
-    if as_one:  # the product itself, as an xarray tree
+    if form == "arrays":
+        entry["assets"] = {name: asset for name, asset in entry["assets"].items() if not name.startswith("SR_")}
+    if form == "product":  # the product itself, as an xarray tree
         href = next(iter(entry["assets"].values()))["href"].split(".zarr/")[0] + ".zarr"
         entry["assets"] = {"product": {"href": href, "type": "application/vnd+zarr", "geoloom:modality": "s2"}}
     (tmp_path / "items").mkdir()
@@ -237,7 +235,7 @@ def test_eopf_zarr_with_a_variable_per_band_and_a_group_per_resolution(tmp_path,
     cloudy[4:6, 6:8] = True
     assert ((s2.mask_THW[0] == CLOUD) == cloudy).all()
     assert s2.decisions[0]["offset_applied"] == -1000
-    assert s2.datetimes == ["2025-01-13T10:33:09Z"]
+    assert s2.datetimes == ["2025-11-13T10:23:11Z"]
 
 
 def test_majortom_parquet_rows_with_geotiff_bytes(tmp_path):
