@@ -21,7 +21,7 @@ from data_prep.geo import Bounds, boxes_meet, has_place
 from data_prep.merge import shaping_config
 from data_prep.schema import MODALITIES, default_modalities
 from data_prep.shards import shard_name
-from data_prep.sources.records import MASKS, Asset, SiteRecord, SourceFault
+from data_prep.sources.records import INCIDENCE, MASKS, Asset, SiteRecord, SourceFault
 from data_prep.split import assign
 
 
@@ -67,22 +67,23 @@ def read_catalogs(config: BuildConfig) -> tuple[list[SiteRecord], list[SourceFau
 
     Raises UsageError for a catalog that is missing, unreadable or empty.
     """
-    from data_prep.sources import open_catalog, split_site
+    from data_prep.sources import open_catalog
+    from data_prep.sources.sites import Cutter
 
     if not config.source.catalog:
         raise UsageError("source.catalog names no catalog; add one: source.catalog=[scenes/catalog.parquet]")
-    records: list[SiteRecord] = []
     faults: list[SourceFault] = []
+    cutter = Cutter(config.grid)
     for url in config.source.catalog:
         found = open_catalog(url, faults)
         if not found and not faults:
             raise UsageError(f"{url} lists no site")
         for record in found:
             try:
-                records += split_site(record, config.grid)
+                cutter.add(record)
             except SourceFault as fault:
                 faults.append(fault)
-    return records, faults
+    return cutter.sites(faults), faults
 
 
 def make_plan(records: Sequence[SiteRecord], config: BuildConfig, faults: Sequence[SourceFault] = ()) -> Plan:
@@ -173,6 +174,8 @@ def _narrowed(record: SiteRecord, config: BuildConfig) -> SiteRecord | None:
     wanted = {*(config.source.modalities or default_modalities()), "label"}
     if wanted & {name for name, spec in MODALITIES.items() if spec.kind == "reflectance"}:
         wanted |= set(MASKS)  # mask rasters go with their image
+    if wanted & {name for name, spec in MODALITIES.items() if spec.kind == "backscatter"}:
+        wanted.add(INCIDENCE)
     if any(asset.modality not in wanted for asset in record.assets):
         record = dataclasses.replace(record, assets=tuple(a for a in record.assets if a.modality in wanted))
     return record if any(name in wanted for name in record.modalities) else None

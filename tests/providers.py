@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import rasterio
+import rasterio.control
 from rasterio.transform import Affine
 
 from data_prep.geo import Grid, bbox_wgs84
@@ -194,6 +195,40 @@ def rtc(folder: Path, provider: str, db: np.ndarray, incidence_deg: float = 34.0
             asset["href"] = write(folder / "incidence.tif", angle, grid, 0)
         elif key == "0_mask":
             asset["href"] = write(folder / "mask.tif", np.zeros((1, *grid.shape), np.uint8), grid, 255)
+    _shrink(entry["properties"], grid)
+    return entry
+
+
+def grd(name: str, folder: Path) -> dict[str, Any]:
+    """Sentinel-1 GRD as it is delivered: amplitudes in radar geometry, placed by ground control points."""
+    entry = published(name)
+    points = [
+        rasterio.control.GroundControlPoint(row, col, 10 + col / 1000, 50 - row / 1000)
+        for row in (0, 63)
+        for col in (0, 63)
+    ]
+    for key in ("vv", "vh"):
+        path = folder / f"{key}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with rasterio.open(
+            path, "w", driver="GTiff", count=1, height=64, width=64, dtype="uint16", gcps=points, crs="EPSG:4326"
+        ) as dataset:
+            dataset.write(np.full((1, 64, 64), 250, np.uint16))
+        entry["assets"][key]["href"] = str(path)
+    return entry
+
+
+def landsat(folder: Path, stored: dict[str, np.ndarray], quality: np.ndarray) -> dict[str, Any]:
+    """Landsat Collection 2 Level 2 of the Planetary Computer: stored numbers by common name [H, W] at 30 m, and QA_PIXEL."""
+    entry = published("planetary_computer_landsat_c2_l2")
+    grid = Grid(
+        crs_of_item(entry),
+        (30.0, 0.0, corner_of_item(entry)[0], 0.0, -30.0, corner_of_item(entry)[1]),
+        *quality.shape[::-1],
+    )
+    for key, values in (*stored.items(), ("qa_pixel", quality)):
+        nodata = entry["assets"][key]["raster:bands"][0]["nodata"]
+        entry["assets"][key]["href"] = write(folder / f"{key}.tif", values[None], grid, nodata)
     _shrink(entry["properties"], grid)
     return entry
 

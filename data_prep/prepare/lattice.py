@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +60,31 @@ def zone_crs(zone: str) -> str:
     if zone.startswith("UPS"):
         return NORTH_POLAR if zone == "UPSN" else SOUTH_POLAR
     return f"EPSG:{(32600 if zone.endswith('N') else 32700) + int(zone[:-1])}"
+
+
+def zone_of_crs(crs: str) -> str | None:
+    """The zone whose CRS this is (its half by the code: `EPSG:327nn` is south); None for every other CRS."""
+    if match := re.fullmatch(r"EPSG:32([67])(0[1-9]|[1-5]\d|60)", crs):
+        return f"{match[2]}{'N' if match[1] == '6' else 'S'}"
+    return {NORTH_POLAR: "UPSN", SOUTH_POLAR: "UPSS"}.get(crs)
+
+
+def squares_within(bounds: Bounds, crs: str, side_m: int) -> list[Square]:
+    """Squares of a zone's lattice that lie whole inside `bounds` (in that zone's CRS) and are the zone's own, from the top left, rows
+    downward. Raises KeyError for a CRS of no zone."""
+    zone = zone_of_crs(crs)
+    if zone is None:
+        raise KeyError(crs)
+    xmin, ymin, xmax, ymax = bounds
+    columns = np.arange(math.ceil(xmin / side_m - 1e-6), math.floor(xmax / side_m + 1e-6))
+    rows = np.arange(math.floor(ymax / side_m + 1e-6) - 1, math.ceil(ymin / side_m - 1e-6) - 1, -1)
+    if not (columns.size and rows.size):
+        return []
+    row_N, column_N = (axis.ravel() for axis in np.meshgrid(rows, columns, indexing="ij"))
+    lon, lat = centres(zone, side_m, row_N, column_N)
+    # Sentinel-2's tiles south of the equator that reach across it keep their zone's code: either half of a number counts as own
+    own = np.char.rstrip(zones_of(lon, lat), "NS") == zone.rstrip("NS")
+    return [Square(zone, side_m, int(row), int(column)) for row, column in zip(row_N[own], column_N[own])]
 
 
 def zones_of(lon: np.ndarray, lat: np.ndarray) -> np.ndarray:

@@ -12,6 +12,8 @@ from data_prep.schema import CLEAR, CLOUD, NODATA
 
 # A mask that says no more than "cloud" has a handful of codes; one with numbers between these is a probability in percent.
 PROBABILITY_RANGE = (10, 100)
+# Landsat Collection 2 QA_PIXEL: bit 0 is fill; 1 dilated cloud, 2 cirrus, 3 cloud, 4 cloud shadow
+QA_FILL, QA_CLOUD = 0b1, 0b11110
 
 
 def mask_codes(values_HW: np.ndarray, kind: str, quality: QualityConfig) -> np.ndarray:
@@ -21,6 +23,10 @@ def mask_codes(values_HW: np.ndarray, kind: str, quality: QualityConfig) -> np.n
     """
     if kind == "scl":
         codes = scl_codes(values_HW)
+    elif kind == "qa_pixel":
+        bits = values_HW.astype(np.int64)
+        codes = np.where(bits & QA_CLOUD, CLOUD, CLEAR).astype(np.uint8)
+        codes[(bits & QA_FILL) != 0] = NODATA
     elif kind == "cloud":
         codes = np.where(values_HW != 0, CLOUD, CLEAR).astype(np.uint8)
     else:

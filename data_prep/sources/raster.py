@@ -166,6 +166,11 @@ def open_cell(href: str, member: str, name: str) -> Any:
 
 def raster_grid(dataset: Any, name: str) -> Grid:
     """The pixel grid of an open dataset. Raises SourceFault without a CRS or with an empty transform."""
+    if dataset.crs is None and dataset.gcps[0]:
+        raise SourceFault(
+            name,
+            "lies in the sensor's own geometry (ground control points, no grid): use a terrain-corrected product (RTC), or warp it first",
+        )
     if dataset.crs is None:
         raise SourceFault(name, "has no coordinate reference system; give one in the catalog (proj:code) or the file")
     if dataset.transform.is_identity:

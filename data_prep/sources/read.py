@@ -26,7 +26,7 @@ from data_prep.sources.evidence import spread
 from data_prep.sources.frames import Frame, common_entry, nodata_of, read_frame
 from data_prep.sources.open import open_cube
 from data_prep.sources.overpass import best_picture, by_overpass, flag_mixture
-from data_prep.sources.records import MASKS, Asset, ReadFault, SiteRecord, SourceFault
+from data_prep.sources.records import INCIDENCE, MASKS, Asset, ReadFault, SiteRecord, SourceFault
 
 Loss = dict[str, str]
 
@@ -131,7 +131,11 @@ def _read_modality(
                     outside = outside or cube.asset
                     continue
                 dates = [d for d in range(len(cube.dates)) if keep is None or (number, d) in keep]
-                frames += _frames(tuple(assets), cube, spec, dates, target, quality, lost)
+                found = _frames(tuple(assets), cube, spec, dates, target, quality, lost)
+                if spec.kind == "backscatter" and (angle := _incidence(record, assets[0], target)):
+                    for frame in found:
+                        frame.decision["incidence_deg"] = angle
+                frames += found
         except ReadFault as fault:
             lost.append(_loss(modality, assets[0].datetime, fault.asset, fault.why))
     least = grid.min_clear if spec.is_series else 0.0
@@ -238,6 +242,28 @@ def _decisions(
         else:
             decided[date] = Dated((), entry, flags)
     return decided
+
+
+def _incidence(record: SiteRecord, image: Asset, target: Grid) -> float | str:
+    """Mean angle over the site in degrees, of the item's raster of angles, else as declared for the scene; 0 where nobody says. An
+    angle is no pixel: a raster that cannot be read costs nothing but the number, and says so."""
+    for asset in record.of(INCIDENCE):
+        if _item(asset) != _item(image):
+            continue
+        try:
+            with contextlib.closing(open_cube([asset], ("",))) as cube:
+                window = needed_window(cube.layers[0].grid, target, "class")
+                if window is None:
+                    continue
+                raw_HW = cube.read(0, 0, window)[0].astype(np.float64)
+                nodata = nodata_of(cube, 0)
+        except ReadFault as fault:
+            return f"unreadable: {fault.asset}"
+        seen = raw_HW[np.isfinite(raw_HW) & (raw_HW != (0 if nodata is None else nodata))]
+        if seen.size:
+            mean = float(seen.mean()) * (asset.scale or 1.0) + (asset.offset or 0.0)
+            return round(float(np.degrees(mean)) if mean < np.pi / 2 else mean, 2)
+    return round(image.incidence_deg, 2)
 
 
 def _one_calibration(frames: list[Frame], modality: str, quality: QualityConfig, lost: list[Loss]) -> list[Frame]:

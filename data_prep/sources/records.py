@@ -9,14 +9,16 @@ from typing import Any
 from data_prep.geo import Bounds, Grid, Transform
 from data_prep.schema import MODALITIES
 
-# Rasters that say where an image of the same item is clear: scene classification codes, non-zero = cloud, cloud probability in
-# percent, and how clear a pixel is (0…1, Cloud Score+). Where an item has several, the first of these is read.
-MASKS = ("scl", "cloud", "cloud_probability", "clear_score")
+# Rasters that say where an image of the same item is clear: scene classification codes, Landsat's quality bits, non-zero = cloud,
+# cloud probability in percent, and how clear a pixel is (0…1, Cloud Score+). Where an item has several, the first of these is read.
+MASKS = ("scl", "qa_pixel", "cloud", "cloud_probability", "clear_score")
+# a raster of the angle at which a radar image was taken, in the same item
+INCIDENCE = "incidence"
 
 
 def modality_roles() -> tuple[str, ...]:
     """Everything an asset can be."""
-    return (*MODALITIES, *MASKS, "label")
+    return (*MODALITIES, *MASKS, INCIDENCE, "label")
 
 
 class SourceFault(Exception):
@@ -41,7 +43,7 @@ class Asset:
 
     Attributes:
         id: `ITEM/ASSET`, names it in messages and in the audit.
-        modality: one of `MODALITIES`; one of `MASKS` (a mask raster of the image of the same item); label.
+        modality: one of `MODALITIES`; one of `MASKS` (a mask raster of the image of the same item); incidence; label.
         href: absolute fsspec URL.
         format: reader: raster, zarr, zarr_bands, treesatai, mesh, parquet_raster, copernicus.
         bands: our band names in file order; a name we don't know stays as it is and is never read.
@@ -53,6 +55,7 @@ class Asset:
         offset_removed: the provider says it has removed the baseline-04.00 offset already.
         unit: dB or linear (s1), as declared. calibration: sigma0 or gamma0 and the product kind (s1), as declared.
         relative_orbit: track of the acquisition, 0 = not known.
+        incidence_deg: mean angle of the scene as declared (s1), 0 = not said.
         gsd_m: pixel size as declared, 0 = not said; of two files of one band the finer is read.
         member: array, dataset or byte range inside the file.
         note: what a reader of the data must know, e.g. that the position was assumed; goes to the decisions.
@@ -76,6 +79,7 @@ class Asset:
     nodata: float | None = None
     per_band: tuple[tuple[float | None, float | None, float | None], ...] = ()
     relative_orbit: int = 0
+    incidence_deg: float = 0.0
     gsd_m: float = 0.0
     cloud_cover: float | None = None
     crs: str = ""

@@ -23,6 +23,7 @@ from data_prep.geo import (
     snap_inward,
     utm_code,
 )
+from data_prep.prepare.lattice import squares_within, zone_of_crs
 from data_prep.schema import MODALITIES, default_modalities
 from data_prep.sources.open import open_cube
 from data_prep.sources.raster import open_raster, raster_grid
@@ -166,8 +167,10 @@ def _places(grids: dict[str, Grid]) -> str:
 def split_site(record: SiteRecord, grid: GridConfig) -> list[SiteRecord]:
     """The site as `grid` wants it: itself; one centred site of `side_m`; or, with `tile`, all whole `side_m` squares.
 
-    Squares are laid from the top left corner of the footprint, rows downward, and named `KEY_ROW_COL`; what is left over at
-    the right and bottom edge is not used. A footprint smaller than `side_m` stays as it is.
+    Squares of a satellite scene (wider than CELL_SPAN_M, in UTM) are those of the one global lattice (`data_prep.prepare.lattice`) whose
+    zone it is, and are named by it: scenes that overlap share them (see `Cutter`). Those of a smaller footprint are laid from its top
+    left corner, rows downward, and named `KEY_ROW_COL`; what is left over at the right and bottom edge is not used. A footprint smaller
+    than `side_m` stays as it is.
 
     Raises:
         UsageError: `side_m` is not a whole number of series pixels.
@@ -188,6 +191,11 @@ def split_site(record: SiteRecord, grid: GridConfig) -> list[SiteRecord]:
         left = xmin + math.floor((xmax - xmin - side) / 2 / snap + 1e-6) * snap
         top = ymax - math.floor((ymax - ymin - side) / 2 / snap + 1e-6) * snap
         return [_part(record, (left, top - side, left + side, top), record.key)]
+    if lies_on_lattice(record, grid):
+        return [
+            _part(record, square.bounds, square.key)
+            for square in squares_within(record.footprint, record.crs, round(side))
+        ]
     parts = []
     for row in range(rows):
         for column in range(columns):
@@ -197,9 +205,73 @@ def split_site(record: SiteRecord, grid: GridConfig) -> list[SiteRecord]:
     return parts
 
 
+def lies_on_lattice(record: SiteRecord, grid: GridConfig) -> bool:
+    """Whether a site is cut into squares of the global lattice: a scene in a UTM zone whose pixels the lattice keeps."""
+    if not grid.tile or grid.side_m is None or not _is_wide(record) or zone_of_crs(record.crs) is None:
+        return False
+    step, (xmin, _, _, ymax) = grid.series_gsd_m or 10.0, record.footprint
+    return round(grid.side_m) == grid.side_m and all(abs(v / step - round(v / step)) < 1e-6 for v in (xmin, ymax))
+
+
+class Cutter:
+    """Sites of one or several catalogs as `grid` cuts them; what overlapping scenes see of one square of the lattice is one site.
+
+    So the dates of a place need not be grouped by anybody, no ground stands twice, and a pass that two tiles hold becomes one date when
+    it is read (`overpass`).
+    """
+
+    def __init__(self, grid: GridConfig) -> None:
+        self._grid = grid
+        self._views: dict[str, list[SiteRecord]] = {}
+
+    def add(self, record: SiteRecord) -> None:
+        """Raises UsageError as `split_site`."""
+        shared = lies_on_lattice(record, self._grid)
+        for part in split_site(record, self._grid):
+            # other keys are their owners' affair: two sites of one key are refused by the plan
+            place = part.key if shared else f"{len(self._views)}/{part.key}"
+            self._views.setdefault(place, []).append(part)
+
+    def sites(self, faults: list[SourceFault]) -> list[SiteRecord]:
+        """In the order in which they first appeared. Squares whose scenes give one label two values go to `faults`."""
+        out = []
+        for views in self._views.values():
+            try:
+                out.append(views[0] if len(views) == 1 else _joined(views))
+            except SourceFault as fault:
+                faults.append(fault)
+        return out
+
+
+def _joined(views: list[SiteRecord]) -> SiteRecord:
+    """What several scenes hold of one square. Raises SourceFault where their labels differ."""
+    scalars: dict[str, int] = {}
+    classes: dict[str, list[str]] = {}
+    assets: dict[str, Asset] = {}
+    for view in views:
+        for said, mine in ((scalars, view.scalars), (classes, view.classes)):
+            for label in said.keys() & mine.keys():
+                if said[label] != mine[label]:
+                    raise SourceFault(
+                        view.key, f"label {label} is {said[label]} in one scene and {mine[label]} in another"
+                    )
+            said |= mine  # type: ignore[operator]
+        for asset in view.assets:
+            assets.setdefault(asset.id, asset)
+    return dataclasses.replace(
+        views[0], assets=tuple(assets.values()), scalars=scalars, classes=classes,
+        datetimes=tuple(sorted({moment for view in views for moment in view.datetimes})),
+        product_ids=tuple(dict.fromkeys(product for view in views for product in view.product_ids)),
+    )  # fmt: skip
+
+
+def _is_wide(record: SiteRecord) -> bool:
+    xmin, ymin, xmax, ymax = record.footprint
+    return max(xmax - xmin, ymax - ymin) > CELL_SPAN_M
+
+
 def _part(record: SiteRecord, footprint: Bounds, key: str) -> SiteRecord:
-    wide = max(record.footprint[2] - record.footprint[0], record.footprint[3] - record.footprint[1]) > CELL_SPAN_M
-    own = wide and has_place(record.crs)
+    own = _is_wide(record) and has_place(record.crs)
     cell = ground_cell(*centre_wgs84(record.crs, footprint)) if own else record.cell
     return dataclasses.replace(
         record, key=key, footprint=footprint, bbox_wgs84=bbox_wgs84(record.crs, footprint), cell=cell

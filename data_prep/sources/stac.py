@@ -17,14 +17,14 @@ Item
     properties."label:classes"    class names, [{"name": "scene", "classes": ["water", ...]}, {"name": "landcover", ...}];
                                   index = value; also `geoloom:classes` {"scene": [names]}
     properties, or the asset: "s2:processing_baseline" ("05.09"), "s2:product_uri"/"product_id", "sat:orbit_state",
-                              "sar:polarizations", "geoloom:calibration" ("gamma0 RTC"), "eo:cloud_cover", "processing:level" ("L2A", "L1C"),
+                              "sar:polarizations", "geoloom:calibration" ("gamma0 RTC"), "view:incidence_angle", "eo:cloud_cover", "processing:level" ("L2A", "L1C"),
                               "earthsearch:boa_offset_applied"
 
 Asset (the key is free, except for labels, whose key is the label's name)
     href                      any fsspec URL, or relative
     type                      `image/tiff…` GeoTIFF/COG, `application/vnd+zarr` Zarr; else judged by the extension
-    "geoloom:modality"        a modality of the schema ("hr", "s2", "s2_l1c", "s1"), "scl", "cloud", "cloud_probability",
-                              "clear_score" or "label". Default: by band names (R, G, B → hr; B02 … → s2; VV, VH → s1), roles
+    "geoloom:modality"        a modality of the schema ("hr", "s2", "s2_l1c", "s1"), "scl", "qa_pixel", "cloud",
+                              "cloud_probability", "clear_score", "incidence" or "label". Default: by band names (R, G, B → hr; B02 … → s2; VV, VH → s1), roles
                               ("labels", "cloud"), or common asset keys ("scl", "blue", "B02_10m", "0_VV", …); others ignored,
                               and so are 8-bit pictures of a Sentinel-2 scene ("visual", "TCI_10m") and previews.
                               Of several files of one band the finest is read, GeoTIFF before JPEG 2000.
@@ -69,12 +69,15 @@ from data_prep.sources.names import (
     s2_level,
     s2_product,
 )
-from data_prep.sources.records import MASKS, Asset, SourceFault, modality_roles
+from data_prep.sources.records import INCIDENCE, MASKS, Asset, SourceFault, modality_roles
 
 # `sentinel:…` are the names that Sentinel-2 items had before the `s2` extension (Earth Search v0)
 PRODUCT_FIELDS = ("s2:product_uri", "sar:product_id", "product_id", "s2:product_id", "sentinel:product_id")
 # formats that carry their own dates
 CUBES = ("zarr", "treesatai", "mesh", "copernicus")
+# how a raster of incidence angles is called: by its key, or by the SAR extension's roles (and Indigo's, on AWS)
+INCIDENCE_KEYS = ("incidence", "incidence_angle", "local_incidence_angle")
+INCIDENCE_ROLES = ("incidence-angle", "local-incidence-angle", "ellipsoid-incidence-angle")
 _PIXEL_SUFFIX = re.compile(r"_(\d+)m(?:[_-]jp2)?$")
 
 
@@ -166,6 +169,7 @@ def _asset(item: dict[str, Any], name: str, fields: dict[str, Any]) -> Asset | N
         offset_removed=said("earthsearch:boa_offset_applied", "sentinel:boa_offset_applied"),
         orbit=str(said("sat:orbit_state") or "").lower() if modality == "s1" else "",
         relative_orbit=int(said("sat:relative_orbit") or relative_orbit(named) or 0),
+        incidence_deg=(_number(said("view:incidence_angle")) or 0.0) if modality == "s1" else 0.0,
         unit=_unit(first.get("unit")) if spec is not None and spec.kind == "backscatter" else "",
         calibration=_calibration(item, name, fields, said) if modality == "s1" else "",
         nodata=radiometry[0][2] if radiometry else None,
@@ -199,7 +203,10 @@ def _moment(item: dict[str, Any], fields: dict[str, Any], named: str) -> str:
     span = [str(properties.get(f"{end}_datetime") or "") for end in ("start", "end")]
     if not stated and not properties.get("geoloom:date_unknown") and span[0][:10] == span[1][:10]:
         stated = span[0]  # an acquisition given by its start and end; a longer span is that of a series
-    return iso_datetime(str(stated or ""))
+    moment = iso_datetime(str(stated or ""))
+    if stated and not moment:
+        raise SourceFault(item["id"], f"datetime {stated!r} is no ISO 8601 time such as 2021-06-01T10:00:00Z")
+    return moment
 
 
 def _raster_bands(fields: dict[str, Any], listed: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -246,6 +253,8 @@ def _modality(fields: dict[str, Any], item: dict[str, Any], name: str, bands: li
         return None
     if mask := _mask(fields, name, roles):
         return mask
+    if name.lower() in INCIDENCE_KEYS or roles & set(INCIDENCE_ROLES):
+        return INCIDENCE
     properties = item["properties"]
     mission = (
         f"{item.get('collection', '')} {properties.get('constellation', '')} {properties.get('platform', '')}".lower()
@@ -282,11 +291,21 @@ def _mask(fields: dict[str, Any], name: str, roles: set[str]) -> str | None:
     elif key in ("cld", "cldprb", "cloud_prob", "cloudprob", "msk_cldprb", "s2cloudless"):
         return "cloud_probability"
     elif "cloud" in roles or key == "cloud_mask":
+        if _is_bits(fields):
+            return None  # its numbers are flags of many things: any non-zero would be a cloud
         kind = "cloud"
     else:
         return None
     about = f"{fields.get('title', '')} {fields['href'].rsplit('/', 1)[-1]}".lower()
     return "cloud_probability" if kind == "cloud" and ("probab" in about or "cld" in about) else kind
+
+
+def _is_bits(fields: dict[str, Any]) -> bool:
+    """Whether a mask's numbers are bit fields."""
+    bands = fields.get("raster:bands") or [{}]
+    return "bit" in str(bands[0].get("unit") or "") or any(
+        "classification:bitfields" in source for source in (fields, bands[0])
+    )
 
 
 def _calibration(item: dict[str, Any], name: str, fields: dict[str, Any], said: Any) -> str:
@@ -316,7 +335,7 @@ def _format(fields: dict[str, Any]) -> str:
 
 def _bands(modality: str, name: str, listed: list[str], level: str) -> tuple[str, ...]:
     """Band names in file order; without any, the sensor's usual ones, which the reader holds against the file."""
-    if modality == "label" or modality in MASKS:
+    if modality in ("label", INCIDENCE) or modality in MASKS:
         return ("",)
     spec, hr = MODALITIES[modality], MODALITIES[modality].kind == "colour"
     ours = spec.band if spec.collections or spec.aliases else lambda band: band_name(band, hr=hr)

@@ -21,7 +21,7 @@ from data_prep.repair import repair
 from data_prep.schema import NODATA
 from data_prep.shards import ShardSet
 from data_prep.sources.records import SourceFault
-from data_prep.statistics import Histograms
+from data_prep.statistics import Histograms, statistics_json
 from data_prep.tar import TarWriter
 from data_prep.verify import verify
 from tests.sites import make_record, make_site
@@ -313,6 +313,22 @@ def test_everything_but_the_tars_can_be_made_again(world, tmp_path, keep_manifes
     if keep_manifest:
         assert new == old
         build(config(tmp_path))
+
+
+def test_statistics_are_of_the_training_split_alone(world, tmp_path):
+    """What the network is normalised by must not have seen the places it is judged on."""
+    outcome = build(config(tmp_path / "set"))
+    shards = ShardSet.open(str(tmp_path / "set"))
+    rows = shards.index.select(["key", "split"]).to_pylist()
+    assert {row["split"] for row in rows} > {"train"}
+    train, every = Histograms(), Histograms()
+    for number, row in enumerate(rows):
+        site = shards.read_sample(number)
+        every.add(site)
+        if row["split"] == "train":
+            train.add(site)
+    assert outcome.manifest["statistics"] == json.loads(json.dumps(statistics_json(train.finish())))
+    assert outcome.manifest["statistics"] != json.loads(json.dumps(statistics_json(every.finish())))
 
 
 def test_statistics_merge_in_any_order():

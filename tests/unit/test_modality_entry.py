@@ -10,7 +10,7 @@ from data_prep.audit import audit
 from data_prep.build import build
 from data_prep.config import BuildConfig, OutputConfig, SourceConfig
 from data_prep.geo import Grid
-from data_prep.schema import CLEAR, NODATA, ModalitySpec
+from data_prep.schema import CLEAR, CLOUD, NODATA, ModalitySpec
 from data_prep.shards import ShardSet
 from tests import providers
 from tests.scenes import write_items
@@ -33,33 +33,30 @@ def two_more(monkeypatch):
 
 
 def landsat_item(folder, month, seed):
-    """Collection 2 Level 2 as published: an asset per band by common name, scale 0.0000275, offset -0.2, nodata 0."""
+    """Collection 2 Level 2 as published: an asset per band by common name, scale 0.0000275, offset -0.2, nodata 0, quality in bits."""
     rng = np.random.default_rng(seed)
-    grid = providers.grid_of(30)
-    assets, truth = {}, []
-    for name, band in LANDSAT.aliases.items():
-        stored = rng.integers(7500, 20_000, grid.shape).astype(np.uint16)
-        stored[0, 0] = 0
-        truth.append(np.rint(stored * 0.275 - 2000))
-        assets[name] = {
-            "href": providers.write(folder / f"{month}_{band}.tif", stored[None], grid, 0), "type": providers.COG, "roles": ["data", "reflectance"],
-            "eo:bands": [{"name": f"OLI_{band[3:]}", "common_name": name}],
-            "raster:bands": [{"scale": 0.0000275, "offset": -0.2, "nodata": 0, "data_type": "uint16", "spatial_resolution": 30}],
-        }  # fmt: skip
-    properties = {
-        "datetime": f"2023-{month:02d}-03T10:00:00Z",
-        "platform": "landsat-8",
-        "proj:epsg": 32631,
-        "geoloom:site": "here",
-    }
-    return providers.item(f"LC08_L2SP_{month}", assets, properties, "landsat-c2-l2"), np.stack(truth)
+    stored = {name: rng.integers(7500, 20_000, (20, 20)).astype(np.uint16) for name in LANDSAT.aliases}
+    for values in stored.values():
+        values[0, 0] = 0
+    quality = np.full((20, 20), 21824, np.uint16)  # clear, low confidence of everything
+    quality[0, 0], quality[3, 4], quality[3, 5], quality[3, 6] = (
+        1,
+        22280,
+        23888,
+        21826,
+    )  # fill, cloud, shadow, dilated cloud
+    entry = providers.landsat(folder / str(month), stored, quality)
+    entry["id"] = f"LC09_L2SP_{month}"
+    entry["properties"] |= {"datetime": f"2023-{month:02d}-03T10:00:00Z", "geoloom:site": "here"}
+    truth = [np.rint(values * 0.275 - 2000) for values in stored.values()]
+    return entry, np.stack(truth)
 
 
 def test_landsat_and_elevation_go_from_items_to_shards(tmp_path, two_more):
     first, truth = landsat_item(tmp_path, 5, 0)
     second, _ = landsat_item(tmp_path, 6, 1)
-    degrees = Grid("EPSG:4326", (1 / 3600, 0.0, 4.40, 0.0, -1 / 3600, 52.40), 600, 600)
-    height = np.full((1, 600, 600), 612.4, np.float32)
+    degrees = Grid("EPSG:4326", (1 / 3600, 0.0, 145.20, 0.0, -1 / 3600, -43.50), 300, 300)
+    height = np.full((1, 300, 300), 612.4, np.float32)
     dem = providers.item("cop", {"data": {"href": providers.write(tmp_path / "dem.tif", height, degrees), "type": providers.COG, "roles": ["data"]}},
                          {"geoloom:site": "here"}, "cop-dem-glo-30")  # fmt: skip
     url = write_items(tmp_path / "items", [first, second, dem])
@@ -75,7 +72,8 @@ def test_landsat_and_elevation_go_from_items_to_shards(tmp_path, two_more):
     # on the 10 m grid of the set a 30 m pixel's centre is a pixel's centre
     centres = series.pixels_TCHW[0][:, 1::3, 1::3]
     valid = series.mask_THW[0, 1::3, 1::3] == CLEAR
-    assert valid.sum() == valid.size - 1
+    assert valid.sum() == valid.size - 4
+    assert (series.mask_THW[0, 10:13:3, 13:20:3] == CLOUD).all()
     assert abs(centres[:, valid].astype(int) - truth[:, valid]).max() <= 1  # ties of 0.275 x fall either way
     assert series.mask_THW[0, 1, 1] == NODATA
     assert (site.series["dem"].pixels_TCHW == 612).all()

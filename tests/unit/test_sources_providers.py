@@ -7,8 +7,9 @@ import copy
 import numpy as np
 import pytest
 
-from data_prep.config import GridConfig, QualityConfig
+from data_prep.config import BuildConfig, GridConfig, QualityConfig
 from data_prep.geo import Grid
+from data_prep.plan import make_plan
 from data_prep.schema import CLEAR, CLOUD, MODALITIES, NODATA
 from data_prep.sources import SourceFault, open_catalog, read_site
 from data_prep.sources.stac import item_assets
@@ -146,6 +147,35 @@ def test_grd_amplitudes_are_refused_by_name(tmp_path):
     entry["collection"] = "sentinel-1-grd"
     with pytest.raises(SourceFault, match="neither dB nor linear"):
         read_site(record_of(tmp_path, entry), NATIVE)
+
+
+@pytest.mark.parametrize("name", ["planetary_computer_s1_grd", "copernicus_data_space_s1_grd"])
+def test_grd_in_radar_geometry_is_refused_with_the_way_out(tmp_path, name):
+    with pytest.raises(SourceFault, match=r"ground control points, no grid.*terrain-corrected"):
+        record_of(tmp_path, providers.grd(name, tmp_path))
+
+
+def test_the_angle_of_a_radar_image_goes_on_record(tmp_path):
+    """A raster of angles in the item (hundredths of a degree, nodata 0), else what the item says of the whole scene."""
+    db = np.random.default_rng(0).normal(-14, 2, (2, 30, 30))
+    record = record_of(tmp_path / "aws", providers.rtc(tmp_path, "aws", db, incidence_deg=37.25))
+    planned = make_plan([record], BuildConfig()).shards[0].records[0]
+    (decision,) = read_site(planned, GridConfig(series_gsd_m=20)).series["s1"].decisions
+    assert decision["incidence_deg"] == 37.25
+    (tmp_path / "incidence.tif").write_bytes(b"broken")
+    (decision,) = read_site(record, GridConfig(series_gsd_m=20)).series["s1"].decisions
+    assert decision["incidence_deg"] == "unreadable: S1A_20200103_17RMJ_ASC/incidence"
+    entry = providers.rtc(tmp_path / "pc", "pc", np.random.default_rng(1).normal(-14, 2, (2, 60, 60)))
+    assert "incidence_deg" not in read_site(record_of(tmp_path / "a", entry), NATIVE).series["s1"].decisions[0]
+    entry["properties"]["view:incidence_angle"] = 39.185510
+    assert read_site(record_of(tmp_path / "b", entry), NATIVE).series["s1"].decisions[0]["incidence_deg"] == 39.19
+
+
+def test_a_date_that_is_none_is_refused(tmp_path):
+    entry = providers.rtc(tmp_path, "pc", np.full((2, 60, 60), -14.0))
+    entry["properties"]["datetime"] = "2025-03-11T04:42:9Z"
+    with pytest.raises(SourceFault, match="is no ISO 8601 time"):
+        record_of(tmp_path, entry)
 
 
 def test_calibrations_are_not_mixed(tmp_path):
