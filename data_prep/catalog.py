@@ -27,6 +27,7 @@ LAYOUTS = {
     "ssl4eo": "data_prep.sources.ssl4eo",
     "majortom": "data_prep.sources.majortom",
     "copernicus": "data_prep.sources.copernicus",
+    "olmoearth": "data_prep.sources.olmoearth",
     "geotiff": "data_prep.sources.geotiff",
     "patches": "data_prep.sources.patches",
 }
@@ -134,8 +135,11 @@ def detect_layout(url: str) -> str:
     if any(name.startswith("example-") and name.endswith(".tar") for name in names):
         return "copernicus"
     if any(name.endswith((".h5", ".hdf5")) for name in names):
+        from data_prep.sources.olmoearth import holds_samples
         from data_prep.sources.treesatai import refuse_other_hdf5
 
+        if holds_samples(url):
+            return "olmoearth"
         refuse_other_hdf5(url)  # every archive of patches ends in .h5: what is inside decides
         return "treesatai"
     for layout in ("majortom", "stac", "geotiff"):

@@ -1,7 +1,7 @@
 """An HTTP server on loopback that serves a folder with byte ranges, counts what is asked, and breaks some answers on purpose.
 
 Request n (from 0) gets fault `plan(n)`: "ok"; "503" that status; "reset" the connection is reset before an answer; "truncated" the
-whole head, half of the body, then closed.
+whole head, half of the body, then closed. `answers`: paths that are no files, by what follows `?` → status and body.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
@@ -26,6 +26,8 @@ class RangeServer:
 
     def __init__(self, folder: Path, plan: Callable[[int], str] = lambda number: "ok") -> None:
         self.folder, self.plan = folder, plan
+        self.answers: dict[str, Callable[[str], tuple[int, bytes]]] = {}
+        self.allows: Callable[[str], bool] = lambda query: True
         self.lock, self.number = threading.Lock(), 0
         self.done: Counter[str] = Counter()
         self.headers: list[dict[str, str]] = []
@@ -69,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(body=True)
 
     def _answer(self, body: bool) -> None:
-        owner, path = self.owner, unquote(urlsplit(self.path).path)
+        owner, (path, _, query) = self.owner, unquote(self.path).partition("?")
         with owner.lock:
             fault = owner.plan(owner.number)
             owner.number += 1
@@ -78,7 +80,15 @@ class _Handler(BaseHTTPRequestHandler):
             owner.done[fault] += 1
             owner.headers.append(dict(self.headers))
         file = owner.folder / path.lstrip("/")
-        if fault == "503":
+        if path in owner.answers:
+            status, data = owner.answers[path](query)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+        elif not owner.allows(query):
+            self._plain(403)
+        elif fault == "503":
             self._plain(503)
         elif fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

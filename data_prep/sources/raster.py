@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 import rasterio
+import rasterio.session
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import MemoryFile
 from rasterio.windows import Window as RasterWindow
@@ -35,6 +36,7 @@ MAX_OPEN = 1024
 DRIVERS = {".jp2": "JP2OpenJPEG", ".j2k": "JP2OpenJPEG", ".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 # GDAL's block cache defaults to 5 % of the machine's memory, per process; this holds one row of blocks of a Sentinel-2 tile.
 os.environ.setdefault("GDAL_CACHEMAX", "192")
+IDENTITY = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION")
 SMALL_PX = 512  # a mask is looked at this large to tell what its numbers mean
 # `raster_grid` refuses a file without a georeference in one line, and patches are allowed to have none
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
@@ -86,8 +88,20 @@ def _settings(href: str) -> Iterator[None]:
     if is_local(href) or gdal_path(href) is None:
         yield
         return
-    with rasterio.Env(**gdal_options(href)):
+    options = gdal_options(href)
+    identity = {name: options.pop(name) for name in IDENTITY if name in options}
+    with rasterio.Env(session=_Identity(identity) if identity else None, **options):
         yield
+
+
+class _Identity(rasterio.session.Session):
+    """An S3 identity as GDAL is told of it. rasterio takes none among its options, and would ask boto3 for the writer's."""
+
+    def __init__(self, options: dict[str, str]) -> None:
+        self.credentials = options
+
+    def get_credential_options(self) -> dict[str, str]:
+        return self.credentials
 
 
 class _OpenRasters(threading.local):

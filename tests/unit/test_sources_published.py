@@ -10,12 +10,14 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zarr
 
+from cluster.errors import RunFailure
 from data_prep.audit import audit, figures
 from data_prep.catalog import detect_layout, make_catalog
 from data_prep.config import GridConfig
@@ -359,3 +361,78 @@ def test_cataloguing_reads_coordinates_and_no_image(tmp_path, monkeypatch):
     make_catalog(str(tmp_path / "set"), str(tmp_path / "c.parquet"), "terramind")
     assert len(data) > 1_000_000
     assert sum(read) <= 4 * zarr_store.PAGE
+
+
+def olmoearth(path, timestamps, seed=0, every_capture=False, compressed=True):
+    """One sample as OlmoEarth's `convert_to_h5py` writes it: Zstandard, [H, W, T, C], months from 0; returns what lies in it."""
+    import hdf5plugin
+
+    rng = np.random.default_rng(seed)
+    side, held = 16, np.ones(len(timestamps), bool)
+    held[1] = every_capture
+    s2 = rng.integers(20, 4000, (side, side, int(held.sum()), 12)).astype(np.uint16)
+    s1 = rng.normal(-14, 2, (side, side, len(timestamps), 2)).astype(np.float32)
+    more = {"compression": hdf5plugin.Zstd(clevel=3)} if compressed else {}
+    scl = np.full((side, side, len(timestamps), 1), 4, np.uint8)
+    scl[2, 3, 1], scl[5, 6, 0] = 9, 8
+    with h5py.File(path, "w") as file:
+        file["latlon"] = np.array([48.2, 16.4], np.float32)
+        file.create_dataset("sentinel2_l2a", data=s2, chunks=s2.shape, **more)
+        file.create_dataset("sentinel1", data=s1, chunks=s1.shape, **more)
+        file.create_dataset("worldcover", data=np.full((side, side, 1), 10, np.uint8))
+        if every_capture:
+            for series in ("sentinel2_l2a", "sentinel1"):
+                file[f"timestamps_{series}"] = np.array(timestamps)
+            file["timestamps_sentinel2_scl"] = np.array(timestamps)
+            file["sentinel2_scl"] = scl
+        else:
+            file["timestamps"] = np.array(timestamps)
+            file["missing_timesteps_masks/sentinel2_l2a"] = held
+            file["missing_timesteps_masks/sentinel1"] = np.ones(len(timestamps), bool)
+    return s2, s1
+
+
+def test_olmoearth_samples_one_hdf5_file_each(tmp_path):
+    source = tmp_path / "set"
+    source.mkdir()
+    s2, s1 = olmoearth(source / "sample_2.h5", [[1, 0, 2021], [3, 5, 2021], [31, 11, 2021]])
+    every = [[1, 0, 2021], [1, 0, 2021], [3, 5, 2021]]  # two captures of one day
+    other, _ = olmoearth(source / "sample_10.h5", every, seed=1, every_capture=True)
+    assert detect_layout(str(source)) == "olmoearth"
+    make_catalog(str(source), str(tmp_path / "c.parquet"), "olmoearth")
+    records = open_catalog(str(tmp_path / "c.parquet"))
+    assert [record.key for record in records] == ["sample_2", "sample_10"]
+    assert records[0].crs == "EPSG:32633"
+    west, south, east, north = records[0].bbox_wgs84
+    assert west < 16.4 < east
+    assert south < 48.2 < north
+    assert records[0].cell == records[1].cell
+    site = read_site(records[0], NATIVE)
+    order = [
+        ("B02", "B03", "B04", "B08", "B05", "B06", "B07", "B8A", "B11", "B12").index(b) for b in MODALITIES["s2"].bands
+    ]
+    series = site.series["s2"]
+    assert series.datetimes == ["2021-01-01T00:00:00Z", "2021-12-31T00:00:00Z"]  # the second month has no image
+    assert (series.pixels_TCHW == s2.transpose(2, 3, 0, 1)[:, order]).all()
+    assert series.decisions[0]["position"].startswith("assumed")
+    assert site.series["s1"].datetimes[1] == "2021-06-03T00:00:00Z"
+    np.testing.assert_allclose(site.series["s1"].pixels_TCHW, s1.transpose(2, 3, 0, 1), atol=0.01)
+    series = read_site(records[1], NATIVE).series["s2"]
+    assert series.datetimes == ["2021-01-01T00:00:00Z", "2021-06-03T00:00:00Z"]  # tiles of one pass are one date
+    assert (series.mask_THW[0] == CLOUD).sum() == 1
+    assert series.mask_THW[0, 5, 6] == CLOUD
+    assert (series.pixels_TCHW[1] == other[:, :, 2].transpose(2, 0, 1)[order]).all()
+
+
+def test_olmoearth_samples_that_contradict_themselves_are_faults(tmp_path):
+    (tmp_path / "set").mkdir()
+    olmoearth(tmp_path / "set" / "sample_0.h5", [[1, 12, 2021], [3, 5, 2021]])
+    with pytest.raises(RunFailure, match="day, month from 0, year"):
+        make_catalog(str(tmp_path / "set"), str(tmp_path / "c.parquet"), "olmoearth")
+    olmoearth(tmp_path / "set" / "sample_0.h5", [[1, 1, 2021], [3, 5, 2021]])
+    make_catalog(str(tmp_path / "set"), str(tmp_path / "c.parquet"), "olmoearth")
+    (record,) = open_catalog(str(tmp_path / "c.parquet"))
+    with h5py.File(tmp_path / "set" / "sample_0.h5", "r+") as file:
+        del file["missing_timesteps_masks"]
+    with pytest.raises(SourceFault, match=r"sentinel2_l2a has shape .*, wanted .* by its dates"):
+        read_site(record, NATIVE)
