@@ -7,7 +7,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
+from tests.data_folder import REPOSITORY
 from tests.rank_jobs import run_ranks
 
 SAVING = {"activation_checkpointing": True}
@@ -18,11 +20,7 @@ TWO = [
     {"stage": 3, "model": SAVING},
 ]
 # every term of `model.prediction`, everything that hides, local views in MGCL
-ALL_TERMS = {
-    "cross_weight": 0.7, "site_weight": 0.5, "restore_weight": 2.0, "masked_weight": 1.5, "labels_weight": 0.3,
-    "koleo_weight": 0.2, "local_mgcl": True, "hide_tokens": 0.3, "hide_dates": 0.4, "hide_sensors": 0.2,
-    "modality_dropout": 0.3, "predictor_hidden": 16, "centering_momentum": 0.9, "ema_half_life": 0.1, "ema_samples": [4, 1e6],
-}  # fmt: skip
+ALL_TERMS = yaml.safe_load((REPOSITORY / "tests/runs/all_terms.yaml").read_text())["objective"]
 
 
 @pytest.mark.integration

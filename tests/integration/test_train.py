@@ -48,13 +48,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 class Job:
     """A training job in the background; its output is kept in `log`."""
 
-    def __init__(self, shards: str, run: Path, *overrides: str) -> None:
+    def __init__(self, shards: str, run: Path, *overrides: str, config: str = "small") -> None:
         self.run, self.log = run, run.parent / f"{run.name}.log"
         arguments = [f"data.url={shards}", f"run.dir={run}", *SMALL, *overrides, "--processes", "2"]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                command("pipeline", "train", "tests/runs/small.yaml", *arguments),
+                command("pipeline", "train", f"tests/runs/{config}.yaml", *arguments),
                 cwd=REPOSITORY, stdout=log, stderr=log, env=env,
             )  # fmt: skip
 
@@ -91,11 +91,11 @@ def learned(run: Path) -> list[dict[str, Any]]:
 
 
 def test_killed_and_preempted_equals_uninterrupted(shards: str, tmp_path: Path) -> None:
-    whole = Job(shards, tmp_path / "whole")
+    whole = Job(shards, tmp_path / "whole", config="all_terms")
     assert whole.wait() == 0, whole.text()
 
     run = tmp_path / "run"
-    first = Job(shards, run)
+    first = Job(shards, run, config="all_terms")
     first.reach_step(3)
     ranks = first.ranks()
     first.process.kill()
@@ -103,14 +103,14 @@ def test_killed_and_preempted_equals_uninterrupted(shards: str, tmp_path: Path) 
     assert not psutil.wait_procs(ranks, timeout=10)[1]  # the ranks die with their launcher
     assert committed(str(run / "checkpoints"))
 
-    second = Job(shards, run)
+    second = Job(shards, run, config="all_terms")
     second.reach_step(6)
     second.process.send_signal(signal.SIGTERM)
     assert second.wait() == REQUEUE, second.text()
     stopped = metrics(run)[-1]["step"]
     assert open_checkpoint(committed(str(run / "checkpoints"))[0]).step == stopped < STEPS
 
-    third = Job(shards, run)
+    third = Job(shards, run, config="all_terms")
     assert third.wait() == 0, third.text()
     assert f"step-{stopped:08d}" in third.text()
     assert [line["step"] for line in metrics(run)] == list(range(1, STEPS + 1))
