@@ -4,6 +4,8 @@
     one file, all bands   uint8 with 3 or 4 bands and pixels up to 5 m → hr (R G B N); 10, 12 or 13 bands of whole numbers → s2; 2 bands of
                           decimals → s1 (VV VH). Band descriptions in the file win.
     labels                `NAME_label.tif`, `…_labels`, `…_landcover`, `…_lulc`, `…_reference_map`, or below such a folder
+    FLAIR                 `IMG_012345.tif` of five bytes a pixel (red, green, blue, near infrared, height, which is no colour and is
+                          left) → hr, with `MSK_012345.tif` as its label `landcover`, whatever the folders
 
 The same NAME in several folders (`hr/a.tif`, `s2/a.tif`) is one site. BigEarthNet patches of one place and MGRS tile
 (`…_T33UUP_75_43`, `…_33UUP_75_43`) are one site too. Dates and baselines are read from product names (`S2A_MSIL2A_…`,
@@ -36,6 +38,8 @@ from data_prep.sources.records import SourceFault
 
 _BAND = re.compile(r"^(?:(.*)[_-])?(B\d{1,2}A?|VV|VH)$", re.IGNORECASE)
 _LABEL = re.compile(r"^(?:(.*)[_-])?(labels?|landcover|lulc|reference_map)$", re.IGNORECASE)
+_FLAIR = re.compile(r"^(IMG|MSK)_(\d+)$")
+FLAIR_BANDS = ("R", "G", "B", "N", "height")
 HR_GSD_M = 5.0  # coarser colour images are previews of something else
 _LABEL_FOLDERS = ("label", "labels", "landcover", "lulc")
 _PATCH = re.compile(r"_T?(\d{2}[A-Z]{3}_\d+_\d+)$")
@@ -55,7 +59,10 @@ def sites(url: str) -> list[tuple[str, ...]]:
         folder, _, file = relative.rpartition("/")
         stem, parent = file.rsplit(".", 1)[0], folder.rpartition("/")[2]
         href = name if is_local(url) else fs.unstrip_protocol(name)
-        if match := _BAND.match(stem):
+        if match := _FLAIR.match(stem):
+            kind = "image" if match[1] == "IMG" else "label landcover"
+            groups.setdefault((folder, f"flair_{match[2]}", kind), []).append(href)
+        elif match := _BAND.match(stem):
             groups.setdefault((folder, match[1] or parent or "image", "bands"), []).append(href)
         elif match := _LABEL.match(stem):
             groups.setdefault((folder, match[1] or parent, f"label {match[2].lower()}"), []).append(href)
@@ -109,6 +116,8 @@ def _image_asset(href: str, image: str, item_id: str, fields: RasterFields) -> A
         return _fields("s1", tuple(named), href, image, fields)
     if fields.data_type == "uint8" and fields.count in (3, 4) and fields.grid.gsd_m() <= HR_GSD_M:
         return _fields("hr", HR_BANDS[: fields.count], href, image, fields)
+    if fields.data_type == "uint8" and fields.count == len(FLAIR_BANDS) and image.startswith("flair_"):
+        return _fields("hr", FLAIR_BANDS, href, image, fields)
     by_count = {10: MODALITIES["s2"].bands, 12: L2A_ORDER, 13: L1C_ORDER}
     if integer and fields.count in by_count:
         return _fields("s2", by_count[fields.count], href, image, fields)

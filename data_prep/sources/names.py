@@ -12,7 +12,7 @@ _S2_LEVEL = re.compile(r"(?:^|[_/])MSI_?(L1C|L2A)(?:[_./]|$)")
 _S1 = re.compile(r"(S1[A-D])_(?:IW|EW|S\d)_\w{4}_\w{4}_(\d{8}T\d{6})(?:_\d{8}T\d{6}_(\d{6}))?")
 # Absolute orbit a satellite's relative orbit 1 falls on, less one; the cycle has 175 orbits. S1D's is not published yet.
 _S1_ORBIT_SHIFT = {"S1A": 73, "S1B": 27, "S1C": 172}
-_RTC_BURST = re.compile(r"OPERA_L2_RTC-S1_T(\d{3})-\d{6}-IW\d_(\d{8}T\d{6})Z")
+_RTC_BURST = re.compile(r"OPERA_L2_RTC-S1_T(\d{3})-\d{6}-IW\d_(\d{8}T\d{6})Z_(\d{8}T\d{6})Z")
 _DAY = re.compile(
     r"(?<!\d)((?:19|20)\d{2})[-_]?(0[1-9]|1[0-2])[-_]?(0[1-9]|[12]\d|3[01])(?:T(\d{2}):?(\d{2}):?(\d{2}))?(?!\d)"
 )
@@ -115,6 +115,14 @@ def s2_level(name: str) -> str:
     """L1C or L2A where a product, granule or band file's name says so; ""."""
     match = _S2_LEVEL.search(name)
     return match[1] if match else ""
+
+
+def processed(name: str) -> str:
+    """When the product named inside `name` was made (`YYYYMMDDTHHMMSS`); "" if its name does not say."""
+    if match := _S2.search(name):
+        return match[6] or ""
+    match = _RTC_BURST.search(name)
+    return match[3] if match else ""
 
 
 def s1_datetime(name: str) -> str:

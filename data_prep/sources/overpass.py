@@ -8,6 +8,7 @@ import numpy as np
 
 from data_prep.schema import NODATA
 from data_prep.sources.frames import Frame
+from data_prep.sources.names import processed
 from data_prep.sources.records import SourceFault
 
 # One pass is over a site for less than half a minute, tiles and slices of it are stamped up to some minutes apart; the next pass of
@@ -58,7 +59,15 @@ def _laid_over(group: list[Frame], where: str) -> Frame:
     if len(group) == 1:
         return group[0]
     # most of the site first, then the newest processing
-    group = sorted(group, key=lambda frame: (-_valid_share(frame), _descending(frame.baseline), frame.product_id))
+    group = sorted(
+        group,
+        key=lambda frame: (
+            -_valid_share(frame),
+            _descending(frame.baseline),
+            _descending(processed(frame.product_id)),
+            frame.product_id,
+        ),
+    )
     first, used = group[0], []
     pixels_CHW, mask_HW = first.pixels_CHW, first.mask_HW
     for other in group[1:]:

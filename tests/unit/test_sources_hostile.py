@@ -256,11 +256,20 @@ def test_a_worker_that_meets_bombs_stays_small(tmp_path):
                 archive.write(file, file.relative_to(tmp_path / "b.zarr").as_posix())
         archive.writestr("data/.zarray", json.dumps(meta))
         archive.writestr(f"data/{chunk.name}", bomb)
+    members = tmp_path / "m.zarr.zip"  # all of it in the zip's own compression
+    with zipfile.ZipFile(members, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(".zgroup", json.dumps({"zarr_format": 2}))
+        for number in range(3):
+            archive.writestr(f"bands/{number}.0.0", bytes(100 << 20))
     code = (
         "import resource\n"
+        "from data_prep.sources.mesh import MeshCube\nfrom data_prep.sources.records import Asset\n"
         "from tests.unit.test_sources_hostile import read_all, zarr_asset\nfrom data_prep.sources import SourceFault\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         f"try:\n    read_all(zarr_asset({str(path)!r}))\nexcept SourceFault as fault:\n    assert 'decodes to more' in str(fault), fault\n"
+        f"try:\n    MeshCube(Asset('i/S2L2A', 's2', {str(members)!r}, 'mesh', ('B02',)), ('B02',))\n"
+        "except SourceFault as fault:\n    assert 'claims to unpack' in str(fault), fault\n"
+        "else:\n    raise AssertionError('read')\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)\n"
     )
     root = Path(__file__).parents[2]

@@ -17,12 +17,13 @@ from data_prep.audit import audit, figures
 from data_prep.catalog import detect_layout, make_catalog
 from data_prep.commands.catalog import LAYOUTS
 from data_prep.config import BuildConfig, GridConfig, QualityConfig, SourceConfig
+from data_prep.geo import Grid
 from data_prep.plan import make_plan
 from data_prep.schema import CLEAR, CLOUD, MODALITIES
 from data_prep.sources import open_catalog, read_site, split_site
 from data_prep.sources.names import s1_datetime
 from tests.data_folder import real_data
-from tests.scenes import s2_item, write_items
+from tests.scenes import s2_item, write_items, write_tiff
 
 NATIVE = GridConfig()
 CORRECT = QualityConfig(on_contradiction="correct")
@@ -263,6 +264,24 @@ def test_a_stac_folder_can_be_catalogued_and_reads_the_same(tmp_path):
     shutil.copy(tmp_path / "items" / "a.json", tmp_path / "items" / "again.json")
     with pytest.raises(UsageError, match="stands twice"):
         open_catalog(folder)
+
+
+def test_flair_images_and_their_masks_meet_by_number(tmp_path):
+    """Aerial RGB, near infrared and a height band in bytes at 0.2 m; the mask stands in another folder under the same number."""
+    rng = np.random.default_rng(0)
+    grid = Grid("EPSG:2154", (0.2, 0.0, 650_000.0, 0.0, -0.2, 6_860_000.0), 50, 50)
+    pixels = rng.integers(0, 255, (5, 50, 50)).astype(np.uint8)
+    mask = np.full((1, 50, 50), 7, np.uint8)
+    place = tmp_path / "set"
+    write_tiff(place / "flair_aerial_train" / "D012_2019" / "Z1_AA" / "img" / "IMG_012345.tif", pixels, grid)
+    write_tiff(place / "flair_labels_train" / "D012_2019" / "Z1_AA" / "msk" / "MSK_012345.tif", mask, grid)
+    make_catalog(str(place), str(tmp_path / "c.parquet"), "geotiff")
+    (record,) = open_catalog(str(tmp_path / "c.parquet"))
+    site = read_site(record, NATIVE)
+    assert (site.series["hr"].pixels_TCHW[0] == pixels[:3]).all()
+    assert site.series["hr"].gsd_m == 0.2
+    assert (site.rasters["landcover"] == 7).all()
+    assert site.rasters["landcover"].shape == (1, 1)  # the 10 m of all label rasters
 
 
 @pytest.mark.parametrize(

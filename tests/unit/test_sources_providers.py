@@ -252,6 +252,34 @@ def test_one_pass_in_two_tiles_is_one_date_with_equal_pixels(tmp_path):
     assert (both.pixels_TCHW[0, tens][:, seen] == alone.pixels_TCHW[0, tens][:, seen]).all()
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_of_a_burst_that_was_processed_twice_the_newer_product_counts(tmp_path, turned):
+    entries = []
+    for number, stamp in enumerate(("20250911T203016Z", "20260102T000000Z")):
+        entry = providers.rtc(tmp_path / stamp, "opera", np.full((2, 20, 20), -14.0 - number))
+        entry["id"] = entry["id"].replace("20250911T203016Z", stamp)
+        entries.append(entry)
+    record = record_of(tmp_path, *same_site(*(entries[::-1] if turned else entries)))
+    series = read_site(record, GridConfig(series_gsd_m=30)).series["s1"]
+    assert len(series.datetimes) == 1
+    assert (series.pixels_TCHW == -15).all()
+    assert "20260102T000000Z" in series.product_ids[0]
+
+
+def test_an_offset_that_the_data_space_declares_for_old_products_too_is_a_contradiction(tmp_path):
+    """Its items say -0.1 whatever the baseline; before 04.00 nothing was added."""
+    name = "copernicus_data_space_s2_l2a"
+    scene = Scene.of(name, tmp_path, offset_dn=0)
+    entry = providers.sentinel2(name, scene)
+    entry["id"] = entry["id"].replace("_N0510_", "_N0214_")
+    record = record_of(tmp_path, entry)
+    with pytest.raises(SourceFault, match=r"raster:bands offset says -1000, baseline 02\.14 says 0"):
+        read_site(record, NATIVE)
+    series = read_site(record, NATIVE, QualityConfig(on_contradiction="correct")).series["s2"]
+    assert (series.pixels_TCHW[0, 0] == np.clip(scene.reflectance["B02"], 1, None)).all()
+    assert series.decisions[0]["corrected"] is True
+
+
 def test_the_other_orbit_of_the_same_day_stays_a_date_of_its_own(tmp_path):
     rng = np.random.default_rng(0)
     entries = []
