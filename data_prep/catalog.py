@@ -28,6 +28,7 @@ LAYOUTS = {
     "majortom": "data_prep.sources.majortom",
     "copernicus": "data_prep.sources.copernicus",
     "olmoearth": "data_prep.sources.olmoearth",
+    "mmearth": "data_prep.sources.mmearth",
     "geotiff": "data_prep.sources.geotiff",
     "patches": "data_prep.sources.patches",
 }
@@ -135,11 +136,14 @@ def detect_layout(url: str) -> str:
     if any(name.startswith("example-") and name.endswith(".tar") for name in names):
         return "copernicus"
     if any(name.endswith((".h5", ".hdf5")) for name in names):
+        from data_prep.sources.mmearth import holds_tiles
         from data_prep.sources.olmoearth import holds_samples
         from data_prep.sources.treesatai import refuse_other_hdf5
 
         if holds_samples(url):
             return "olmoearth"
+        if holds_tiles(url):
+            return "mmearth"
         refuse_other_hdf5(url)  # every archive of patches ends in .h5: what is inside decides
         return "treesatai"
     for layout in ("majortom", "stac", "geotiff"):

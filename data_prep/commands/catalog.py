@@ -12,7 +12,18 @@ EXAMPLE = """example:
       --bands B01,B02,B03,B04,B05,B06,B07,B08,B8A,B09,B11,B12
 
 patches: images or arrays without georeference; sensor, unit, band order and pixel size are declared, never guessed."""
-LAYOUTS = ("stac", "terramind", "treesatai", "ssl4eo", "majortom", "copernicus", "olmoearth", "geotiff", "patches")
+LAYOUTS = (
+    "stac",
+    "terramind",
+    "treesatai",
+    "ssl4eo",
+    "majortom",
+    "copernicus",
+    "olmoearth",
+    "mmearth",
+    "geotiff",
+    "patches",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -89,20 +89,25 @@ def zstd_content_size(header: bytes) -> int | None:
     return int.from_bytes(header[at : at + width], "little") + (256 if width == 2 else 0)
 
 
-def check_hdf5(dataset: Any, name: str) -> Any:
-    """The HDF5 data set, if its bytes lie in the file itself and are no more than it can honestly hold. Raises Hostile."""
+def check_hdf5(dataset: Any, name: str, whole: bool = True) -> Any:
+    """The HDF5 data set, if its bytes lie in the file itself and are no more than it can honestly hold. Raises Hostile.
+
+    whole: all of it will be read; else parts, so that only its chunks are asked how large they are.
+    """
     if dataset.external:
         raise Hostile(f"{name} keeps its bytes in another file ({dataset.external[0][0]})")
     if dataset.is_virtual:
         raise Hostile(f"{name} is made of other files' data sets")
-    check_whole(name, dataset.shape, dataset.dtype.itemsize)
+    if whole:
+        check_whole(name, dataset.shape, dataset.dtype.itemsize)
     if dataset.chunks:
         check_chunk(name, dataset.chunks, dataset.dtype.itemsize)
     return dataset
 
 
-def hdf5_dataset(group: Any, name: str) -> Any:
-    """`group[name]` where that is a data set in this very file. Raises KeyError if absent, Hostile for links that lead outside."""
+def hdf5_dataset(group: Any, name: str, whole: bool = True) -> Any:
+    """`group[name]` where that is a data set in this very file. Raises KeyError if absent, Hostile for links that lead outside, and
+    as `check_hdf5`."""
     import h5py
 
     node, path = group, [part for part in name.split("/") if part]
@@ -117,4 +122,4 @@ def hdf5_dataset(group: Any, name: str) -> Any:
             raise Hostile(f"{name} lies in another file ({node.file.filename})")
     if not isinstance(node, h5py.Dataset):
         raise KeyError(f"{name} is no data set")
-    return check_hdf5(node, name)
+    return check_hdf5(node, name, whole)

@@ -6,6 +6,7 @@ from data_prep.sources.choose import PER_BAND
 from data_prep.sources.copernicus import CopernicusCube
 from data_prep.sources.cube import Cube
 from data_prep.sources.mesh import MeshCube
+from data_prep.sources.mmearth import MMEarthCube
 from data_prep.sources.olmoearth import OlmoEarthCube
 from data_prep.sources.patch_cube import PatchCube
 from data_prep.sources.raster import RasterCube
@@ -36,6 +37,8 @@ def open_cube(assets: list[Asset], wanted: tuple[str, ...], cloud: Asset | None 
         return MeshCube(first, wanted)
     if first.format == "copernicus":
         return CopernicusCube(first, wanted)
+    if first.format == "mmearth":
+        return MMEarthCube(first, wanted)
     if first.format == "olmoearth":
         return OlmoEarthCube(first, wanted)
     if first.format == "patches":

@@ -45,7 +45,7 @@ class Asset:
         id: `ITEM/ASSET`, names it in messages and in the audit.
         modality: one of `MODALITIES`; one of `MASKS` (a mask raster of the image of the same item); incidence; label.
         href: absolute fsspec URL.
-        format: reader: raster, zarr, zarr_bands, treesatai, mesh, parquet_raster, copernicus, olmoearth.
+        format: reader: raster, zarr, zarr_bands, treesatai, mesh, parquet_raster, copernicus, olmoearth, mmearth.
         bands: our band names in file order; a name we don't know stays as it is and is never read.
         datetime: ISO 8601 UTC; "" where the file carries its own dates.
         level: L2A or L1C (s2).

@@ -74,7 +74,7 @@ from data_prep.sources.records import INCIDENCE, MASKS, Asset, SourceFault, moda
 # `sentinel:…` are the names that Sentinel-2 items had before the `s2` extension (Earth Search v0)
 PRODUCT_FIELDS = ("s2:product_uri", "sar:product_id", "product_id", "s2:product_id", "sentinel:product_id")
 # formats that carry their own dates
-CUBES = ("zarr", "treesatai", "mesh", "copernicus", "olmoearth")
+CUBES = ("zarr", "treesatai", "mesh", "copernicus", "olmoearth", "mmearth")
 # how a raster of incidence angles is called: by its key, or by the SAR extension's roles (and Indigo's, on AWS)
 INCIDENCE_KEYS = ("incidence", "incidence_angle", "local_incidence_angle")
 INCIDENCE_ROLES = ("incidence-angle", "local-incidence-angle", "ellipsoid-incidence-angle")

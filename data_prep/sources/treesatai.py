@@ -54,7 +54,8 @@ SERIES = {
 }
 # keys by which other HDF5 archives are told
 OTHERS = {
-    "sentinel2_l2a": "OlmoEarth (one file per sample)", "sentinel2": "MMEarth (all samples in one file)", "sen1": "So2Sat (patches without place)",
+    "sentinel2_l2a": "OlmoEarth's series without its latlon", "sentinel2": "MMEarth's arrays without data_*_tile_info.json beside them",
+    "sen1": "So2Sat (patches without place)",
 }  # fmt: skip
 POSITION = "position assumed: centred on the aerial tile, the file has no georeference"
 

@@ -24,6 +24,7 @@ from data_prep.config import GridConfig
 from data_prep.geo import Grid
 from data_prep.schema import CLOUD, MODALITIES
 from data_prep.sources import SourceFault, open_catalog, read_site
+from data_prep.sources import mmearth as mmearth_module
 from data_prep.sources.names import L2A_ORDER
 from tests.providers import published
 from tests.scenes import write_tiff
@@ -436,3 +437,69 @@ def test_olmoearth_samples_that_contradict_themselves_are_faults(tmp_path):
         del file["missing_timesteps_masks"]
     with pytest.raises(SourceFault, match=r"sentinel2_l2a has shape .*, wanted .* by its dates"):
         read_site(record, NATIVE)
+
+
+def mmearth(folder):
+    """Three tiles as MMEarth's `convert_to_h5` writes them: L2A with both orbits, L1C with one, L2A with HH only."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    info, side = {}, 32
+    s2 = rng.integers(20, 4000, (3, 13, side, side)).astype(np.uint16)
+    s2[[0, 2], 10] = 0
+    s1 = rng.normal(-14, 2, (3, 8, side, side)).astype(np.float32)
+    s1[0, [2, 3, 6, 7]] = s1[1, [2, 3, 4, 5, 6, 7]] = s1[2, [0, 1, 3, 4, 5, 6, 7]] = -np.inf
+    scl = np.full((3, 1, side, side), 4, np.uint8)
+    scl[1], scl[0, 0, 4, 5] = 255, 9
+    types = ("l2a", "l1c", "l2a")
+    radar = ((["VV", "VH"], ["VV", "VH"]), (["VV", "VH"], None), (["HH"], None))
+    for number, (kind, (asc, desc)) in enumerate(zip(types, radar)):
+        info[f"tile{number}"] = {
+            "S2_DATE": f"2019-0{number + 4}-11", "S2_type": kind, "CRS": "EPSG:32632", "lat": 46.5 + number / 10, "lon": 9.25,
+            "biome": 3, "eco_region": 1, "BANDS": {"sentinel2": [], "sentinel1_asc": asc, "sentinel1_desc": desc},
+        }  # fmt: skip
+    with h5py.File(folder / "data_100k_v001.h5", "w") as file:
+        for name, values in (("sentinel2", s2), ("sentinel1", s1), ("sentinel2_scl", scl)):
+            file.create_dataset(name, data=values, compression="gzip", chunks=(1, *values.shape[1:]))
+        rows = np.array([(f"tile{n}", kind) for n, kind in enumerate(types)], [("tile_id", "S100"), ("S2_type", "S10")])
+        file.create_dataset("metadata", data=rows, compression="gzip", chunks=(1,))
+    (folder / "data_100k_v001_tile_info.json").write_text(json.dumps(info))
+    return s2, s1
+
+
+def test_mmearth_tiles_of_one_hdf5_file(tmp_path):
+    s2, s1 = mmearth(tmp_path / "set")
+    assert detect_layout(str(tmp_path / "set")) == "mmearth"
+    make_catalog(str(tmp_path / "set"), str(tmp_path / "c.parquet"), "mmearth")
+    records = open_catalog(str(tmp_path / "c.parquet"))
+    assert [record.modalities for record in records] == [("s2", "s1"), ("s1", "s2_l1c"), ("s2",)]
+    order = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B8A", "B08", "B09", "B10", "B11", "B12")
+    site = read_site(records[0], NATIVE)
+    bands = [order.index(band) for band in MODALITIES["s2"].bands]
+    assert (site.series["s2"].pixels_TCHW[0] == s2[0, bands]).all()
+    assert site.series["s2"].datetimes == ["2019-04-11T00:00:00Z"]
+    assert (site.series["s2"].mask_THW[0] == CLOUD).sum() == 1
+    assert site.series["s2"].decisions[0]["offset_applied"] == 0
+    np.testing.assert_allclose(site.series["s1"].pixels_TCHW, s1[0].reshape(2, 4, 32, 32)[:, :2], atol=0.01)
+    assert site.series["s1"].orbits == ["ascending", "descending"]
+    assert site.series["s1"].datetimes == ["", ""]  # the file does not say
+    assert site.series["s1"].decisions[0]["calibration"] == "sigma0 GRD"
+    west, south, east, north = records[0].bbox_wgs84
+    assert west < 9.25 < east
+    assert south < 46.5 < north
+    assert records[0].footprint[2] - records[0].footprint[0] == 320
+    l1c = read_site(records[1], NATIVE, modalities=("s2_l1c", "s1"))
+    places = [order.index(band) for band in MODALITIES["s2_l1c"].bands]
+    assert (l1c.series["s2_l1c"].pixels_TCHW[0] == s2[1, places]).all()
+    assert l1c.series["s1"].orbits == ["ascending"]
+
+
+def test_mmearth_tiles_that_nobody_knows_are_faults(tmp_path):
+    mmearth(tmp_path / "set")
+    path = tmp_path / "set" / "data_100k_v001_tile_info.json"
+    info = json.loads(path.read_text())
+    info["tile1"]["S2_type"] = "l2a"
+    del info["tile2"]
+    path.write_text(json.dumps(info))
+    mmearth_module._infos.cache_clear()
+    with pytest.raises(RunFailure, match=r"S2_type is 'l1c' in data_100k_v001.h5 and 'l2a'.*tile tile2 is not in"):
+        make_catalog(str(tmp_path / "set"), str(tmp_path / "c.parquet"), "mmearth")
