@@ -71,7 +71,11 @@ def zone_of_crs(crs: str) -> str | None:
 
 def squares_within(bounds: Bounds, crs: str, side_m: int) -> list[Square]:
     """Squares of a zone's lattice that lie whole inside `bounds` (in that zone's CRS) and are the zone's own, from the top left, rows
-    downward. Raises KeyError for a CRS of no zone."""
+    downward. Raises KeyError for a CRS of no zone.
+
+    Landsat counts the southern hemisphere in the northern code, below zero: bounds whose middle lies there keep their code, others end
+    at the equator.
+    """
     zone = zone_of_crs(crs)
     if zone is None:
         raise KeyError(crs)
@@ -81,9 +85,10 @@ def squares_within(bounds: Bounds, crs: str, side_m: int) -> list[Square]:
     if not (columns.size and rows.size):
         return []
     row_N, column_N = (axis.ravel() for axis in np.meshgrid(rows, columns, indexing="ij"))
-    lon, lat = centres(zone, side_m, row_N, column_N)
-    # Sentinel-2's tiles south of the equator that reach across it keep their zone's code: either half of a number counts as own
-    own = np.char.rstrip(zones_of(lon, lat), "NS") == zone.rstrip("NS")
+    names = zones_of(*centres(zone, side_m, row_N, column_N))
+    (middle,) = zones_of(*transformer(crs, "EPSG:4326").transform([(xmin + xmax) / 2], [(ymin + ymax) / 2]))
+    across = middle != zone and str(middle)[:-1] == zone[:-1]
+    own = np.char.rstrip(names, "NS") == zone.rstrip("NS") if across else names == zone
     return [Square(zone, side_m, int(row), int(column)) for row, column in zip(row_N[own], column_N[own])]
 
 

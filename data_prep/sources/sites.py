@@ -191,11 +191,9 @@ def split_site(record: SiteRecord, grid: GridConfig) -> list[SiteRecord]:
         left = xmin + math.floor((xmax - xmin - side) / 2 / snap + 1e-6) * snap
         top = ymax - math.floor((ymax - ymin - side) / 2 / snap + 1e-6) * snap
         return [_part(record, (left, top - side, left + side, top), record.key)]
-    if lies_on_lattice(record, grid):
-        return [
-            _part(record, square.bounds, square.key)
-            for square in squares_within(record.footprint, record.crs, round(side))
-        ]
+    squares = squares_within(record.footprint, record.crs, round(side)) if lies_on_lattice(record, grid) else []
+    if squares:  # none where the scene is hardly larger than a square: it is not lost for that
+        return [_part(record, square.bounds, square.key) for square in squares]
     parts = []
     for row in range(rows):
         for column in range(columns):

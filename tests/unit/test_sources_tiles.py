@@ -79,6 +79,22 @@ def test_a_square_belongs_to_one_zone_only():
     assert len(west) < (109_800 // 640) ** 2  # what lies beyond 6 degrees east is the other zone's
 
 
+def test_scenes_end_at_the_equator_unless_they_count_the_south_in_the_northern_code():
+    north = squares_within((500_000.0, -9_760.0, 609_800.0, 100_040.0), "EPSG:32631", 640)
+    south = squares_within((500_000.0, 9_890_200.0, 609_800.0, 10_000_000.0), "EPSG:32731", 640)
+    assert min(square.row for square in north) == 0
+    assert {square.zone for square in south} == {"31S"}
+    landsat = squares_within((500_000.0, -4_821_585.0, 520_000.0, -4_801_585.0), "EPSG:32631", 640)
+    assert len(landsat) in range(29 * 29, 31 * 31 + 1)
+
+
+def test_a_scene_that_holds_no_whole_square_of_the_lattice_is_not_lost():
+    parts = split_site(
+        scene("s", (405_120.0, 5_690_220.0, 418_120.0, 5_703_220.0)), GridConfig(side_m=10_240, tile=True)
+    )
+    assert [part.key for part in parts] == ["s_0_0"]
+
+
 def test_small_footprints_and_pixels_off_the_lattice_stay_as_they_are():
     assert [part.key for part in split_site(scene("s", (3.0, 4.0, 11_003.0, 5_124.0), "EPSG:32631"), TILED)] == [
         "s_0_0",
