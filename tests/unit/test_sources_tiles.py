@@ -92,7 +92,7 @@ def test_a_scene_that_holds_no_whole_square_of_the_lattice_is_not_lost():
     parts = split_site(
         scene("s", (405_120.0, 5_690_220.0, 418_120.0, 5_703_220.0)), GridConfig(side_m=10_240, tile=True)
     )
-    assert [part.key for part in parts] == ["s_0_0"]
+    assert [part.key for part in parts] == ["s"]
 
 
 def test_small_footprints_and_pixels_off_the_lattice_stay_as_they_are():
