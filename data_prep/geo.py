@@ -182,14 +182,6 @@ def inner_bounds(crs: str, bounds: Bounds, target: str) -> Bounds:
     return float(np.max(left)), float(np.max(bottom)), float(np.min(right)), float(np.min(top))
 
 
-def outer_bounds(crs: str, bounds: Bounds, target: str) -> Bounds:
-    """The smallest upright rectangle in `target` that holds `bounds`."""
-    if same_crs(crs, target):
-        return bounds
-    west, south, east, north = transformer(crs, target).transform_bounds(*bounds, densify_pts=21)
-    return float(west), float(south), float(east), float(north)
-
-
 def intersection(boxes: Iterable[Bounds]) -> Bounds | None:
     """What all boxes share, or None."""
     array = np.array(list(boxes), dtype=float)

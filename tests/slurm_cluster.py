@@ -134,6 +134,24 @@ class SlurmCluster:
                 os.kill(process, signal.SIGKILL)
         daemon.wait()
 
+    def crash_controller(self) -> None:
+        """kill -9 of slurmctld. Nodes and what runs on them go on; it comes back with `start_controller`."""
+        daemon = self.daemons.pop("slurmctld")
+        daemon.kill()
+        daemon.wait()
+
+    def start_controller(self) -> None:
+        """Starts slurmctld; it takes up what it had saved."""
+        self._spawn("slurmctld", ["slurmctld", "-D", "-f", str(self.root / "slurm.conf")])
+
+    def has_saved(self, text: str) -> bool:
+        """Whether the controller's state on disk holds `text`, say a job's working directory: one that is killed forgets what it
+        has not saved (it does so some seconds after each change)."""
+        try:
+            return text.encode() in (self.root / "state" / "job_state").read_bytes()
+        except FileNotFoundError:
+            return False
+
     # --- use
 
     def run(self, *command: str, check: bool = True, timeout: float = 30, cwd: Path | None = None) -> str:
@@ -219,7 +237,7 @@ class SlurmCluster:
              f"--pid-file={munge}/munged.pid", f"--log-file={munge}/munged.log", f"--seed-file={munge}/munged.seed"],
         )  # fmt: skip
         self.wait((self.root / "munge.socket").exists, "munged's socket", 20)
-        self._spawn("slurmctld", ["slurmctld", "-D", "-f", str(self.root / "slurm.conf")])
+        self.start_controller()
         for name in self.names:
             self.start_node(name)
 

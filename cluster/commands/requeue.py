@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shlex
+from typing import Any
 
 from cluster import logs, storage
 from cluster.cli import private_files
@@ -40,15 +41,16 @@ def main(args: argparse.Namespace) -> int:
     job = os.environ.get("SLURM_JOB_ID", "")
     attempt, earlier = read_attempt(run, args.job_dir, job, args.code, args.asked_to_stop), read_attempts(args.job_dir)
     record_attempt(args.job_dir, attempt, None)  # before the controller is asked: it may be away
+    successor = overtaker(run, attempt)
     decision = decide(
         attempt,
         earlier,
         is_ended_by_slurm(ask(job)),
         record.get("max_requeues"),
         total_steps(run),
-        fenced_by(run, attempt),
+        in_words(successor),
     )
-    record_attempt(args.job_dir, attempt, decision, again=True)
+    record_attempt(args.job_dir, attempt, decision, (successor or {}).get("job"), again=True)
     print(f"{decision.action}: {decision.why}", flush=True)
     if attempt.code != FENCED:
         _upload_logs(record, run)
@@ -84,13 +86,16 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def fenced_by(run: RunDir, attempt: Attempt) -> str | None:
-    """Who took the run directory over from this start, in words; None if nobody did, or nobody can say."""
+def overtaker(run: RunDir, attempt: Attempt) -> dict[str, Any] | None:
+    """The lease's record of who took the run directory over from this start; None if nobody did, or nobody can say."""
     try:
-        other = overtaken(run.url, attempt.job, attempt.restart)
+        return overtaken(run.url, attempt.job, attempt.restart)
     except (OSError, RunFailure) as problem:
         say(f"who holds {run.url} cannot be read: {problem}")
         return None
+
+
+def in_words(other: dict[str, Any] | None) -> str | None:
     return f"job {other.get('job') or '-'} (process {other.get('pid')} on {other.get('host')})" if other else None
 
 
@@ -102,7 +107,7 @@ def total_steps(run: RunDir) -> int | None:
 
 def read_attempt(run: RunDir, job_dir: str, job: str, code: int, asked_to_stop: bool) -> Attempt:
     """How the start that just ended looks from outside: last step logged, first error recorded by a rank."""
-    marked = storage.exists(storage.join(job_dir, "checkpointed"))
+    marked = storage.exists(storage.join(job_dir, f"checkpointed-{job}"))
     signalled = asked_to_stop and code in (
         REQUEUE,
         128 + 10,

@@ -70,12 +70,12 @@ def decide(
     A failure is forgotten as soon as the run has come further: only starts since then are compared with it. total_steps: length
     of the run. fenced_by: who has taken the run directory over, if anybody has.
     """
+    if attempt.code == DONE and not attempt.checkpointed:
+        return Decision("done", f"finished at step {attempt.step}")
     if attempt.code == FENCED or fenced_by:
         return Decision(
             "stop", f"{fenced_by or 'another start'} has taken over this run's directory; it goes on there, not here"
         )
-    if attempt.code == DONE and not attempt.checkpointed:
-        return Decision("done", f"finished at step {attempt.step}")
     if attempt.code == USAGE:
         return Decision("stop", f"bad configuration, starting again cannot help: {attempt.error}")
     if ended_by_slurm:
@@ -148,13 +148,21 @@ def read_attempts(job_dir: str) -> list[Attempt]:
     return [Attempt(**{key: value for key, value in record.items() if key in names}) for record in records]
 
 
-def record_attempt(job_dir: str, attempt: Attempt, decision: Decision | None, again: bool = False) -> None:
-    """Adds to `attempts.json` (again: replaces the last one), decision None meaning that it is still open; `stopped` or `finished`
-    tell later links of a chain that nothing is left to do."""
+def record_attempt(
+    job_dir: str, attempt: Attempt, decision: Decision | None, successor: str | None = None, again: bool = False
+) -> None:
+    """Adds to `attempts.json` (again: replaces this start's record), decision None meaning that it is still open; marks tell later
+    starts that nothing is left to do.
+
+    `finished` and `stopped` speak to every job of the folder (links of a chain, and the same script sent a second time), a bad
+    configuration only of the job that met it: it may be that another job of the folder is at work, and must not be ended by the
+    mark. successor: the job that took the run over; the mark is not meant for it.
+    """
     url = storage.join(job_dir, "attempts.json")
     records = json.loads(storage.read_bytes(url)) if storage.exists(url) else []
     if again:
-        records.pop()
+        own = [i for i, one in enumerate(records) if (one["job"], one["restart"]) == (attempt.job, attempt.restart)]
+        del records[own[-1]]
     told = (
         dataclasses.asdict(decision)
         if decision
@@ -165,6 +173,10 @@ def record_attempt(job_dir: str, attempt: Attempt, decision: Decision | None, ag
     if decision is None:
         return
     storage.remove(storage.join(job_dir, "cut_off"))  # this start came to an orderly end: the script counts anew
-    final = {"stop": "stopped", "done": "finished"}.get(decision.action)
-    if final:
-        storage.write_atomic(storage.join(job_dir, final), f"{decision.why}\n".encode())
+    mark = {"stop": "stopped", "done": "finished"}.get(decision.action)
+    if mark == "stopped" and attempt.code == USAGE:
+        mark = f"stopped-{attempt.job}"
+    if mark:
+        if successor:
+            storage.write_atomic(storage.join(job_dir, "successor"), f"{successor}\n".encode())
+        storage.write_atomic(storage.join(job_dir, mark), f"{decision.why}\n".encode())

@@ -183,16 +183,21 @@ trap 'stop TERM' TERM
 """
     + COMMON_BODY
     + r"""
-if [ -e "$JOB_DIR/stopped" ]; then
-    echo "not started: an earlier start decided that trying again is of no use:"; cat -- "$JOB_DIR/stopped"; exit 1
+# `stopped` holds for every job of this folder but the one that took the run over, `stopped-JOB` for that job alone.
+stopped="$JOB_DIR/stopped-$SLURM_JOB_ID"
+[ -e "$JOB_DIR/stopped" ] && ! grep -qsx -- "$SLURM_JOB_ID" "$JOB_DIR/successor" && stopped="$JOB_DIR/stopped"
+if [ -e "$stopped" ]; then
+    echo "not started: an earlier start decided that trying again is of no use:"; cat -- "$stopped"
+    echo "when what it names is mended, submit again, or remove $stopped and send this script again"; exit 1
 fi
 if [ -e "$JOB_DIR/finished" ]; then echo "nothing to do: the run is finished"; exit 0; fi
-rm -f -- "$JOB_DIR/checkpointed"
+checkpointed="$JOB_DIR/checkpointed-$SLURM_JOB_ID"   # this job's own: the script may have been sent twice
+rm -f -- "$checkpointed"
 
 # Where the ranks meet.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((@FIRST_PORT@ + SLURM_JOB_ID % @NUM_PORTS@))   # below the ports that Linux hands out to connections
-export MASTER_ADDR MASTER_PORT JOB_DIR LOGS RANK_PYTHON
+export MASTER_ADDR MASTER_PORT JOB_DIR LOGS RANK_PYTHON checkpointed
 
 # What each task does. srun signals its whole process group, so the shell ignores what is meant for the trainer.
 # "Checkpointed, requeue me" must not look like a crash to --kill-on-bad-exit, which would end ranks that still close files.
@@ -205,7 +210,7 @@ run_rank() {
     "$RANK_PYTHON" -m pipeline train "$JOB_DIR/config.json" --resume auto
     code=$?
     case $code in
-        @REQUEUE@ | 138 | 143) : >"$JOB_DIR/checkpointed"; exit 0 ;;   # 138, 143: the signal came before the trainer was up
+        @REQUEUE@ | 138 | 143) : >"$checkpointed"; exit 0 ;;   # 138, 143: the signal came before the trainer was up
     esac
     exit $code
 }

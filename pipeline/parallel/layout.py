@@ -111,13 +111,3 @@ def _check_precision(config: PretrainConfig, accumulation: int) -> None:
         )
     if config.parallel.offload and stage == 0:
         raise UsageError("parallel.offload needs parallel.zero_stage 1, 2 or 3")
-
-
-SUPPORTED = """\
-| ZeRO | dense | experts, ep = 1 | experts, ep > 1 | bf16 | offload |
-|---|---|---|---|---|---|
-| 0 | yes | yes | yes (our own clipping) | refused | refused |
-| 1 | yes | yes | yes | yes, without accumulation | yes |
-| 2 | yes | yes | yes | yes | yes |
-| 3 | yes | yes | refused | yes | yes |
-"""

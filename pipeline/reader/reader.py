@@ -126,11 +126,6 @@ class Reader:
         return self.batch_per_rank * self.world
 
     @property
-    def batches_per_epoch(self) -> int:
-        """Batches of each rank that cover one epoch (the last one ragged, or straddling into the next epoch)."""
-        return -(-self.epoch_samples // self.global_batch)
-
-    @property
     def buffer_bytes(self) -> int:
         """Memory of the batch buffers in use, at most `prefetch_batches + hold` of them; with `data.read_ahead_mb` (object
         storage) and a scratch of a few samples per thread, all that a reader holds."""

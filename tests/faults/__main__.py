@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.faults import data, runs, services
+from tests.faults import data, runs, services, slurm
 from tests.faults.campaign import run, table
 from tests.faults.shared import shared
 
@@ -33,7 +33,7 @@ parser.add_argument("--out", type=Path, help="also write the table here")
 
 def main() -> int:
     args = parser.parse_args()
-    kinds = [*runs.KINDS, *data.KINDS, *services.KINDS]
+    kinds = [*runs.KINDS, *data.KINDS, *services.KINDS, *slurm.KINDS]
     if not args.no_train:
         from tests.faults import training
 

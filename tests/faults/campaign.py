@@ -67,6 +67,10 @@ class Row:
         return not (self.lost or self.doubled or self.wrong or self.hangs or self.errors)
 
 
+class NotInjected(Exception):
+    """This machine lacks what the fault needs (a right, a program): the injection does not count."""
+
+
 class Hang(BaseException):
     """Not an Exception: no `except Exception` on the way may take it for an ordinary failure."""
 
@@ -107,6 +111,9 @@ def run(
                 row.seen = result.seen or row.seen
                 if result.lost or result.doubled or result.wrong:
                     row.broken.append(f"injection {i}: {result}")
+            except NotInjected as why:
+                row.injections -= 1
+                row.seen = f"(not injected: {why})"
             except Hang:
                 row.hangs += 1
                 row.broken.append(f"injection {i}: not over after {kind.limit_s} s")

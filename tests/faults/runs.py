@@ -18,7 +18,7 @@ from cluster import storage
 from cluster.errors import Fenced
 from cluster.exit_codes import DONE, FENCED, REQUEUE
 from cluster.rundir import RunDir
-from tests.faults.campaign import Case, Kind, Result
+from tests.faults.campaign import Case, Kind, NotInjected, Result
 
 STEPS, EVERY = 30, 4
 
@@ -250,7 +250,7 @@ def read_only(case: Case) -> Result:
         os.getuid()
         or subprocess.run(["mount", "-t", "tmpfs", "tmpfs", url], check=False, capture_output=True).returncode
     ):
-        return Result(seen="(not injected: needs the right to mount)")
+        raise NotInjected("needs the right to mount")
     try:
         child = fork(lambda: trainer(url))
         time.sleep(case.rng.random() * 0.1)

@@ -1,4 +1,4 @@
-"""What all injections share: an S3 server, an MLflow server, a shard set and what reading it gives. Started when first used."""
+"""What all injections share: an S3 server, an MLflow server, a SLURM, a shard set and what reading it gives. Started when first used."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.faults.campaign import NotInjected
 from tests.mlflow_server import MlflowServer
 from tests.s3_server import S3Server, _free_ports
 from tests.sites import make_site, write_shard_set
+from tests.slurm_cluster import SlurmCluster
 
 COUNT = 18
 
@@ -102,6 +104,15 @@ class Shared:
         server.start()
         self._ends.callback(server.kill)
         return server
+
+    @functools.cached_property
+    def slurm(self) -> SlurmCluster:
+        missing = [name for name in ("slurmctld", "slurmd", "sbatch", "munged", "unshare") if not shutil.which(name)]
+        if missing or os.geteuid():
+            raise NotInjected(f"needs {', '.join(missing) or 'root, for a mount namespace per node'}")
+        cluster = self._ends.enter_context(SlurmCluster(nodes=2, cpus=8, gpus=0))
+        os.environ["SLURM_CONF"] = cluster.environment["SLURM_CONF"]
+        return cluster
 
     def close(self) -> None:
         self._ends.close()

@@ -3,13 +3,17 @@ that nobody disturbed: losses, gradients and expert loads bit by bit."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import re
 import shutil
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from cluster.exit_codes import REQUEUE
 from tests.data_folder import REPOSITORY
@@ -92,6 +96,44 @@ def frozen(case: Case, rank: int) -> Result:
     return verdict(case, message)
 
 
+def out_of_memory(case: Case) -> Result:
+    """A rank may take no more memory (a limit on its address space): its next larger allocation fails. It says so, the job ends,
+    and with memory again it goes on. (What the kernel's OOM killer does is SIGKILL, the kind above.)"""
+    job = begun(case)
+    job.reach_step(case.rng.randint(2, 6))
+    rank = case.rng.randrange(2)
+    process = job.ranks()[rank]
+    process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms // 2, psutil.RLIM_INFINITY))
+    code = job.wait()
+    told = "\n".join(path.read_text() for path in sorted((case.folder / "run" / "logs").glob("failure-*.json")))
+    seen = next(
+        (line for line in job.text().splitlines() if re.search("(?i)can't allocate|memoryerror|out of memory", line)),
+        "",
+    )
+    finish(case)
+    result = verdict(case, seen.strip())
+    result.wrong += (code == 0) + (not seen) + (f'"rank": {rank}' not in told)
+    return result
+
+
+def slow(case: Case) -> Result:
+    """A rank that stands still for seconds again and again, each time less than the watchdog allows: it is waited for."""
+    job = begun(case, "train.stall_timeout_s=30")
+    job.reach_step(2)
+    ranks = job.ranks()
+    for _ in range(4):
+        if job.process.poll() is not None:
+            break
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank = case.rng.choice(ranks)
+            rank.suspend()
+            time.sleep(case.rng.uniform(1, 3))
+            rank.resume()
+            time.sleep(0.3)
+    assert job.wait() == 0, job.text()[-2000:]
+    return verdict(case, "nothing; samples_per_s falls")
+
+
 def poisoned(case: Case) -> Result:
     """Weights that grow without bound: every rank stops at the same step, naming the samples."""
     job = begun(case, "optimizer.lr=1e30", "optimizer.warmup=0")
@@ -150,6 +192,8 @@ def unreadable(case: Case) -> Result:
 
 KINDS = [
     Kind("train: a rank or the launcher killed", "as undisturbed, bit by bit", 2, killed, LIMIT_S),
+    Kind("train: a rank out of memory", "ends, says so; then as undisturbed, bit by bit", 2, out_of_memory, LIMIT_S),
+    Kind("train: a slow rank", "waited for; as undisturbed, bit by bit", 1, slow, LIMIT_S),
     Kind("train: SIGTERM", "checkpoint of the last step; then bit by bit", 1, terminated, LIMIT_S),
     Kind(
         "train: the first rank frozen",

@@ -5,23 +5,22 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shlex
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 
 from cluster.ranks import job_port
-from cluster.rundir import RunDir
-from cluster.slurm import script
 from cluster.slurm.status import find_record, report
-from cluster.slurm.submit import Submission, submit
+from tests.faults.campaign import Case, Kind
+from tests.faults.slurm import KINDS
 from tests.slurm_cluster import SlurmCluster, slurm_cluster
+from tests.slurm_jobs import Sent
 
 pytestmark = pytest.mark.integration
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -36,49 +35,6 @@ def slurm() -> Iterator[SlurmCluster]:
 @pytest.fixture(autouse=True)
 def environment(slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
-
-
-class Sent:
-    """A submitted run of the stand-in trainer."""
-
-    def __init__(self, slurm: SlurmCluster, run_dir: Path, chain: int = 1, options: dict[str, str] | None = None,
-                 steps: int = 30, signal_s: int = 120, **test: Any) -> None:  # fmt: skip
-        python = run_dir.parent / "python"
-        if not python.exists():
-            real, stand_in = shlex.quote(sys.executable), shlex.quote(str(REPOSITORY / "tests" / "standin_trainer.py"))
-            python.write_text(f'#!/bin/bash\n[ "$2" = pipeline ] && exec {real} {stand_in} "$4"\nexec {real} "$@"\n')
-            python.chmod(0o755)
-        job = script.Job("test", "test", "", "", str(run_dir.parent), str(python), nodes=2, signal_s=signal_s,
-                         options=options or {})  # fmt: skip
-        resolved = {"run": {"dir": str(run_dir)}, "train": {"steps": steps}, "test": test}
-        answer = submit(Submission("train", job, str(run_dir), resolved, "f", chain=chain))
-        self.slurm, self.run, self.jobs, self.folder = (
-            slurm,
-            RunDir(str(run_dir)),
-            answer["jobs"],
-            Path(answer["job_dir"]),
-        )
-        self.job = self.jobs[-1]
-
-    def at_step(self, step: int) -> Sent:
-        self.slurm.wait(lambda: (self.run.last_step() or 0) >= step, f"step {step} of {self.job}")
-        return self
-
-    def ends(self, *states: str, timeout: float = 60) -> Sent:
-        try:
-            self.slurm.wait_state(self.job, *(states or ("COMPLETED",)), timeout=timeout)
-        except AssertionError as error:
-            texts = [p.read_text() for p in sorted(Path(self.run.logs_url).iterdir())]
-            raise AssertionError("\n".join([str(error), *texts])) from None
-        return self
-
-    @property
-    def attempts(self) -> list[dict[str, Any]]:
-        return json.loads((self.folder / "attempts.json").read_text())
-
-    def assert_every_step_once(self, steps: int = 30) -> None:
-        lines = Path(self.run.metrics_url).read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines] == list(range(1, steps + 1))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -204,3 +160,10 @@ def test_an_unknown_partition_leaves_nothing(slurm: SlurmCluster, tmp_path: Path
     with pytest.raises(Exception, match="partition"):
         Sent(slurm, tmp_path / "run", options={"partition": "nope"})
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=[kind.name for kind in KINDS])
+def test_one_injection_of_each_fault_of_slurm_itself(slurm: SlurmCluster, tmp_path: Path, kind: Kind) -> None:
+    """Nodes and controllers that die, runs submitted or sent twice, crash loops: the kinds of `make faults`, one of each."""
+    result = kind.inject(Case(random.Random(kind.name), tmp_path, SimpleNamespace(slurm=slurm)))
+    assert (result.lost, result.doubled, result.wrong) == (0, 0, 0), result

@@ -20,6 +20,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from cluster.rundir import RunDir
+from cluster.slurm.requeue import UNDECIDED
 from tests.slurm_cluster import SlurmCluster, slurm_cluster
 
 pytestmark = pytest.mark.integration
@@ -111,9 +112,11 @@ class Run:
         tasks = self.slurm.task_processes(node, self.job)
         return [p for p in tasks if re.search(rb"\0pipeline\0train\0", _command_line(p))]
 
-    def attempts(self) -> list[dict[str, Any]]:
+    def decided(self) -> list[dict[str, Any]]:
+        """Starts that have ended and of which it is decided what becomes of them."""
         path = self.job_dir / "attempts.json"
-        return json.loads(path.read_text()) if path.exists() else []
+        attempts = json.loads(path.read_text()) if path.exists() else []
+        return [attempt for attempt in attempts if attempt["action"] != UNDECIDED]
 
     def ends(self) -> dict[str, str]:
         try:
@@ -171,7 +174,7 @@ def test_time_limit_and_requeue_leave_one_continuous_run(slurm: SlurmCluster, fo
     held = [process for node in slurm.names for process in run.trainers(node)]
     for process in held:
         os.kill(process, signal.SIGSTOP)
-    ended = len(run.attempts())
+    ended = len(run.decided())
 
     def asked() -> bool:  # in this start: earlier ones may have been asked while they started up
         return run.log().count("USR1: asking the ranks") >= run.log().count(f"job {run.job}, start ")
@@ -179,8 +182,8 @@ def test_time_limit_and_requeue_leave_one_continuous_run(slurm: SlurmCluster, fo
     slurm.wait(asked, "the signal ahead of the time limit", timeout=150)
     for process in held:
         os.kill(process, signal.SIGCONT)
-    slurm.wait(lambda: len(run.attempts()) > ended, "the start has ended", timeout=60)
-    first = run.attempts()[ended]
+    slurm.wait(lambda: len(run.decided()) > ended, "the start has ended and its end is decided", timeout=60)
+    first = run.decided()[ended]
     assert (first["action"], first["checkpointed"], first["asked_to_stop"]) == ("requeue", True, True)
     slurm.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=UNLIMITED")  # once is enough for this test
     run.at_step(first["step"] + 4)
@@ -201,8 +204,8 @@ def test_a_killed_rank_and_a_crashed_node_are_survived(slurm: SlurmCluster, fold
     run = Run(slurm, folder, "crashed")
     run.at_step(7)
     os.kill(run.trainers("node2")[0], signal.SIGKILL)
-    slurm.wait(run.attempts, "the whole job has ended", timeout=60)
-    ended = run.attempts()[0]
+    slurm.wait(run.decided, "the whole job has ended", timeout=60)
+    ended = run.decided()[0]
     assert (ended["action"], ended["checkpointed"]) == ("requeue", False)
     run.at_step(min(ended["step"] + 6, STEPS - 5))
     slurm.crash_node("node2")

@@ -135,6 +135,8 @@ def test_being_fenced_is_final_and_says_by_whom() -> None:
     decision = decide(attempt(code=137), [], fenced_by="job 8 (process 1 on node2)")
     assert (decision.action, decision.why.split(" has ")[0]) == ("stop", "job 8 (process 1 on node2)")
     assert action(attempt(code=FENCED)) == "stop"
+    # who had come to the end of the run before the other took over has lost nothing
+    assert decide(attempt(code=0), [], fenced_by="job 8").action == "done"
 
 
 def test_attempts_are_kept_and_the_end_is_marked(tmp_path: Path) -> None:
@@ -178,7 +180,9 @@ def test_errors_of_earlier_starts_do_not_count(run: RunDir, tmp_path: Path, monk
 
 def test_a_crash_is_no_checkpoint_even_after_a_mark(run: RunDir, tmp_path: Path) -> None:
     """One rank reported a checkpoint, another crashed: srun's code says that something failed."""
-    (tmp_path / "checkpointed").touch()
+    (tmp_path / "checkpointed-4").touch()  # of another job
+    assert not read_attempt(run, str(tmp_path), "5", 0, False).checkpointed
+    (tmp_path / "checkpointed-5").touch()
     assert read_attempt(run, str(tmp_path), "5", 0, True).checkpointed
     assert read_attempt(run, str(tmp_path), "5", 1, True).failed
     assert read_attempt(run, str(tmp_path), "5", REQUEUE, False).failed
@@ -249,3 +253,19 @@ def test_a_start_that_was_taken_over_is_not_requeued(
     assert requeue(job_dir, 137) == 137  # srun tells of the killed peers, not of the rank that noticed
     assert "requeue" not in (job_dir / "calls").read_text()
     assert "job 6 (process" in (job_dir / "stopped").read_text()
+    assert (job_dir / "successor").read_text() == "6\n"  # whom the mark is not meant for: it may be of the same folder
+
+
+def test_the_same_script_sent_twice_ends_only_the_one_that_is_refused(
+    job_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Job 6 met job 5 at work and ended with a usage error; job 5 then is preempted and must come back."""
+    (job_dir / "answer").write_text('echo "JobId=5 JobState=RUNNING Reason=None"\n')
+    first = attempt(step=1)
+    record_attempt(str(job_dir), first, None)
+    monkeypatch.setenv("SLURM_JOB_ID", "6")
+    assert requeue(job_dir, USAGE) == USAGE
+    record_attempt(str(job_dir), first, decide(first, []), again=True)
+    kept = json.loads((job_dir / "attempts.json").read_text())
+    assert [(one["job"], one["action"]) for one in kept] == [("6", "stop"), ("1", "requeue")]
+    assert sorted(path.name for path in job_dir.glob("stopped*")) == ["stopped-6"]

@@ -150,7 +150,7 @@ def test_the_trainers_exit_code_reaches_the_decision(trainer: int, marked: bool,
     job = Job("x", "", str(tmp_path), str(tmp_path / "logs"), str(tmp_path), str(python))
     bash(train_script(job), tmp_path, RECORD=str(record), **SLURM)
     assert calls(record)[1][2:] == ["-m", "cluster", "requeue", str(tmp_path), "--code", str(seen)]
-    assert (tmp_path / "checkpointed").exists() == marked
+    assert (tmp_path / "checkpointed-7").exists() == marked
 
 
 @pytest.mark.parametrize("name", ["USR1", "TERM"])
@@ -167,7 +167,7 @@ def test_a_signal_to_the_script_reaches_the_ranks_and_is_waited_for(name: str, t
     job = Job("x", "", str(tmp_path), str(tmp_path / "logs"), str(tmp_path), str(python))
     bash(train_script(job), tmp_path, RECORD=str(record), **SLURM)
     assert calls(record)[1][2:] == ["-m", "cluster", "requeue", str(tmp_path), "--code", "0", "--asked-to-stop"]
-    assert (tmp_path / "checkpointed").exists()
+    assert (tmp_path / "checkpointed-7").exists()
     assert f"{name}: asking the ranks" in (tmp_path / "logs" / "batch.log").read_text()
 
 
@@ -198,3 +198,24 @@ def test_a_stopped_or_finished_run_is_not_started_again(tmp_path: Path) -> None:
         assert bash(train_script(job), tmp_path, RECORD=str(tmp_path / "record"), **SLURM).returncode == code
     assert not (tmp_path / "record").exists()
     assert os.listdir(tmp_path / "logs") == ["batch.log"]
+
+
+@pytest.mark.parametrize(
+    ("marks", "starts"),
+    [
+        ({"stopped": "why", "successor": "7"}, True),  # this job is the one that took the run over
+        ({"stopped": "why", "successor": "17"}, False),
+        ({"stopped-7": "why"}, False),
+        ({"stopped-8": "why", "checkpointed-8": ""}, True),  # the same script, sent a second time, was refused
+        ({"stopped": "why", "stopped-7": "why", "successor": "7"}, False),
+    ],
+)
+def test_a_mark_stops_whom_it_is_meant_for(marks: dict[str, str], starts: bool, tmp_path: Path) -> None:
+    stage(tmp_path, tmp_path / "python")
+    job = Job("x", "", str(tmp_path), str(tmp_path / "logs"), str(tmp_path), str(tmp_path / "python"))
+    for name, line in marks.items():
+        (tmp_path / name).write_text(f"{line}\n")
+    done = bash(train_script(job), tmp_path, RECORD=str(tmp_path / "record"), **SLURM)
+    assert (done.returncode, (tmp_path / "record").exists()) == ((0, True) if starts else (1, False))
+    assert ("and send this script again" in (tmp_path / "logs" / "batch.log").read_text()) == (not starts)
+    assert {path.name for path in tmp_path.iterdir()} >= set(marks)  # another job's marks are left alone
