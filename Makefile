@@ -6,6 +6,8 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV   := .venv
+LOCK   ?= requirements.lock
+UV     ?= 0.13.9
 PY     := $(VENV)/bin/python
 DEMO   ?= demo_out
 REAL   ?= real_out
@@ -25,12 +27,21 @@ help: ## this list
 .PHONY: setup
 setup: $(VENV)/.complete ## virtual environment .venv with everything of requirements.txt (idempotent)
 
-$(VENV)/.complete: requirements.txt
+# The lock holds hashes: a file that is not the one that was locked is not installed. LOCK=requirements.txt takes what the index has
+# (an index with builds of its own, such as CPU-only torch).
+$(VENV)/.complete: requirements.lock requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed, $(PYTHON) is older; pass PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r $(LOCK)
 	$(PY) -m pip check
 	touch $@
+
+.PHONY: lock
+lock: ## requirements.lock anew from requirements.txt: every version and hash, for all platforms (after a change of a requirement)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv-lock uv==$(UV)
+	{ echo "# Every package that requirements.txt leads to, on any platform, with the hashes of its files. Made by \`make lock\`; do not edit."; \
+	  .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header requirements.txt; } > requirements.lock.new
+	mv requirements.lock.new requirements.lock
 
 .PHONY: system-deps
 system-deps: ## apt packages of the real servers that integration tests start: SLURM, PostgreSQL with PostGIS, Chromium

@@ -26,6 +26,7 @@ from types import TracebackType
 
 import pytest
 
+from tests.patience import patience
 from tests.require import require, require_program
 
 CONF = """
@@ -171,7 +172,7 @@ class SlurmCluster:
 
     def wait(self, condition: Callable[[], object], what: str, timeout: float = 60) -> object:
         """Polls until `condition` holds and returns its value. On a machine with more to do than cores it is more patient."""
-        end = time.monotonic() + timeout * min(max(os.getloadavg()[0] / (os.cpu_count() or 1), 1.0), 6.0)
+        end = time.monotonic() + timeout * patience()
         while not (value := condition()):
             if time.monotonic() > end:
                 raise AssertionError(f"{what}: not within {timeout:.0f} s\n{self.run('squeue', '-l', check=False)}")

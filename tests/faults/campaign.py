@@ -9,22 +9,26 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from tests.patience import patience
 
 HANG_S = 60
 
 
 @dataclass
 class Case:
-    """One injection: its random numbers, an empty folder, and what all injections share (servers, a shard set)."""
+    """One injection: its random numbers, an empty folder, what all injections share (servers, a shard set), and what is done when
+    it is over, however (processes it may have left)."""
 
     rng: random.Random
     folder: Path
     shared: Any
+    ends: ExitStack = field(default_factory=ExitStack)
 
 
 @dataclass
@@ -40,7 +44,7 @@ class Result:
 @dataclass(frozen=True)
 class Kind:
     """holds: what must be true afterwards, which `inject` checks; count: injections of a whole campaign; limit_s: a longer one
-    counts as a hang."""
+    counts as a hang (times `patience`)."""
 
     name: str
     holds: str
@@ -89,8 +93,16 @@ def time_limit(seconds: int) -> Any:
         signal.signal(signal.SIGALRM, before)
 
 
+def aloud(text: str) -> None:
+    print(text, flush=True)
+
+
 def run(
-    kinds: Iterable[Kind], shared: Any, seed: int, share: float = 1.0, say: Callable[[str], None] = print
+    kinds: Iterable[Kind],
+    shared: Any,
+    seed: int,
+    share: float = 1.0,
+    say: Callable[[str], None] = aloud,
 ) -> list[Row]:
     """Every kind `share` times its count (at least once). Injection i of a kind draws from (seed, kind, i)."""
     rows = []
@@ -101,7 +113,7 @@ def run(
             case = Case(random.Random(f"{seed} {kind.name} {i}"), folder, shared)
             row.injections += 1
             try:
-                with time_limit(kind.limit_s):
+                with time_limit(round(kind.limit_s * patience())):
                     result = kind.inject(case)
                 row.lost, row.doubled, row.wrong = (
                     row.lost + result.lost,
@@ -121,9 +133,12 @@ def run(
                 row.errors += 1
                 row.broken.append(f"injection {i}: {traceback.format_exc()[-1500:]}")
             finally:
+                case.ends.close()
                 shutil.rmtree(folder, ignore_errors=True)
         row.seconds = time.monotonic() - began
         say(f"{kind.name}: {row.injections} injections, {row.seconds:.0f} s{'' if row.is_clean else '  <-- NOT CLEAN'}")
+        for broken in row.broken[:3]:
+            say(f"  {broken}")
         rows.append(row)
     return rows
 

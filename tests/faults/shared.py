@@ -119,11 +119,14 @@ class Shared:
 
 
 @contextlib.contextmanager
-def shared() -> Iterator[Shared]:
-    folder = Path(tempfile.mkdtemp(prefix="geoloom-faults-"))
-    common = Shared(folder)
+def shared(keep: Path | None = None) -> Iterator[Shared]:
+    """keep: a folder that is left behind; the trainer's shard sets and undisturbed run found there are used again."""
+    folder = keep or Path(tempfile.mkdtemp(prefix="geoloom-faults-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    common = Shared(folder.absolute())
     try:
         yield common
     finally:
         common.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        if keep is None:
+            shutil.rmtree(folder, ignore_errors=True)

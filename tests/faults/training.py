@@ -19,6 +19,7 @@ from cluster.exit_codes import REQUEUE
 from tests.data_folder import REPOSITORY
 from tests.faults.campaign import Case, Kind, Result
 from tests.integration.test_train import STEPS, Job, command, learned, metrics
+from tests.patience import patience
 
 LIMIT_S = 400
 
@@ -26,24 +27,33 @@ LIMIT_S = 400
 @functools.cache
 def shards(folder: str, name: str = "train", seed: int = 0) -> str:
     scenes, url = f"{folder}/{name}-scenes", f"{folder}/{name}-shards"
+    if Path(url, "manifest.json").exists():
+        return url
     config = REPOSITORY / "data_prep" / "runs" / "demo.yaml"
     for step in (
         command("data_prep", "simulate", scenes, "--sites", "14", "--seed", str(seed)),
         command("data_prep", "build", str(config), f"source.catalog=[{scenes}/catalog.parquet]", f"output.url={url}"),
     ):
-        subprocess.run(step, cwd=REPOSITORY, check=True, capture_output=True, timeout=300)
+        subprocess.run(step, cwd=REPOSITORY, check=True, capture_output=True, timeout=300 * patience())
     return url
 
 
 @functools.cache
 def truth(folder: str) -> list[dict[str, Any]]:
+    # with --keep it may stand there already: then there is nothing to do
     job = Job(shards(folder), Path(folder, "whole"))
     assert job.wait() == 0, job.text()[-2000:]
     return learned(Path(folder, "whole"))
 
 
 def begun(case: Case, *overrides: str) -> Job:
-    return Job(shards(str(case.shared.folder)), case.folder / "run", *overrides)
+    return on(case, shards(str(case.shared.folder)), *overrides)
+
+
+def on(case: Case, url: str, *overrides: str) -> Job:
+    job = Job(url, case.folder / "run", *overrides)
+    case.ends.callback(job.process.kill)  # its ranks die with it
+    return job
 
 
 def verdict(case: Case, seen: str) -> Result:
@@ -160,10 +170,10 @@ def another_set(case: Case) -> Result:
     first = begun(case, "train.steps=4")
     assert first.wait() == 0
     other = shards(folder, "other-train", 5)
-    again = Job(other, case.folder / "run")
+    again = on(case, other)
     refused = again.wait() == 2
     seen = next(line for line in again.text().splitlines() if "was trained on a shard set" in line)
-    allowed = Job(other, case.folder / "run", "checkpoint.allow_changed_data=true")
+    allowed = on(case, other, "checkpoint.allow_changed_data=true")
     assert allowed.wait() == 0, allowed.text()[-2000:]
     steps = [line["step"] for line in metrics(case.folder / "run")]
     return Result(wrong=(not refused) + (steps != list(range(1, STEPS + 1))), seen=seen)
@@ -179,7 +189,7 @@ def unreadable(case: Case) -> Result:
         for place in range(size // 8, size, size // 4):
             stream.seek(place)
             stream.write(os.urandom(2000))
-    job = Job(str(url), case.folder / "run", "data.error_budget=1")
+    job = on(case, str(url), "data.error_budget=1")
     assert job.wait() == 0, job.text()[-2000:]
     named = (case.folder / "run" / "artifacts" / "quarantine.json").read_text()
     last = metrics(case.folder / "run")[-1]

@@ -18,6 +18,7 @@ import pytest
 from cluster.exit_codes import REQUEUE
 from pipeline.checkpoint import committed, open_checkpoint
 from tests.data_folder import REPOSITORY
+from tests.patience import patience
 
 pytestmark = pytest.mark.integration
 STEPS = 12
@@ -59,13 +60,13 @@ class Job:
             )  # fmt: skip
 
     def wait(self) -> int:
-        return self.process.wait(240)
+        return self.process.wait(240 * patience())
 
     def text(self) -> str:
         return self.log.read_text()
 
     def reach(self, what: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 240 * patience()
         while not what():
             assert self.process.poll() is None, self.text()[-3000:]
             assert time.monotonic() < deadline, self.text()[-3000:]
