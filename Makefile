@@ -39,9 +39,10 @@ $(VENV)/.complete: requirements.lock requirements.txt
 .PHONY: lock
 lock: ## requirements.lock anew from requirements.txt: every version and hash, for all platforms (after a change of a requirement)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv-lock uv==$(UV)
+	cp requirements.lock requirements.lock.new  # what stands there stays, where requirements.txt allows it
+	.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header -o requirements.lock.new requirements.txt
 	{ echo "# Every package that requirements.txt leads to, on any platform, with the hashes of its files. Made by \`make lock\`; do not edit."; \
-	  .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header requirements.txt; } > requirements.lock.new
-	mv requirements.lock.new requirements.lock
+	  cat requirements.lock.new; } > requirements.lock && rm requirements.lock.new
 
 .PHONY: system-deps
 system-deps: ## apt packages of the real servers that integration tests start: SLURM, PostgreSQL with PostGIS, Chromium
