@@ -290,5 +290,5 @@ class SegmentWriter:
         first = last - len(self._ungathered) + 1
         storage.write_atomic(segment_url(self._url, self._start, self._step, first, last), b"".join(self._ungathered))
         self._ungathered = []
-        for number in range(first, last + 1):
-            storage.remove(segment_url(self._url, self._start, self._step, number, number))
+        single = [segment_url(self._url, self._start, self._step, number, number) for number in range(first, last + 1)]
+        storage.remove_all(single)
