@@ -56,6 +56,13 @@ def holds_samples(url: str) -> bool:
         return False  # damaged: to be named file by file
 
 
+def _opened(href: str, name: str) -> Any:
+    """The file, with Zstandard, which the set is published with and HDF5 has to be told of."""
+    import hdf5plugin  # noqa: F401
+
+    return open_h5(href, name)
+
+
 def sites(url: str) -> list[tuple[str, ...]]:
     """File names by their number. Raises UsageError if there are none."""
     numbers = {int(match[1]): name for name in list_names(url) if (match := _SAMPLE.fullmatch(name))}
@@ -69,7 +76,7 @@ def item(url: str, site: tuple[str, ...]) -> dict[str, Any]:
     name, href = site[0].removesuffix(".h5"), join(url, site[0])
     assets: dict[str, AssetFields] = {}
     times: set[str] = set()
-    with open_h5(href, name) as file:
+    with _opened(href, name) as file:
         centre = _checked(file, "latlon", name).reshape(-1)
         if centre.shape != (2,) or not (abs(centre[0]) <= 90 and abs(centre[1]) <= 180):
             raise SourceFault(name, f"latlon is {centre.tolist()}, wanted latitude and longitude: {href}")
@@ -128,13 +135,11 @@ class OlmoEarthCube(Cube):
     """One series of a sample; small, so it is held in memory whole."""
 
     def __init__(self, asset: Asset, wanted: tuple[str, ...]) -> None:
-        import hdf5plugin  # noqa: F401  (the set is published with Zstandard, a filter that HDF5 has to be told of)
-
         self.asset = asset
         grid = asset.grid
         if grid is None:
             raise SourceFault(asset.id, "the catalog gives no place; make it with --layout olmoearth")
-        with open_h5(asset.href, asset.id) as file:
+        with _opened(asset.href, asset.id) as file:
             data_HWTC = _checked(file, asset.member, asset.id)
             moments = stamps(file, asset.member, asset.id)
             scl = self._scl(file, moments) if asset.modality == "s2" else None

@@ -364,7 +364,7 @@ def test_cataloguing_reads_coordinates_and_no_image(tmp_path, monkeypatch):
     assert sum(read) <= 4 * zarr_store.PAGE
 
 
-def olmoearth(path, timestamps, seed=0, every_capture=False, compressed=True):
+def olmoearth(path, timestamps, seed=0, every_capture=False):
     """One sample as OlmoEarth's `convert_to_h5py` writes it: Zstandard, [H, W, T, C], months from 0; returns what lies in it."""
     import hdf5plugin
 
@@ -373,21 +373,24 @@ def olmoearth(path, timestamps, seed=0, every_capture=False, compressed=True):
     held[1] = every_capture
     s2 = rng.integers(20, 4000, (side, side, int(held.sum()), 12)).astype(np.uint16)
     s1 = rng.normal(-14, 2, (side, side, len(timestamps), 2)).astype(np.float32)
-    more = {"compression": hdf5plugin.Zstd(clevel=3)} if compressed else {}
+    zstd = hdf5plugin.Zstd(clevel=3)
     scl = np.full((side, side, len(timestamps), 1), 4, np.uint8)
     scl[2, 3, 1], scl[5, 6, 0] = 9, 8
+    content = {
+        "latlon": np.array([48.2, 16.4], np.float32),
+        "sentinel2_l2a": s2,
+        "sentinel1": s1,
+        "worldcover": np.full((side, side, 1), 10, np.uint8),
+    }
+    if every_capture:
+        dated = ("sentinel2_l2a", "sentinel1", "sentinel2_scl")
+        content |= {"sentinel2_scl": scl, **{f"timestamps_{series}": np.array(timestamps) for series in dated}}
+    else:
+        content["timestamps"] = np.array(timestamps)
     with h5py.File(path, "w") as file:
-        file["latlon"] = np.array([48.2, 16.4], np.float32)
-        file.create_dataset("sentinel2_l2a", data=s2, chunks=s2.shape, **more)
-        file.create_dataset("sentinel1", data=s1, chunks=s1.shape, **more)
-        file.create_dataset("worldcover", data=np.full((side, side, 1), 10, np.uint8))
-        if every_capture:
-            for series in ("sentinel2_l2a", "sentinel1"):
-                file[f"timestamps_{series}"] = np.array(timestamps)
-            file["timestamps_sentinel2_scl"] = np.array(timestamps)
-            file["sentinel2_scl"] = scl
-        else:
-            file["timestamps"] = np.array(timestamps)
+        for name, values in content.items():  # everything but the masks
+            file.create_dataset(name, data=values, chunks=values.shape, compression=zstd)
+        if not every_capture:
             file["missing_timesteps_masks/sentinel2_l2a"] = held
             file["missing_timesteps_masks/sentinel1"] = np.ones(len(timestamps), bool)
     return s2, s1
