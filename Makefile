@@ -106,6 +106,12 @@ check: setup ## format, lint, types, imports, unit tests
 test: check ## all tests that run on this machine: check, then the integration tier
 	$(PY) -m pytest tests/integration
 
+.PHONY: references
+references: setup ## metrics and file formats of `evaluate` against torchmetrics, pycocotools and tacoreader, which only these tests need
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-evaluate.txt
+	$(PY) -m pip check
+	GEOLOOM_REQUIRE_ALL=1 $(PY) -m pytest tests/unit/test_evaluate_metrics.py tests/unit/test_evaluate_readers.py
+
 .PHONY: faults
 faults: setup ## the whole fault campaign: its table in faults_out/table.md, exit 1 if anything is lost, doubled, wrong or hangs
 	mkdir -p faults_out

@@ -50,6 +50,16 @@ class Pretrained(nn.Module):
         self.statistics = {name: dict(values) for name, values in statistics.items()}
         self.facts = dict(facts or {})
 
+    @classmethod
+    def around(
+        cls, skysense: SkySense, statistics: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any] | None = None
+    ) -> Pretrained:
+        """Around a network that there is already: its weights are shared, none are made."""
+        with torch.device("meta"):
+            model = cls(skysense.cfg, statistics, facts)
+        model.skysense = skysense
+        return model
+
     @property
     def cfg(self) -> ModelConfig:
         return self.skysense.cfg

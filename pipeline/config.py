@@ -215,6 +215,7 @@ class ProbeConfig:
     views: what a probe sees of a site; None: the whole site with all its dates, see `pipeline.probes.sites.whole_view`.
     pool: a site's features are the mean over its valid tokens and dates, or mean and standard deviation side by side.
     stage: the backbone's features after its last norm, after one of the four stages, or after all four side by side.
+    outside: published data sets to watch beside them: row of `evaluate --list` (of kind `class`) -> its folder; at most `samples` per split.
     """
 
     every: int = 0
@@ -225,6 +226,7 @@ class ProbeConfig:
     views: ViewConfig | None = None
     pool: Literal["mean", "mean_std"] = "mean_std"
     stage: Literal["last", 1, 2, 3, 4, "all"] = "last"
+    outside: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_ranges(self, every=">= 0", samples=">= 1")

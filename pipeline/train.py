@@ -25,6 +25,7 @@ from pipeline import resume
 from pipeline.checkpoint import Saver
 from pipeline.config import PretrainConfig
 from pipeline.engine import Engine
+from pipeline.evaluate.in_loop import Watched, plan_watched, watch
 from pipeline.health import Heartbeat, SpikeWatch, check_step
 from pipeline.parallel.layout import Layout
 from pipeline.parallel.processes import start
@@ -56,6 +57,7 @@ class Run:
     step: int
     samples: int
     probing: bool
+    watched: tuple[Watched, ...]
 
 
 def train(config: PretrainConfig, ranks: Ranks, resume_from: str, stop: StopFlag) -> int:
@@ -79,7 +81,9 @@ def loop(run: Run, stop: StopFlag) -> int:
     """The loop. Everything that happens between two steps stands here, in order."""
     config, spikes, batches = run.config, SpikeWatch(), iter(run.reader)
     last, stopping = config.train.steps, False
-    if run.probing and run.step == 0:  # the untrained network: what every later score is measured against
+    if (
+        run.probing or run.watched
+    ) and run.step == 0:  # the untrained network: what every later score is measured against
         run.beat.at("probe")
         probe(run)
     while run.step < last and not stopping:
@@ -89,7 +93,7 @@ def loop(run: Run, stop: StopFlag) -> int:
         waited = time.monotonic() - began
 
         number = run.step + 1
-        probing = run.probing and due(number, config.probe.every, last)
+        probing = (run.probing or bool(run.watched)) and due(number, config.probe.every, last)
         logging_step = probing or number == 1 or due(number, config.train.log_every, last)
         result = run.engine.step(micro_batches, run.samples, run.beat, diagnose=logging_step)
         run.step, run.samples = run.step + 1, run.samples + run.layout.batch
@@ -144,6 +148,7 @@ def build(config: PretrainConfig, ranks: Ranks, resume_from: str) -> Run:
             f"data.url holds {reader.epoch_samples} usable samples for {ranks.world} processes; use fewer processes"
         )
     statistics = {name: bands.to_dict() for name, bands in reader.statistics.items()}
+    watched = plan_watched(config, ranks.is_first, device)
     torch.manual_seed(config.train.seed)  # equal weights on all ranks; nothing else draws from this generator
     student = Student(config.model, config.objective, statistics, reader.classes)
     engine = Engine(student, make_teacher(student), config, layout, device, DistributedReduce())
@@ -191,6 +196,7 @@ def build(config: PretrainConfig, ranks: Ranks, resume_from: str) -> Run:
         step,
         samples,
         can_probe(config, ranks),
+        watched,
     )
 
 
@@ -228,9 +234,15 @@ def can_probe(config: PretrainConfig, ranks: Ranks) -> bool:
 
 def probe(run: Run) -> dict[str, float]:
     """Scores of the teacher's features; all ranks take part (experts may live on any of them)."""
-    skysense, shardset = run.engine.teacher.module.skysense, probe_set(run.config)
-    kept_in = run.rundir.url if run.ranks.is_first else None
-    figures = run_probes(skysense, run.config, shardset, run.device, kept_in, run.step, run.rundir.lease)
+    skysense, kept_in = run.engine.teacher.module.skysense, run.rundir.url if run.ranks.is_first else None
+    figures: dict[str, float] = {}
+    for one in run.watched:
+        statistics = run.engine.student.statistics
+        figures |= watch(skysense, run.config, one, statistics, run.device, kept_in, run.step, run.rundir.lease)
+    if not run.probing:
+        return figures
+    shardset = probe_set(run.config)
+    figures |= run_probes(skysense, run.config, shardset, run.device, kept_in, run.step, run.rundir.lease)
     if run.step == run.config.train.steps:
         picture = feature_sheet(skysense, run.config, shardset, run.device)
         if run.ranks.is_first:

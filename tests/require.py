@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
+from types import ModuleType
 
 import pytest
 
@@ -16,6 +18,17 @@ def require(condition: object, what: str, how: str = "make system-deps") -> None
     if os.environ.get("GEOLOOM_REQUIRE_ALL") == "1":
         pytest.fail(message)
     pytest.skip(message)
+
+
+def require_module(name: str, how: str = "make references") -> ModuleType:
+    """The module, for a whole test file or one test; `require` where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        message = f"{name} is not installed; get it with: {how}"
+        if os.environ.get("GEOLOOM_REQUIRE_ALL") == "1":
+            pytest.fail(message)
+        pytest.skip(message, allow_module_level=True)
 
 
 def require_program(*names: str) -> None:

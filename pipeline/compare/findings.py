@@ -11,9 +11,9 @@ from cluster.errors import RunFailure, UsageError
 from pipeline.compare.figures import ROWS, Summary
 from pipeline.compare.groups import Group
 from pipeline.compare.load import RunData
-from pipeline.compare.paired import in_loop, offline
+from pipeline.compare.paired import in_loop, offline, offline_name
 from pipeline.compare.seeds import OPEN, Noise, pool, two_level, verdict
-from pipeline.probes.outcomes import UNTRAINED_STEP, Outcomes, pixels_url, read_outcomes, url_of
+from pipeline.probes.outcomes import UNTRAINED_STEP, Outcomes, is_outside, pixels_url, read_outcomes, url_of
 from pipeline.probes.scores import Difference, Outcome
 
 
@@ -172,7 +172,11 @@ def _kept(run: RunData, samples: int, notes: list[str]) -> _Kept:
         urls = {"untrained": url_of(run.folder, UNTRAINED_STEP), "pixels": pixels_url(run.folder, last[1].split)}
         rows = {row: _read_row(url) for row, url in urls.items()}
     for kind, (_, outcomes) in offline(run, samples, notes).items():
-        own |= {f"{name} ({kind.partition('-')[2][:8]})": value for name, value in _named(outcomes).items()}
+        named = _named(outcomes)
+        own |= {offline_name(name.removeprefix("probe/"), kind): value for name, value in named.items()}
+        if run.folder is not None and is_outside(kind):  # it keeps rows of its own
+            rows["untrained"] |= _read_row(url_of(run.folder, UNTRAINED_STEP, kind))
+            rows["pixels"] |= _read_row(pixels_url(run.folder, outcomes.split))
     return _Kept(own, rows)
 
 

@@ -13,7 +13,15 @@ from cluster.errors import RunFailure, UsageError
 from pipeline.compare.figures import has_intervals, up_to
 from pipeline.compare.load import RunData
 from pipeline.compare.verdict import judge
-from pipeline.probes.outcomes import Outcomes, differences, list_offline, read_outcomes, split_number, url_of
+from pipeline.probes.outcomes import (
+    Outcomes,
+    differences,
+    is_outside,
+    list_offline,
+    read_outcomes,
+    split_number,
+    url_of,
+)
 from pipeline.probes.scores import Difference
 
 
@@ -47,13 +55,18 @@ def pair(runs: Sequence[RunData], samples: int) -> Pairs:
             )
         for kind in sorted(elsewhere.keys() & own_elsewhere.keys()):
             pairs = _paired((first, *elsewhere[kind]), (run, *own_elsewhere[kind]), notes)
-            found[i] |= {f"probe/{name} ({kind.partition('-')[2][:8]})": value for name, value in pairs.items()}
+            found[i] |= {offline_name(name, kind): value for name, value in pairs.items()}
     if any(found):
         notes.append(
             "differences are paired over test sites: * = the 95 % interval excludes 0, as 1 in 20 does by chance. It tells of "
             "other test sites, not of another training seed"
         )
     return Pairs(found, notes)
+
+
+def offline_name(name: str, kind: str) -> str:
+    """`probe/<task>/<modality> (<split>)` of an offline probe; `probe/<task>/<row>` of an outside data set, as in the metrics."""
+    return f"probe/{name}" if is_outside(kind) else f"probe/{name} ({kind.partition('-')[2][:8]})"
 
 
 def _paired(
@@ -85,7 +98,8 @@ def in_loop(run: RunData, samples: int, notes: list[str]) -> tuple[int, Outcomes
 
 
 def offline(run: RunData, samples: int, notes: list[str]) -> dict[str, tuple[int, Outcomes]]:
-    """(samples seen, outcomes) of the last `pipeline probe` of each task and split, by `<task>-<split>`."""
+    """(samples seen, outcomes) of the last `pipeline probe` of each task and split, by `<task>-<split>`, and of the last in-loop probe of
+    each outside data set, by `<row>-<split>`."""
     if run.folder is None:
         return {}
     lines = up_to(run, samples)

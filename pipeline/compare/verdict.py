@@ -70,15 +70,19 @@ def _data_reasons(runs: Sequence[RunData]) -> list[str]:
 
 def _probe_reasons(runs: Sequence[RunData]) -> list[str]:
     """Probe scores of different sites or labels say nothing about each other."""
-    splits = [
-        next((line["probe/split"] for line in reversed(run.lines) if line.get("probe/split") is not None), None)
-        for run in runs
-    ]
-    known = [(run.name, split) for run, split in zip(runs, splits, strict=True) if split is not None]
-    return [
-        f"{known[0][0]} and {name} were probed on different splits (other sites, labels or views), their scores stand apart"
-        for name, split in known[1:] if split != known[0][1]
-    ]  # fmt: skip
+    keys = {
+        key for run in runs for line in run.lines for key in line if key.startswith("probe/") and key.endswith("/split")
+    }
+    reasons = []
+    for key in sorted(keys):  # `probe/split`; `probe/<row>/split` of outside data sets
+        splits = [next((line[key] for line in reversed(run.lines) if line.get(key) is not None), None) for run in runs]
+        known = [(run.name, split) for run, split in zip(runs, splits, strict=True) if split is not None]
+        on = "" if key == "probe/split" else f" of {key.split('/')[1]}"
+        reasons += [
+            f"{known[0][0]} and {name} were probed on different splits{on} (other sites, labels or views), their scores stand apart"
+            for name, split in known[1:] if split != known[0][1]
+        ]  # fmt: skip
+    return reasons
 
 
 def _notes(runs: Sequence[RunData], differs: dict[str, list[Any]]) -> list[str]:

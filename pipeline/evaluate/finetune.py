@@ -298,7 +298,7 @@ def finetune_row(model: Pretrained, row: Row, root: str, settings: Settings) -> 
     layer = "last" if layer == "concat" and row.kind in ("class", "labels") else layer
     if not storage.is_local(settings.out):
         raise UsageError(f"--out {settings.out}: fine-tuning keeps its checkpoints in a local folder")
-    notes = check_pixels(model, row, labelled)
+    notes = check_pixels(row, labelled.items)
     head = (settings.heads or row.heads)[0]
     head = "linear" if row.kind in ("class", "labels") else head
     merges = settings.merges if settings.merges is not None else row.merges

@@ -42,13 +42,13 @@ class Targets:
     sizes: list[tuple[int, int]]
 
 
-def check_pixels(model: Pretrained, row: Row, labelled: LabelledSet) -> list[str]:
+def check_pixels(row: Row, items: Sequence[Item]) -> list[str]:
     """Radiometry of the set before anything is computed. Returns notes for the result; raises UsageError for what cannot be."""
-    picked = np.linspace(0, len(labelled.items) - 1, min(CHECKED, len(labelled.items))).round().astype(int)
+    picked = np.linspace(0, len(items) - 1, min(CHECKED, len(items))).round().astype(int)
     raw: dict[str, list[np.ndarray]] = {bands.sensor: [] for bands in row.bands}
     stored: dict[str, list[np.ndarray]] = {bands.sensor: [] for bands in row.bands}
     notes: list[str] = []
-    for item in (labelled.items[i] for i in picked):
+    for item in (items[i] for i in picked):
         sample = item.read()
         for bands in row.bands:
             x_TFHW = sample.images[bands.sensor]

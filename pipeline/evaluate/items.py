@@ -18,6 +18,7 @@ from cluster.errors import UsageError
 Split = Literal["train", "val", "test"]
 Kind = Literal["class", "labels", "dense", "pair", "boxes"]
 IGNORE = -1
+Footprint = tuple[str, tuple[float, float, float, float]]  # CRS, and west, south, east, north in it
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Sample:
         doy: per sensor int [T], 1-366, 0 = unknown (default).
         after: `pair` only: the images of the second date.
         inside: of a tile: rows and columns of its image that it holds; beyond them nothing is valid.
+        footprint: the ground it covers, where the files say so.
     """
 
     images: dict[str, np.ndarray]
@@ -37,6 +39,7 @@ class Sample:
     doy: dict[str, np.ndarray] = field(default_factory=dict)
     after: dict[str, np.ndarray] = field(default_factory=dict)
     inside: tuple[int, int] | None = None
+    footprint: Footprint | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,18 @@ def take_share(items: Sequence[Item], share: float, seed: int) -> list[Item]:
 def tiles(height: int, width: int, size: int) -> list[tuple[int, int]]:
     """Upper left corners of tiles of `size` that cover an image; those at the edge reach beyond it."""
     return [(row, column) for row in range(0, height, size) for column in range(0, width, size)]
+
+
+def footprint_of_tile(
+    whole: Footprint | None, shape: tuple[int, int], row: int, column: int, size: int
+) -> Footprint | None:
+    """The ground of the tile at (row, column) of an image of `shape` pixels; what reaches beyond the image is left out."""
+    if whole is None:
+        return None
+    crs, (west, south, east, north) = whole
+    x, y = (east - west) / shape[1], (north - south) / shape[0]
+    bottom, right = min(row + size, shape[0]), min(column + size, shape[1])
+    return crs, (west + column * x, north - bottom * y, west + right * x, north - row * y)
 
 
 def cut(x: np.ndarray, row: int, column: int, size: int, fill: float) -> np.ndarray:

@@ -132,12 +132,12 @@ ROWS: tuple[Row, ...] = (
 )  # fmt: skip
 
 
-def row_named(name: str) -> Row:
-    """Raises UsageError with the nearest names."""
+def row_named(name: str, where: str = "--task") -> Row:
+    """Raises UsageError with the nearest names. where: who names it, for the message."""
     import difflib
 
     for row in ROWS:
         if row.name == name:
             return row
     near = difflib.get_close_matches(name, [row.name for row in ROWS], 3) or [row.name for row in ROWS]
-    raise UsageError(f"--task {name}: no such row; near it: {', '.join(near)} (evaluate --list shows all)")
+    raise UsageError(f"{where} {name}: no such row; near it: {', '.join(near)} (evaluate --list shows all)")

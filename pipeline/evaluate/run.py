@@ -84,7 +84,7 @@ def evaluate_row(model: Pretrained, row: Row, root: str, settings: Settings) -> 
         )
     merges = settings.merges if settings.merges is not None else row.merges
     trained = Network("trained", model, row, layer, pool, merges)
-    notes = check_pixels(model, row, labelled)
+    notes = check_pixels(row, labelled.items)
     facts = {"layer": layer, "pool": pool, "merges": list(merges) if merges else None, **facts_of(model, row)}
     found: dict[str, dict[str, list[Records]]] = {}
     chosen: dict[str, dict[str, Any]] = {}

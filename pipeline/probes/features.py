@@ -132,13 +132,20 @@ def extract(
             for described, describe in zip(parts, describers):
                 described.append(describe(seen, seen.classes_BHW if raster is not None else None, num_pixels))
             advance(len(sites))
-    found = []
-    for described in parts:
-        merged = {name: torch.cat([part[name] for part in described]) for name in described[0]}
-        if world > 1:
-            merged = {name: _gather(value, world) for name, value in merged.items()}
-        found.append(SiteFeatures.of({name: value[: len(rows)] for name, value in merged.items()}))
-    return found
+    merged = ({name: torch.cat([part[name] for part in described]) for name in described[0]} for described in parts)
+    return [SiteFeatures.of(gathered(named, passes * batch, len(rows))) for named in merged]
+
+
+def gathered(named: Mapping[str, Tensor], share: int, total: int) -> dict[str, Tensor]:
+    """Rows of this rank (every `world`-th of `total`), with those of the others, in order. share: rows that every rank sends, filled up
+    where it has fewer; those beyond `total` are cut off."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world == 1:
+        return {name: value[:total] for name, value in named.items()}
+    filled = {
+        name: torch.cat([value, value.new_zeros(share - len(value), *value.shape[1:])]) for name, value in named.items()
+    }
+    return {name: _gather(value, world)[:total] for name, value in filled.items()}
 
 
 def sites_per_pass(view: ViewConfig, modalities: Sequence[str]) -> int:

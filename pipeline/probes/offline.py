@@ -15,12 +15,11 @@ from model.pretrained import Pretrained
 from pipeline.config import ProbeConfig, ViewConfig
 from pipeline.probes.exam import sit
 from pipeline.probes.features import FUSED, SiteFeatures, network
-from pipeline.probes.outcomes import Outcomes, differences, url_of, write_outcomes
+from pipeline.probes.outcomes import TASKS, Outcomes, differences, url_of, write_outcomes
 from pipeline.probes.outside import Declared
 from pipeline.probes.pixels import describe_pixels
 from pipeline.probes.scores import Difference, Outcome, Score
 from pipeline.probes.source import Source, open_source
-from pipeline.probes.tasks import TASKS
 
 T = TypeVar("T")
 Round = dict[str, Outcome]  # by modality

@@ -5,6 +5,7 @@ probes/step-00000000.npz                       in-loop probes of the untrained n
 probes/step-00000200.npz                       in-loop probes after step 200
 probes/pixels-0123456789abcdef.npz             pixel statistics of the same views, same classifiers, under a split
 probes/step-00000200.knn-0123456789abcdef.npz  `pipeline probe`: its task and split
+probes/step-00000200.eurosat_rgb-0123456789abcdef.npz  in-loop probe of a row of `probe.outside`
 ```
 
 A file holds plain arrays (`numpy.savez_compressed`, never pickled): the split's digest, the keys of its S test sites, the names
@@ -30,9 +31,10 @@ from pipeline.probes.scores import Difference, Outcome, difference, total_score
 log = logging.getLogger(__name__)
 
 FOLDER = "probes"
+TASKS = ("knn", "linear", "segment")
 UNTRAINED_STEP = 0  # the probe before the first step
 UNTRAINED, PIXELS = "untrained", "pixels"  # rows that every score is measured against
-_NAME = re.compile(r"step-(\d{8,})(?:\.([a-z]+-[0-9a-f]+))?\.npz$")
+_NAME = re.compile(r"step-(\d{8,})(?:\.([a-z0-9_]+-[0-9a-f]+))?\.npz$")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ def split_number(digest: str) -> float:
 
 
 def url_of(rundir_url: str, step: int, kind: str = "") -> str:
-    """Where the outcomes of a step lie. kind: `<task>-<split>` of an offline probe, empty for the in-loop ones."""
+    """Where the outcomes of a step lie. kind: `<task>-<split>` of an offline probe, `<row>-<split>` of an outside data set, empty for
+    the run's own labels."""
     return storage.join(rundir_url, FOLDER, f"step-{step:08d}{'.' if kind else ''}{kind}.npz")
 
 
@@ -59,8 +62,13 @@ def pixels_url(rundir_url: str, split: str) -> str:
     return storage.join(rundir_url, FOLDER, f"pixels-{split}.npz")
 
 
+def is_outside(kind: str) -> bool:
+    """Whether outcomes are of a row of `probe.outside`, not of `pipeline probe`."""
+    return bool(kind) and kind.partition("-")[0] not in TASKS
+
+
 def list_offline(rundir_url: str) -> list[tuple[int, str]]:
-    """(step, kind) of every offline probe that the run directory keeps, ascending."""
+    """(step, kind) of every offline probe, and of every probe of an outside data set, that the run directory keeps, ascending."""
     found = [_NAME.match(name) for name in storage.list_names(storage.join(rundir_url, FOLDER))]
     return sorted((int(match[1]), match[2]) for match in found if match and match[2])
 
@@ -141,17 +149,17 @@ def stored_pixels(rundir_url: str, split: str, tasks: Sequence[str]) -> Outcomes
 
 
 def keep_round(
-    outcomes: Outcomes, pixels: Outcomes, rundir_url: str, step: int, lease: Lease | None = None
+    outcomes: Outcomes, pixels: Outcomes, rundir_url: str, step: int, lease: Lease | None = None, kind: str = ""
 ) -> dict[str, float]:
     """Writes the outcomes of an in-loop probe, and returns how they stand `against` pixel statistics and the untrained network (the
-    round of step 0). A store that fails costs the comparison, not the run: it is a warning."""
+    round of step 0, of the same kind). A store that fails costs the comparison, not the run: it is a warning."""
     figures = against(outcomes, pixels, PIXELS)
     try:
         url = pixels_url(rundir_url, pixels.split)
         if not storage.exists(url) or step == UNTRAINED_STEP:
             write_outcomes(url, pixels, lease)
-        write_outcomes(url_of(rundir_url, step), outcomes, lease)
-        base = outcomes if step == UNTRAINED_STEP else read_outcomes(url_of(rundir_url, UNTRAINED_STEP))
+        write_outcomes(url_of(rundir_url, step, kind), outcomes, lease)
+        base = outcomes if step == UNTRAINED_STEP else read_outcomes(url_of(rundir_url, UNTRAINED_STEP, kind))
     except FileNotFoundError:
         log.warning("step %d: the run kept no probe of its untrained network; python -m pipeline probe shows it", step)
         return figures

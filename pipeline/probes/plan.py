@@ -14,9 +14,10 @@ from data_prep.index import LABEL_PREFIX
 from data_prep.shards import ShardSet
 from pipeline.config import ProbeConfig, ViewConfig
 from pipeline.probes.exam import Exam, uncovered
+from pipeline.probes.outcomes import TASKS
 from pipeline.probes.sites import whole_view
 from pipeline.probes.split import split_of
-from pipeline.probes.tasks import MIN_SITES, TASKS
+from pipeline.probes.tasks import MIN_SITES
 
 PROTOCOL = 2  # counts up when equal features would get other scores: outcomes of two protocols are never paired
 

@@ -17,7 +17,6 @@ from pipeline.probes.classify import beside, knn, ridge
 from pipeline.probes.features import FUSED, SiteFeatures, as_numpy
 from pipeline.probes.scores import Outcome, Score, accuracy, confusion, mean_iou
 
-TASKS = ("knn", "linear", "segment")
 CLASSIFIERS = {"knn": knn, "linear": ridge}
 CONCAT = "concat"  # the sensors' pooled features side by side: what fusion has to beat
 MIN_SITES = 4  # with fewer on a side a modality gets no score

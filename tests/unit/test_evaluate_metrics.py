@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from pipeline.evaluate.frozen import change_records
 from pipeline.evaluate.metrics import Records, confusion, difference_of, draws, match_boxes, score_of, scorer, value_of
+from tests.require import require_module
 
-torchmetrics = pytest.importorskip("torchmetrics", reason="requirements-evaluate.txt is not installed")
+torchmetrics = require_module("torchmetrics")
 SEEDS = st.integers(0, 10_000)
 
 
@@ -63,7 +64,7 @@ def random_detections(rng: np.random.Generator, images: int, classes: int) -> li
 @given(SEEDS)
 @settings(max_examples=12, deadline=None)
 def test_map50_equals_pycocotools(seed: int) -> None:
-    coco_module = pytest.importorskip("pycocotools.coco", reason="requirements-evaluate.txt is not installed")
+    coco_module = require_module("pycocotools.coco")
     from pycocotools.cocoeval import COCOeval
     from torchvision.ops import box_iou
 

@@ -10,12 +10,14 @@ import pytest
 import rasterio
 
 from cluster.errors import UsageError
-from pipeline.evaluate.bands import to_model
+from pipeline.evaluate.bands import Bands, to_model
+from pipeline.evaluate.frozen import check_pixels
 from pipeline.evaluate.items import IGNORE, Boxes, hashed_split, take_share
 from pipeline.evaluate.readers import geobench
 from pipeline.evaluate.readers.boxes import DIOR
-from pipeline.evaluate.registry import ROWS, row_named
+from pipeline.evaluate.registry import REFLECTANCE, ROWS, row_named
 from tests import published
+from tests.require import require, require_module
 
 PAPER = {
     "AID 20 %", "AID 50 %", "RESISC-45 10 %", "RESISC-45 20 %", "BigEarthNet-S2", "fMoW-S2", "Dyna.-Planet", "Dyna.-S2", "iSAID", "Potsdam",
@@ -86,6 +88,41 @@ def test_digest_is_stable_and_names_the_items(name: str, sets: dict[str, Path]) 
     assert len({labelled.digest, moved.digest, relabelled.digest}) == 3
 
 
+def wrongly_declared(bands: Bands) -> list[Bands]:
+    """Wrong units, and orders that the pixels contradict (of 8-bit pictures none does: their order is declared only)."""
+    if bands.sensor == "hr":
+        planet = bands.shown is not None
+        return [
+            replace(bands, unit="uint8", shown=None) if planet else replace(bands, unit=REFLECTANCE, shown=(0, 3000))
+        ]
+    other = {"reflectance x 10000": "reflectance", "dB": "linear"}[bands.unit]
+    order = list(bands.order)
+    if bands.sensor == "s1":
+        a, b = order.index("VV"), order.index("VH")
+        order[a], order[b] = order[b], order[a]
+    else:
+        np.random.default_rng(1).shuffle(order)
+    return [replace(bands, unit=other), replace(bands, order=tuple(order))]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [row.name for row in ROWS])
+def test_row_passes_as_declared_and_refuses_a_wrong_unit_and_a_shuffled_order(name: str, sets: dict[str, Path]) -> None:
+    row = row_named(name)
+    labelled = row.read(str(sets[name]), row)
+    notes = check_pixels(row, labelled.items)
+    few = {
+        sensor for sensor in row.sensors if any(note.startswith(f"{sensor}: ") and "too few" in note for note in notes)
+    }
+    assert few == ({"s2", "s1"} if name == "treesatai" else set())  # 6 x 6 pixels an image: named, not checked
+    for i, bands in enumerate(row.bands):
+        for wrong in wrongly_declared(bands):
+            if bands.sensor in few and wrong.order != bands.order:
+                continue
+            declared = (*row.bands[:i], wrong, *row.bands[i + 1 :])
+            with pytest.raises(UsageError, match="declared"):
+                check_pixels(replace(row, bands=declared), labelled.items)
+
+
 def test_bigearthnet_v1_layout_and_the_19_classes(tmp_path: Path) -> None:
     published.bigearthnet_v1(tmp_path, np.random.default_rng(0))
     row = row_named("bigearthnet_mm")
@@ -128,11 +165,9 @@ def test_tile_at_the_edge_reaches_beyond_and_says_so(sets: dict[str, Path]) -> N
 
 def test_tortilla_members_equal_tacoreader(sets: dict[str, Path]) -> None:
     """Versions from 1.0 on read another container; requirements-evaluate.txt pins the last one that reads tortillas."""
-    tacoreader = pytest.importorskip("tacoreader", reason="requirements-evaluate.txt is not installed")
-    if not tacoreader.__version__.startswith("0."):
-        pytest.skip(
-            f"tacoreader {tacoreader.__version__} does not read tortillas: pip install -r requirements-evaluate.txt"
-        )
+    tacoreader = require_module("tacoreader")
+    found = tacoreader.__version__
+    require(found.startswith("0."), f"tacoreader 0.5.6 (here is {found}, which reads no tortillas)", "make references")
     path = str(sets["benv2"] / "geobench_benv2.tortilla")
     frame, ours = tacoreader.load(path), geobench.members(path)
     assert [row["tortilla:id"] for row in ours] == list(frame["tortilla:id"])

@@ -13,12 +13,14 @@ from cluster import storage
 from cluster.errors import UsageError
 from pipeline.evaluate.items import (
     IGNORE,
+    Footprint,
     Item,
     LabelledSet,
     Sample,
     Split,
     cut,
     extent,
+    footprint_of_tile,
     labelled_set,
     tiles,
 )
@@ -125,15 +127,16 @@ def levir_cd(root: str, row: Row) -> LabelledSet:
     return labelled_set(items, CLASSES, how, root)
 
 
-Pair = tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, int]]
+Pair = tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, int], Footprint | None]
 
 
 def _tile(load: Callable[[], Pair], sensor: str, y: int, x: int, size: int) -> Callable[[], Sample]:
     def read() -> Sample:
-        before, after, changed, days = load()
+        before, after, changed, days, ground = load()
         a, b = (cut(image, y, x, size, 0) for image in (before, after))
         target = cut(changed, y, x, size, IGNORE)
-        return Sample({sensor: a}, target, {sensor: np.array(days)}, {sensor: b}, extent(changed, y, x, size))
+        tile = footprint_of_tile(ground, changed.shape, y, x, size)
+        return Sample({sensor: a}, target, {sensor: np.array(days)}, {sensor: b}, extent(changed, y, x, size), tile)
 
     return read
 
@@ -153,14 +156,15 @@ def _city(folder: str, cm: str, order: tuple[str, ...]) -> Pair:
         dates.append(
             np.stack([files.pixels(storage.join(base, found[band]), changed.shape)[0] for band in order])[None]
         )
-    return dates[0], dates[1], changed, _days(folder)
+    ground = files.footprint(storage.join(folder, "imgs_2", found["B02"]))
+    return dates[0], dates[1], changed, _days(folder), ground
 
 
 def _pictures(before: str, after: str, label: str) -> Pair:
     a, b = files.colour(before), files.colour(after)
     if a.shape != b.shape:
         raise UsageError(f"{after} is {b.shape[2:]}, {before} {a.shape[2:]}: the two dates are of different size")
-    return a, b, _changed(files.mask(label, a.shape[2:]), label), (0, 0)
+    return a, b, _changed(files.mask(label, a.shape[2:]), label), (0, 0), None
 
 
 def _changed(values: np.ndarray, where: str, offset: int = 0) -> np.ndarray:

@@ -14,7 +14,7 @@ from cluster import storage
 from cluster.errors import UsageError
 from data_prep.sources.raster import open_raster
 from data_prep.sources.records import SourceFault
-from pipeline.evaluate.items import IGNORE
+from pipeline.evaluate.items import IGNORE, Footprint
 
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)  # pictures have no place
 IMAGES = (".tif", ".tiff", ".jpg", ".jpeg", ".png", ".bmp")
@@ -62,6 +62,15 @@ def pixels(url: str, size: tuple[int, int] | None = None) -> np.ndarray:
         raise UsageError(str(fault)) from None
     except Exception as error:  # rasterio's read errors are of several kinds
         raise UsageError(f"{url} cannot be read: {' '.join(str(error).split())[:160]}") from None
+
+
+def footprint(url: str) -> Footprint | None:
+    """The ground of a raster that says where it lies; None of others."""
+    try:
+        with open_raster(url, storage.name(url)) as raster:
+            return None if raster.crs is None else (raster.crs.to_wkt(), tuple(raster.bounds))
+    except SourceFault as fault:
+        raise UsageError(str(fault)) from None
 
 
 def shape(url: str) -> tuple[int, int]:

@@ -22,7 +22,19 @@ from rasterio.io import MemoryFile
 
 from cluster import storage
 from cluster.errors import UsageError
-from pipeline.evaluate.items import IGNORE, Item, LabelledSet, Sample, Split, cut, extent, labelled_set, tiles
+from pipeline.evaluate.items import (
+    IGNORE,
+    Footprint,
+    Item,
+    LabelledSet,
+    Sample,
+    Split,
+    cut,
+    extent,
+    footprint_of_tile,
+    labelled_set,
+    tiles,
+)
 from pipeline.evaluate.readers import files
 
 if TYPE_CHECKING:
@@ -162,7 +174,7 @@ def _multi_label(
 
     def read() -> Sample:
         images, doy = _images(url, top, row, names)
-        return Sample(images, target, doy)
+        return Sample(images, target, doy, footprint=_footprint(top))
 
     return [(f"{storage.name(url)}/{top['tortilla:id']}", "+".join(sorted(given)), read)]
 
@@ -182,9 +194,9 @@ def _dense(
         target = classes({label: _pixels(url, found[label])}, key)
         if size:
             images = {name: cut(image, y, x, size, 0) for name, image in images.items()}
-            inside = extent(target, y, x, size)
-            return Sample(images, cut(target, y, x, size, IGNORE), doy, inside=inside)
-        return Sample(images, target, doy)
+            inside, tile = extent(target, y, x, size), footprint_of_tile(_footprint(top), target.shape, y, x, size)
+            return Sample(images, cut(target, y, x, size, IGNORE), doy, inside=inside, footprint=tile)
+        return Sample(images, target, doy, footprint=_footprint(top))
 
     told = f"{top['tortilla:id']} {top['tortilla:length']}"
     return [(f"{key}/{y:05d}-{x:05d}" if size else key, told, functools.partial(read, y, x)) for y, x in corners]
@@ -226,6 +238,18 @@ def _pixels(url: str, member: dict[str, Any]) -> np.ndarray:
         raise UsageError(
             f"{url}: member {member['tortilla:id']} cannot be read: {' '.join(str(error).split())[:120]}"
         ) from None
+
+
+def _footprint(top: dict[str, Any]) -> Footprint | None:
+    """From `stac:crs`, `stac:geotransform` (GDAL's order) and `stac:raster_shape`; else the point `lon`, `lat`; else None."""
+    crs, transform, shape = (top.get(f"stac:{name}") for name in ("crs", "geotransform", "raster_shape"))
+    if crs and transform and shape:
+        x0, dx, _, y0, _, dy = (float(value) for value in transform)
+        return str(crs), (x0, y0 + dy * shape[0], x0 + dx * shape[1], y0)
+    if top.get("lon") is not None and top.get("lat") is not None:
+        lon, lat = float(top["lon"]), float(top["lat"])
+        return "EPSG:4326", (lon, lat, lon, lat)
+    return None
 
 
 def _days(member: dict[str, Any], dates: int) -> np.ndarray:

@@ -90,7 +90,7 @@ def fmow_s2(root: str, row: Row) -> LabelledSet:
 
 
 def _fmow(url: str, label: int, day: int) -> Sample:
-    return Sample({"s2": files.pixels(url)[None]}, label, {"s2": np.array([day])})
+    return Sample({"s2": files.pixels(url)[None]}, label, {"s2": np.array([day])}, footprint=files.footprint(url))
 
 
 def _day(timestamp: str) -> int:
@@ -145,7 +145,10 @@ def _read(patch: str, folders: dict[str, str], target: np.ndarray, row: Row) -> 
         images[bands.sensor] = np.stack(
             [files.pixels(storage.join(folder, f"{stem}_{band}.tif"), SIZE)[0] for band in bands.order]
         )[None]
-    return Sample(images, target, {"s2": np.array([_patch_day(patch)])} if "s2" in images else {})
+    first = row.bands[0]
+    stem = storage.name(folders[first.sensor])
+    ground = files.footprint(storage.join(folders[first.sensor], f"{stem}_{first.order[0]}.tif"))
+    return Sample(images, target, {"s2": np.array([_patch_day(patch)])} if "s2" in images else {}, footprint=ground)
 
 
 def _patch_day(patch: str) -> int:
