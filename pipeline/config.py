@@ -185,6 +185,9 @@ class CheckpointConfig:
     """every: steps; keep_last newest plus each `keep_every`-th step; asynchronous: written beside training.
 
     allow_changed_data: resume on a shard set whose manifest is not the one the checkpoint was trained on.
+    copy_to: a second place (any fsspec URL) that every `copy_every`-th checkpoint goes to, once it stands in `run.dir`, and the one
+    before a stop: COPY_TO/NAME/checkpoints, with run.dir's name. One that is away costs its copy and a warning. A resume takes
+    the newest of both places. So run.dir may be fast and copy_to lasting.
     """
 
     every: int = 500
@@ -192,9 +195,17 @@ class CheckpointConfig:
     keep_every: int = 10_000
     asynchronous: bool = True
     allow_changed_data: bool = False
+    copy_to: str = ""
+    copy_every: int = 1
 
     def __post_init__(self) -> None:
-        check_ranges(self, every=">= 0", keep_last=">= 1", keep_every=">= 0")
+        check_ranges(self, every=">= 0", keep_last=">= 1", keep_every=">= 0", copy_every=">= 1")
+
+    def copies(self, step: int) -> bool:
+        """Whether the checkpoint of this step is also copied."""
+        return bool(self.copy_to) and (
+            not self.every or step % self.every != 0 or step // self.every % self.copy_every == 0
+        )
 
 
 @dataclass(frozen=True)

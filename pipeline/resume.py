@@ -40,8 +40,8 @@ def take_over(rundir: RunDir, ranks: Ranks) -> None:
         rundir.lease.watch()
 
 
-def candidates(resume: str, rundir: RunDir, rank: int) -> list[str]:
-    """Checkpoint URLs to try, in order; the same on all ranks. Empty: start at step 0.
+def candidates(resume: str, rundir: RunDir, rank: int, copies: str = "") -> list[str]:
+    """Checkpoint URLs to try, in order; the same on all ranks. Empty: start at step 0. copies: the second place, or empty.
 
     Raises:
         UsageError: `never` where checkpoints stand, a PATH that is none, or a run that another process is writing.
@@ -49,7 +49,7 @@ def candidates(resume: str, rundir: RunDir, rank: int) -> list[str]:
     box: list[Any] = [None]
     if rank == 0:
         try:
-            box = [_candidates(resume, rundir)]
+            box = [_candidates(resume, rundir, copies)]
         except UsageError as error:
             box = [str(error)]
     dist.broadcast_object_list(box, src=0)
@@ -58,25 +58,36 @@ def candidates(resume: str, rundir: RunDir, rank: int) -> list[str]:
     return list(box[0])
 
 
-def _candidates(resume: str, rundir: RunDir) -> list[str]:
+def _candidates(resume: str, rundir: RunDir, copies: str) -> list[str]:
     _refuse_while_written(rundir)
-    own = store.committed(rundir.checkpoints_url)
+    own = [*store.committed(rundir.checkpoints_url), *_copied(copies)]
+    own.sort(
+        key=lambda url: int(storage.name(url).rpartition("-")[2]), reverse=True
+    )  # stable: of one step, the run's own first
     if resume == "auto":
         return own
     if resume == "never":
         if own:
-            newest = storage.name(own[0])
             raise UsageError(
-                f"{rundir.url} holds checkpoints up to {newest}; use --resume auto to continue it, or another run.dir"
+                f"{rundir.url} holds checkpoints up to {storage.name(own[0])} ({own[0]}); use --resume auto to continue it, or another run.dir"
             )
         return []
     chosen = store.resolve(resume)
     later = [url for url in own if storage.name(url) > storage.name(chosen)]
     if later:
         raise UsageError(
-            f"{rundir.url} holds {storage.name(later[0])}, later than {resume}; remove it to go back, or use another run.dir"
+            f"{rundir.url} holds {later[0]}, later than {resume}; remove it to go back, or use another run.dir"
         )
     return [chosen]
+
+
+def _copied(copies: str) -> list[str]:
+    """Checkpoints of the second place; one that is away holds up no start."""
+    try:
+        return store.committed(copies) if copies else []
+    except (OSError, RunFailure) as error:
+        log.warning("copies of checkpoints at %s cannot be looked at: %s", copies, " ".join(str(error).split()))
+        return []
 
 
 def _refuse_while_written(rundir: RunDir) -> None:

@@ -22,7 +22,7 @@ from model.counts import table
 from model.losses.reduce import DistributedReduce
 from model.pretrain import Student, make_teacher
 from pipeline import resume
-from pipeline.checkpoint import Saver
+from pipeline.checkpoint import Saver, store
 from pipeline.config import PretrainConfig
 from pipeline.engine import Engine
 from pipeline.evaluate.in_loop import Watched, plan_watched, watch
@@ -153,7 +153,8 @@ def build(config: PretrainConfig, ranks: Ranks, resume_from: str) -> Run:
     student = Student(config.model, config.objective, statistics, reader.classes)
     engine = Engine(student, make_teacher(student), config, layout, device, DistributedReduce())
 
-    urls = resume.candidates(resume_from, rundir, ranks.rank)
+    copies = store.copies_url(config.checkpoint.copy_to, rundir.url)
+    urls = resume.candidates(resume_from, rundir, ranks.rank, copies)
     found = resume.continue_run(engine, urls, strict=resume_from != "auto", rank=ranks.rank)
     step, samples, device_hours = 0, 0, 0.0
     if found is not None:
@@ -178,7 +179,16 @@ def build(config: PretrainConfig, ranks: Ranks, resume_from: str) -> Run:
         if tracker is not None:
             tracker.checkpoint(url, at_step)
 
-    saver = Saver(rundir.checkpoints_url, config.checkpoint, ranks.rank, ranks.world, before_commit, after_commit)
+    saver = Saver(
+        rundir.checkpoints_url,
+        config.checkpoint,
+        ranks.rank,
+        ranks.world,
+        before_commit,
+        after_commit,
+        rundir.lease,
+        copies,
+    )
     flops = float(table(config)["flops_per_sample"]["train"])
     step_log = StepLog(rundir, tracker, layout, device, flops, step, config.train.steps, device_hours)
     return Run(

@@ -6,12 +6,13 @@ the storage: one message per rank, and one object per rank and save.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import json
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from cluster import storage
 from cluster.errors import RunFailure
+from cluster.lease import Lease
 from pipeline.checkpoint import store
 from pipeline.checkpoint.tensors import write_tensors
 from pipeline.config import CheckpointConfig
@@ -72,24 +74,36 @@ class Saver:
 
     Args:
         url: the run's `checkpoints/`.
-        before_commit: called by the first rank right before a checkpoint becomes visible; raises to prevent it (a newer start
-            of the run has taken over, or the metrics of this step are not durable).
+        before_commit: called by the first rank right before a checkpoint becomes visible; raises to prevent it (the metrics of
+            this step are not durable).
         after_commit: called by the first rank with the committed checkpoint's URL and step.
+        lease: of the run directory (first rank): a start that has been overtaken commits and removes nothing. None: nobody else
+            writes here.
+        copies: a second place for some of them (`CheckpointConfig.copies`), written by the same threads after the first, every rank
+            its own file from memory; empty: none.
     """
 
     def __init__(
         self, url: str, config: CheckpointConfig, rank: int, world: int, before_commit: Callable[[], None],
-        after_commit: Callable[[str, int], None] = lambda url, step: None,
+        after_commit: Callable[[str, int], None] = lambda url, step: None, lease: Lease | None = None, copies: str = "",
     ) -> None:  # fmt: skip
-        self.url, self.config, self.rank, self.world = url, config, rank, world
+        self.url, self.config, self.rank, self.world, self.copies = url, config, rank, world, copies
         self.before_commit, self.after_commit = before_commit, after_commit
+        self._check = (lambda: None) if lease is None else lease.check
+        self._put: store.Write = storage.write_atomic if lease is None else lease.write
         self._memory: dict[str, Tensor] = {}  # of the snapshots, kept from save to save: 16 bytes per element owned
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         if rank == 0:
-            store.clear_leftovers(url)  # before the token goes out: with it the others may start to write
+            # before the token goes out: with it the others may start to write
+            store.clear_leftovers(url, write=self._put)
+            if copies:
+                with _only_said("clearing up", copies):
+                    store.clear_leftovers(copies)
         self._token = _shared_token(world)
-        self._notes, self._turn = Notes(_own_store(world), self._token, world), 0
+        kv = _own_store(world)
+        self._notes, self._turn = Notes(kv, self._token, world), 0
+        self._copy_notes = Notes(kv, f"{self._token}-copy", world)
 
     def save(self, engine: Engine, step: int, samples: int, extra: Mapping[str, Any]) -> None:
         """Starts writing step `step` (synchronously with `asynchronous: false`). Waits for the save before it.
@@ -130,29 +144,56 @@ class Saver:
         self, step: int, turn: int, tensors: dict[str, Tensor], pieces: list[list[Any]], facts: dict[str, Any]
     ) -> None:
         try:
-            work = store.work_url(self.url, step, self._token)
-            file = store.file_name(self.url, self.rank, self._token)
-            try:
-                storage.make_folder(work)
-                note = {"file": file, **write_tensors(storage.join(work, file), tensors), "pieces": pieces}
-            except Exception as error:
-                self._notes.put(self.rank, step, turn, {"error": f"{type(error).__name__}: {error}"})
-                raise
-            self._notes.put(self.rank, step, turn, note)
+            self._write_part(self.url, self._notes, step, turn, tensors, pieces)
             if self.rank == 0:
                 self._commit(step, turn, facts)
         except Exception as error:
             log.warning("checkpoint of step %d: %s", step, error)
             self._error = error
+            return
+        if self.copies and self.config.copies(step):
+            with _only_said(f"the copy of step {step}", self.copies):
+                self._write_part(self.copies, self._copy_notes, step, turn, tensors, pieces)
+                if self.rank == 0:
+                    manifest = {**facts, **_index(self._copy_notes.gather(step, turn))}
+                    self._check()
+                    store.commit(self.copies, step, manifest)
+                    self._clear(self.copies, step)
+
+    def _write_part(
+        self, url: str, notes: Notes, step: int, turn: int, tensors: dict[str, Tensor], pieces: list[list[Any]]
+    ) -> None:
+        """This rank's file, and its note to the first one, also where it fails."""
+        folder, file = store.step_url(url, step), store.file_name(self.rank, self._token)
+        try:
+            storage.make_folder(folder)
+            note = {"file": file, **write_tensors(storage.join(folder, file), tensors), "pieces": pieces}
+        except Exception as error:
+            notes.put(self.rank, step, turn, {"error": f"{type(error).__name__}: {error}"})
+            raise
+        notes.put(self.rank, step, turn, note)
 
     def _commit(self, step: int, turn: int, facts: dict[str, Any]) -> None:
         manifest = {**facts, **_index(self._notes.gather(step, turn))}
         self.before_commit()
-        final = store.commit(self.url, step, self._token, manifest)
-        store.tidy(final, manifest)
+        final = store.commit(self.url, step, manifest, self._put)
         self.after_commit(final, step)
-        store.retain(self.url, self.config.keep_last, self.config.keep_every)
-        store.clear_leftovers(self.url, before=step)  # what a start that was cut off has uploaded since
+        self._clear(self.url, step)
+
+    def _clear(self, url: str, step: int) -> None:
+        """Removes older checkpoints, and what a start that was cut off has uploaded since."""
+        self._check()  # what an overtaken start takes for old may be what its successor stands on
+        store.retain(url, self.config.keep_last, self.config.keep_every)
+        store.clear_leftovers(url, before=step)
+
+
+@contextlib.contextmanager
+def _only_said(what: str, url: str) -> Iterator[None]:
+    """The second place may be away, training goes on."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("%s at %s failed, the run goes on: %s", what, url, " ".join(str(error).split()))
 
 
 def snapshot(

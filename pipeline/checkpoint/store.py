@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,9 @@ from cluster.errors import RunFailure, UsageError
 FORMAT = 1
 MANIFEST, LATEST = "manifest.json", "LATEST"
 STEP = re.compile(r"step-(\d{8,})$")
+_RANK = re.compile(r"rank-\d{5,}\.\w+\.safetensors$")
+
+Write = Callable[[str, bytes], None]
 
 
 @dataclass(frozen=True)
@@ -90,38 +92,50 @@ def resolve(url: str) -> str:
     )
 
 
-def check_sizes(checkpoint: Checkpoint) -> None:
-    """Raises RunFailure if a file of the checkpoint is missing or has another size: one listing (digests come with reading)."""
+def check_sizes(checkpoint: Checkpoint) -> dict[str, int]:
+    """What lies in the folder, with sizes: one listing. Raises RunFailure if a file of the checkpoint is missing or has another
+    size (digests come with reading)."""
     found = storage.list_sizes(checkpoint.url)
     for name, entry in checkpoint.manifest["files"].items():
         if name not in found:
             raise RunFailure(f"{checkpoint.url}: {name} is missing")
         if found[name] != entry["bytes"]:
             raise RunFailure(f"{checkpoint.url}: {name} has {found[name]} bytes instead of {entry['bytes']}")
+    return found
 
 
-def work_url(checkpoints_url: str, step: int, token: str) -> str:
-    """Where a checkpoint is written before it is one."""
-    if storage.is_local(checkpoints_url):
-        return storage.join(checkpoints_url, f".writing-{folder_name(step)}-{token}")
+def copies_url(copy_to: str, run_url: str) -> str:
+    """Where the second copies of a run's checkpoints lie; empty: nowhere. Raises UsageError where that is the run itself."""
+    if not copy_to:
+        return ""
+    url = storage.join(copy_to, storage.name(run_url))
+    if url.rstrip("/") == run_url.rstrip("/"):
+        raise UsageError(f"checkpoint.copy_to={copy_to} is where run.dir lies: a second copy needs another place")
+    return storage.join(url, "checkpoints")
+
+
+def step_url(checkpoints_url: str, step: int) -> str:
+    """The folder of a step: its files are written into it, and its manifest makes a checkpoint of them."""
     return storage.join(checkpoints_url, folder_name(step))
 
 
-def commit(checkpoints_url: str, step: int, token: str, manifest: Mapping[str, Any]) -> str:
-    """Makes the written files a checkpoint: manifest, final name, then LATEST. Returns its URL."""
-    work, final = work_url(checkpoints_url, step, token), storage.join(checkpoints_url, folder_name(step))
-    storage.write_atomic(storage.join(work, MANIFEST), json.dumps(manifest, allow_nan=False).encode())
-    if work != final:
-        remove(final)
-        os.rename(storage.local_path(work), storage.local_path(final))
-    storage.write_atomic(storage.join(checkpoints_url, LATEST), f"{folder_name(step)}\n".encode())
+def commit(checkpoints_url: str, step: int, manifest: Mapping[str, Any], write: Write = storage.write_atomic) -> str:
+    """Makes the written files a checkpoint: manifest, then LATEST, then what is none of it goes. Returns its URL.
+
+    One object is replaced, and that is the commit: before it, a checkpoint that already stands under this step is whole; after
+    it, the new one is. write: how (`Lease.write`: a writer that has been overtaken cannot).
+
+    Raises RunFailure if a file is not there as the manifest says.
+    """
+    final = step_url(checkpoints_url, step)
+    found = check_sizes(Checkpoint(final, manifest))
+    write(storage.join(final, MANIFEST), json.dumps(manifest, allow_nan=False).encode())
+    if storage.is_local(checkpoints_url):
+        storage.fsync_folder(storage.local_path(checkpoints_url))  # the folder's own name
+    write(storage.join(checkpoints_url, LATEST), f"{folder_name(step)}\n".encode())
+    strays = [name for name in found if name != MANIFEST and name not in manifest["files"]]
+    storage.remove_all([storage.join(final, name) for name in strays])
     return final
-
-
-def tidy(url: str, manifest: Mapping[str, Any]) -> None:
-    """Removes what lies in a committed checkpoint's folder and is none of it: files of an older attempt."""
-    strays = [name for name in storage.list_names(url) if name != MANIFEST and name not in manifest["files"]]
-    storage.remove_all([storage.join(url, name) for name in strays])
 
 
 def remove(url: str) -> None:
@@ -133,35 +147,37 @@ def remove(url: str) -> None:
         storage.remove(url, recursive=True)
 
 
-def file_name(checkpoints_url: str, rank: int, token: str) -> str:
-    """A rank's file. On an object store it says which start wrote it: the folder is the final one, and a start that was cut off
-    may write there, too."""
-    suffix = "" if storage.is_local(checkpoints_url) else f".{token}"
-    return f"rank-{rank:05d}{suffix}.safetensors"
+def file_name(rank: int, token: str) -> str:
+    """A rank's file. It says which start wrote it: the folder may hold another start's checkpoint of the same step."""
+    return f"rank-{rank:05d}.{token}.safetensors"
 
 
-def clear_leftovers(checkpoints_url: str, before: int | None = None) -> None:
+def clear_leftovers(checkpoints_url: str, before: int | None = None, write: Write = storage.write_atomic) -> None:
     """Removes what killed writers left: called by the first rank when a run starts (no rank writes yet), and after each
     commit with `before`, its step: saves of this start come one after another, so a step folder before that one without a
-    manifest is no save under way.
+    manifest is no save under way. One listing.
 
-    Locally that is what lies under temporary names. On an object store nothing can be renamed, so it is every step folder
-    without a manifest, whatever its step: the same rule, and one listing.
+    When a run starts, a predecessor that has been overtaken may still be about to commit. The files that it has written go; a
+    manifest of its that lands later then names nothing. Beside a checkpoint of the same step it would replace that one: so this
+    is written once more, with another version, and the late write fails (`Lease`).
     """
-    if storage.is_local(checkpoints_url):
-        for name in storage.list_names(checkpoints_url) if before is None else ():
-            if name.startswith(".writing-"):
-                with contextlib.suppress(OSError):
-                    shutil.rmtree(storage.local_path(storage.join(checkpoints_url, name)))
-        return
     folders: dict[str, list[str]] = {}
     for path in storage.list_tree(checkpoints_url):
         folder, _, name = path.partition("/")
         folders.setdefault(folder, []).append(name)
     for folder, names in folders.items():
-        match = STEP.match(folder)
+        match, url = STEP.match(folder), storage.join(checkpoints_url, folder)
         if match and MANIFEST not in names and (before is None or int(match[1]) < before):
-            storage.remove_all([storage.join(checkpoints_url, folder, name) for name in names])
+            remove(url)
+        elif match and before is None and len({name.split(".")[1] for name in names if _RANK.match(name)}) > 1:
+            with contextlib.suppress(RunFailure):  # not whole: told by those who read it
+                manifest = dict(open_checkpoint(url).manifest)
+                manifest["renewed"] = manifest.get("renewed", 0) + 1
+                write(storage.join(url, MANIFEST), json.dumps(manifest, allow_nan=False).encode())
+                strays = [name for name in names if name != MANIFEST and name not in manifest["files"]]
+                storage.remove_all([storage.join(url, name) for name in strays])
+        elif folder.startswith(".writing-") and before is None:  # of a version that renamed folders
+            remove(url)
 
 
 def retain(checkpoints_url: str, keep_last: int, keep_every: int) -> list[str]:

@@ -231,9 +231,8 @@ class Tuning:
             name = names[id(parameter)]
             tensors |= {f"{key}/{name}": state[key] for key in ("exp_avg", "exp_avg_sq")}
             steps[name] = float(state["step"])
-        token = "finetune"
         tensors = dict(sorted(tensors.items()))  # the optimizer's own order changes with a resume
-        entry = write_tensors(storage.join(store.work_url(self.url, self.epoch, token), FILE), tensors)
+        entry = write_tensors(storage.join(store.step_url(self.url, self.epoch), FILE), tensors)
         pieces = {
             name: {"shape": list(value.shape), "pieces": [[0, value.numel(), FILE]]} for name, value in tensors.items()
         }
@@ -241,7 +240,7 @@ class Tuning:
             "format": store.FORMAT, "step": self.epoch, "samples": self.epoch * len(self.items), "files": {FILE: entry},
             "parameters": pieces, "adam_steps": steps, "notes": self.notes,
         }  # fmt: skip
-        store.commit(self.url, self.epoch, token, manifest)
+        store.commit(self.url, self.epoch, manifest)
         store.retain(self.url, 1, 0)
 
     def resume(self) -> None:

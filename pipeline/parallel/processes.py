@@ -17,6 +17,8 @@ import torch.distributed as dist
 from cluster.exit_codes import DONE, REQUEUE
 from cluster.ranks import Ranks
 
+MESH_RANKS = 64
+
 
 def choose_accelerator() -> None:
     """Tells DeepSpeed where it runs; to be called before it is first imported, else it warns and guesses."""
@@ -41,6 +43,7 @@ def start(ranks: Ranks, timeout_s: float) -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     set_matmul_precision(cuda)
+    connect_when_needed(ranks.world)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
     # `timeout` of init_process_group does not reach groups made later, and DeepSpeed passes none
     torch.distributed.new_group = functools.partial(dist.new_group, timeout=timeout)
@@ -57,8 +60,19 @@ def set_matmul_precision(cuda: bool) -> None:
         torch.backends.cudnn.allow_tf32 = True
 
 
+def connect_when_needed(world: int) -> None:
+    """Beyond MESH_RANKS, gloo connects two ranks when they first talk to one another: a ring and a tree need a few neighbours, the
+    mesh it makes otherwise W − 1 connections on every rank and group.
+
+    Small jobs keep the mesh: a connection made late ignores the timeout if the peer has died before (pytorch/gloo issue 520), and
+    then the watchdog of `pipeline.health` is what ends the job.
+    """
+    if world > MESH_RANKS:
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+
+
 def allow_open_files(wanted: int) -> None:
-    """Raises this process's soft limit: gloo connects every rank with every other one, and 1,024 is what many systems allow."""
+    """Raises this process's soft limit: gloo may connect every rank with every other one, and 1,024 is what many systems allow."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = max(soft, wanted + 4096)
     with contextlib.suppress(ValueError, OSError):

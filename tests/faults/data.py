@@ -142,7 +142,7 @@ def make_checkpoint(url: str, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = {"backbone.a": (4, 8), "backbone.b": (40,)}
     whole = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    work = store.work_url(url, 5, "token")
+    work = store.step_url(url, 5)
     storage.make_folder(work)
     parameters: dict[str, dict[str, object]] = {
         name: {"shape": list(shape), "pieces": []} for name, shape in shapes.items()
@@ -157,7 +157,7 @@ def make_checkpoint(url: str, seed: int = 0) -> dict[str, torch.Tensor]:
             parameters[name]["pieces"].append([rank * half, half, file])  # type: ignore[attr-defined]
         files[file] = write_tensors(storage.join(work, file), tensors)
     manifest = {"format": store.FORMAT, "step": 5, "samples": 40, "parameters": parameters, "files": files}
-    store.commit(url, 5, "token", manifest)
+    store.commit(url, 5, manifest)
     return whole
 
 

@@ -145,7 +145,7 @@ def test_what_killed_starts_uploaded_is_removed_on_an_object_store(monkeypatch: 
     url = f"count://{uuid.uuid4().hex}/checkpoints"
     save_all(url, 8, 10, monkeypatch)
     for rank in range(3):  # killed in its save of step 13
-        storage.write_atomic(f"{url}/step-00000013/{store.file_name(url, rank, 'dead')}", b"half")
+        storage.write_atomic(f"{url}/step-00000013/{store.file_name(rank, 'dead')}", b"half")
     save_all(url, 8, 20, monkeypatch)
     assert storage.list_names(f"{url}/step-00000013") == []
     storage.write_atomic(

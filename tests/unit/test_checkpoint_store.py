@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import uuid
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from cluster import storage
-from cluster.errors import RunFailure, UsageError
+from cluster.errors import Fenced, RunFailure, UsageError
+from cluster.lease import Lease
 from pipeline.checkpoint import plan, store, tensors
 from pipeline.checkpoint.load import consolidated, open_files
 from pipeline.checkpoint.tensors import DTYPES, TensorFile, file_digest, write_tensors
@@ -36,21 +39,28 @@ def test_stock_safetensors_reads_what_we_write(tmp_path: Path) -> None:
         assert torch.equal(TensorFile(str(tmp_path / "f.safetensors")).read(name), held[name])
 
 
-def write(url: str, step: int, cuts: list[int], token: str = "t") -> torch.Tensor:
-    """A one-parameter checkpoint `w` [4, 5], cut at `cuts`, one file per piece."""
-    w = torch.arange(20.0) + step
+def write(
+    url: str,
+    step: int,
+    cuts: list[int],
+    token: str = "t",
+    put: store.Write = storage.write_atomic,
+    base: float | None = None,
+) -> torch.Tensor:
+    """A one-parameter checkpoint `w` [4, 5], cut at `cuts`, one file per piece. base: its first element; None: the step."""
+    w = torch.arange(20.0) + (step if base is None else base)
     edges = sorted({0, 20, *cuts})
     pieces, files = [], {}
     for i, (a, b) in enumerate(pairwise(edges)):
-        name = f"rank-{i:05d}.safetensors"
+        name = store.file_name(i, token)
         kinds = {f"{kind}/w@{a}": w[a:b] + k for k, kind in enumerate(("student", "exp_avg", "exp_avg_sq", "teacher"))}
-        files[name] = write_tensors(f"{store.work_url(url, step, token)}/{name}", kinds)
+        files[name] = write_tensors(f"{store.step_url(url, step)}/{name}", kinds)
         pieces.append([a, b - a, name])
     manifest: dict[str, Any] = {
         "format": store.FORMAT, "step": step, "samples": step, "adam_step": step, "config": {}, "files": files,
         "parameters": {"w": {"shape": [4, 5], "pieces": pieces}},
     }  # fmt: skip
-    store.commit(url, step, token, manifest)
+    store.commit(url, step, manifest, put)
     return w
 
 
@@ -100,7 +110,7 @@ def test_a_damaged_part_is_named_and_damage_elsewhere_is_not_met(
     url = str(tmp_path / "c") if local else f"memory://{uuid.uuid4().hex}/c"
     w = write(url, 1, [])
     checkpoint = store.open_checkpoint(store.committed(url)[0])
-    place = f"{checkpoint.url}/rank-00000.safetensors"
+    place = f"{checkpoint.url}/rank-00000.t.safetensors"
     data = bytearray(storage.read_bytes(place))
     data[-1] ^= 1  # in the last block of the last tensor, teacher/w
     storage.write_atomic(place, bytes(data))
@@ -110,11 +120,11 @@ def test_a_damaged_part_is_named_and_damage_elsewhere_is_not_met(
             return files.read("teacher", "w", start, size)
 
     assert torch.equal(load(3, 13), w[3:16] + 3)
-    with pytest.raises(RunFailure, match=r"rank-00000\.safetensors is damaged: teacher/w@0 does not match"):
+    with pytest.raises(RunFailure, match=r"rank-00000\.t\.safetensors is damaged: teacher/w@0 does not match"):
         load(3, 14)
     data[20] ^= 1
     storage.write_atomic(place, bytes(data))
-    with pytest.raises(RunFailure, match=r"rank-00000\.safetensors is damaged: its header"):
+    with pytest.raises(RunFailure, match=r"rank-00000\.t\.safetensors is damaged: its header"):
         load(0, 1)
 
 
@@ -129,12 +139,13 @@ def test_newest_first_and_leftovers_are_no_checkpoints(tmp_path: Path) -> None:
     url = str(tmp_path)
     for step in (100, 5, 20):
         write(url, step, [])
-    (tmp_path / "step-00000200").mkdir()
-    (tmp_path / ".writing-step-00000300-x").mkdir()
+    for name in ("step-00000200", ".writing-step-00000300-x"):  # the second: of a version that renamed folders
+        (tmp_path / name).mkdir()
+        (tmp_path / name / store.file_name(0, "dead")).write_bytes(b"half")
     assert [store.open_checkpoint(u).step for u in store.committed(url)] == [100, 20, 5]
     assert (tmp_path / "LATEST").read_text() == "step-00000020\n"
     store.clear_leftovers(url)
-    assert not (tmp_path / ".writing-step-00000300-x").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", *(f"step-{n:08d}" for n in (5, 20, 100))]
 
 
 def test_retention(tmp_path: Path) -> None:
@@ -147,7 +158,10 @@ def test_retention(tmp_path: Path) -> None:
 def test_rewriting_a_step_replaces_it(tmp_path: Path) -> None:
     write(str(tmp_path), 10, [3, 9])
     write(str(tmp_path), 10, [], token="u")
-    assert sorted(p.name for p in (tmp_path / "step-00000010").iterdir()) == ["manifest.json", "rank-00000.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "step-00000010").iterdir()) == [
+        "manifest.json",
+        "rank-00000.u.safetensors",
+    ]
 
 
 def load_whole(url: str) -> None:
@@ -161,7 +175,7 @@ def load_whole(url: str) -> None:
 def test_damage_is_recognised(tmp_path: Path, damage: str) -> None:
     write(str(tmp_path), 10, [6])
     folder = tmp_path / "step-00000010"
-    file, manifest = folder / "rank-00001.safetensors", folder / "manifest.json"
+    file, manifest = folder / "rank-00001.t.safetensors", folder / "manifest.json"
     data = bytearray(file.read_bytes())
     if damage == "flip":
         data[-3] ^= 1
@@ -200,6 +214,84 @@ def test_memory_and_object_stores_commit_by_manifest() -> None:
     assert torch.equal(consolidated("memory://bucket/run", "student")[0]["w"], w.reshape(4, 5))
     store.remove(store.committed(url)[0])
     assert store.committed(url) == []
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+class Doors:
+    """The changes that a commit makes to the storage; dies before or after one of them."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, deadline: int) -> None:
+        self._deadline, self._calls, self._begun = deadline, 0, False
+        for name in ("remove_all", "remove"):
+            patch.setattr(storage, name, functools.partial(self._through, getattr(storage, name)))
+
+    def put(self, url: str, data: bytes) -> None:
+        self._begun = True
+        self._through(storage.write_atomic, url, data)
+
+    def _through(self, change: Any, *args: Any) -> None:
+        self._count()
+        change(*args)
+        self._count()
+
+    def _count(self) -> None:
+        if self._begun and self._calls == self._deadline:
+            raise Killed
+        self._calls += self._begun
+
+
+@pytest.mark.parametrize("local", [True, False])
+@pytest.mark.parametrize("replaces", [True, False])
+def test_a_crash_anywhere_in_a_commit_loses_no_checkpoint(tmp_path: Path, local: bool, replaces: bool) -> None:
+    """Before and after every change that a commit makes to the storage: what stood there stands, or the new one does."""
+    new = torch.arange(20.0) + 100
+    for deadline in range(20):
+        url = str(tmp_path / str(deadline)) if local else f"memory://{uuid.uuid4().hex}/checkpoints"
+        old = write(url, 10 if replaces else 5, [3, 9], "old")
+        with pytest.MonkeyPatch.context() as patch:
+            try:
+                write(url, 10, [7], "new", Doors(patch, deadline).put, 100.0)
+                ended = True
+            except Killed:
+                ended = False
+        for _ in range(2):  # as the next start finds it, and after it has cleared up
+            weights, checkpoint = consolidated(store.committed(url)[0], "student")
+            store.check_sizes(checkpoint)
+            assert any(torch.equal(weights["w"].flatten(), whole) for whole in (old, new))
+            store.clear_leftovers(url)
+        assert len(storage.list_names(checkpoint.url)) == 1 + len(checkpoint.manifest["files"])
+        if ended:
+            assert torch.equal(weights["w"].flatten(), new)
+            assert deadline >= 4
+            return
+    raise AssertionError("the commit never ended")
+
+
+@pytest.mark.parametrize("replaces", [True, False])
+def test_an_overtaken_start_cannot_bring_its_commit_to_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaces: bool
+) -> None:
+    """It is frozen right before the rename that commits; its successor starts, and it goes on."""
+    url, rename = str(tmp_path / "checkpoints"), os.replace
+    first = Lease.acquire(str(tmp_path))
+    old = write(url, 10 if replaces else 5, [3], "a", first.write)
+
+    def frozen(source: str, target: str) -> None:
+        if target.endswith(store.MANIFEST):
+            monkeypatch.setattr(os, "replace", rename)
+            second = Lease.acquire(str(tmp_path))
+            store.clear_leftovers(url, write=second.write)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", frozen)
+    with pytest.raises(Fenced, match="a later start"):
+        write(url, 10, [], "b", first.write, 100.0)
+    [found] = store.committed(url)
+    assert torch.equal(consolidated(found, "student")[0]["w"].flatten(), old)
+    assert not list(Path(url).rglob("*.b.*"))
 
 
 def test_a_fenced_writer_commits_nothing(tmp_path: Path) -> None:
