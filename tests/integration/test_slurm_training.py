@@ -131,8 +131,10 @@ class Run:
         losses = [[line["loss"] for line in run.read_metrics()] for run in (self.run, reference)]
         assert losses[0] == losses[1]
         last = f"checkpoints/step-{STEPS:08d}"
-        for file in sorted(Path(reference.url, last).glob("*.safetensors")):
-            mine, theirs = load_file(Path(self.run.url, last, file.name)), load_file(file)
+        files = [sorted(Path(run.url, last).glob("*.safetensors")) for run in (self.run, reference)]
+        assert files[1]
+        for own, file in zip(*files, strict=True):  # one per rank; their names say which start wrote them
+            mine, theirs = load_file(own), load_file(file)
             assert mine.keys() == theirs.keys()
             assert all(mine[name].tobytes() == theirs[name].tobytes() for name in mine)
 
