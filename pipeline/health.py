@@ -83,6 +83,17 @@ class SpikeWatch:
         return height
 
 
+def interval_s(timeout_s: float) -> float:
+    """How often a rank tells its place and looks at its clock."""
+    return min(5.0, timeout_s / 8)
+
+
+def collective_timeout_s(timeout_s: float) -> float:
+    """Time limit of collectives beside a watch of `timeout_s`: the watch speaks first, in every phase and also where nobody answers
+    it. A collective that gave up before would end the rank without naming anybody."""
+    return PATIENCE * timeout_s + 5 * interval_s(timeout_s) + 2 * ANSWER_S
+
+
 class Heartbeat:
     """Where this rank is, published for the others; a thread ends the rank if it stands still, naming who lags.
 
@@ -98,7 +109,7 @@ class Heartbeat:
     def __init__(self, ranks: Ranks, timeout_s: float, rundir: RunDir | None) -> None:
         self.ranks, self.timeout_s, self.rundir = ranks, timeout_s, rundir
         self.step, self.phase, self._moved = 0, "start", time.monotonic()
-        self._interval = min(5.0, timeout_s / 8)
+        self._interval = interval_s(timeout_s)
         self._count = 0
         self._over = threading.Event()
         self._store = dist.TCPStore(ranks.address, ranks.port, None, False) if ranks.world > 1 else None

@@ -26,7 +26,7 @@ from pipeline.checkpoint import Saver, store
 from pipeline.config import PretrainConfig
 from pipeline.engine import Engine
 from pipeline.evaluate.in_loop import Watched, plan_watched, watch
-from pipeline.health import Heartbeat, SpikeWatch, check_step
+from pipeline.health import Heartbeat, SpikeWatch, check_step, collective_timeout_s
 from pipeline.parallel.layout import Layout
 from pipeline.parallel.processes import start
 from pipeline.probes.in_loop import obstacle, probe_set, run_probes
@@ -135,7 +135,7 @@ def build(config: PretrainConfig, ranks: Ranks, resume_from: str) -> Run:
     """All parts of a run, in the order they need one another. Nothing is written before everything could be built."""
     layout = Layout.of(config, ranks)
     rundir = RunDir(config.run.dir)
-    device = start(ranks, timeout_s=2 * config.train.stall_timeout_s)
+    device = start(ranks, collective_timeout_s(config.train.stall_timeout_s))
     logs.start_logging(None, ranks.rank)
     beat = Heartbeat(ranks, config.train.stall_timeout_s, rundir)
 

@@ -11,7 +11,16 @@ import pytest
 from cluster.ranks import Ranks
 from cluster.rundir import RunDir
 from pipeline.engine import StepResult
-from pipeline.health import PHASES, AgreedFailure, Heartbeat, SpikeWatch, check_step, describe_lag, within
+from pipeline.health import (
+    PHASES,
+    AgreedFailure,
+    Heartbeat,
+    SpikeWatch,
+    check_step,
+    collective_timeout_s,
+    describe_lag,
+    within,
+)
 from pipeline.reader.faults import FaultLog
 
 
@@ -50,6 +59,20 @@ def test_lag_is_the_rank_with_the_least_progress() -> None:
     before = [[7, student, 3], [7, data, 3], [7, student, 4]]
     after = [[7, student, 5], [7, data, 5], [7, student, 6]]
     assert describe_lag(before, after) == "rank 1 lags, in data of step 7"
+
+
+@pytest.mark.parametrize("timeout_s", [1.0, 10.0, 40.0, 600.0])
+def test_who_waits_is_told_who_lags_before_its_collective_gives_up(
+    timeout_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the slowest phase, with a first rank that answers nothing: the watch's clock, then all of its questions unanswered."""
+    waits: list[float] = []
+    monkeypatch.setattr("pipeline.health.within", lambda seconds, ask: waits.append(seconds))
+    monkeypatch.setattr("os._exit", lambda code: None)
+    beat = Heartbeat(Ranks(), timeout_s, None)
+    beat._end(0.0)
+    beat.close()
+    assert collective_timeout_s(timeout_s) > 10 * timeout_s + beat._interval + waits[0]
 
 
 def test_a_stopped_rank_is_silent() -> None:
