@@ -11,6 +11,7 @@ UV     ?= 0.13.9
 PY     := $(VENV)/bin/python
 DEMO   ?= demo_out
 REAL   ?= real_out
+CLAIMS ?= claims_out
 GEOLOOM_DATA ?= ../shared/data
 SITES  ?= 1000
 STEPS  ?= 150
@@ -67,9 +68,16 @@ demo: setup ## scenes -> shards -> 2-process ZeRO-2 + expert-parallel pretrainin
 	$(PY) -m pipeline probe $(DEMO)/moe
 	$(PY) -m pipeline train pipeline/runs/demo_dense.yaml --processes 2 data.url=$(DEMO)/shards run.dir=$(DEMO)/dense train.steps=$(STEPS) tracking.uri=sqlite:///$(abspath $(DEMO))/mlflow.db
 	$(PY) -m pipeline compare $(DEMO)/moe $(DEMO)/dense --out $(DEMO)/compare.html
+	$(PY) -m pipeline tour $(DEMO)/moe $(DEMO)/dense --sheet $(DEMO)/sheet.png --out $(DEMO)/tour.html
 	@echo
-	@echo "Look at it:   contact sheet  $(DEMO)/sheet.png     comparison  $(DEMO)/compare.html"
+	@echo "Look at it:   tour  $(DEMO)/tour.html     comparison  $(DEMO)/compare.html     contact sheet  $(DEMO)/sheet.png"
 	@echo "MLflow:       $(VENV)/bin/mlflow server --backend-store-uri sqlite:///$(abspath $(DEMO))/mlflow.db --port 5000   then open http://127.0.0.1:5000"
+
+.PHONY: claims
+claims: setup ## the paper's five claims over 3 seeds, one table with verdicts: 30 runs, 4 to 6 hours on 2 cores; the same command continues
+	[ -f $(CLAIMS)/shards/manifest.json ] || { $(PY) -m data_prep simulate $(CLAIMS)/scenes --sites $(SITES) --side-m 120 --seed $(SEED) && \
+	  $(PY) -m data_prep build data_prep/runs/demo.yaml source.catalog=[$(CLAIMS)/scenes/catalog.parquet] output.url=$(CLAIMS)/shards; }
+	$(PY) -m pipeline ablate pipeline/runs/demo_paper.yaml data.url=$(CLAIMS)/shards run.dir=$(CLAIMS)/runs tracking.uri=none parallel.ep=1 --claims --seeds 3 --processes 2
 
 .PHONY: real-ground
 real-ground: setup ## shard sets of real patches from $GEOLOOM_DATA for pipeline/runs/real_{s2,hr}.yaml: s2 tiles, aerial images, EuroSAT RGB

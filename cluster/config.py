@@ -18,11 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast
 
-import yaml
-
 from cluster.errors import UsageError
+from cluster.plain import Plain, plain
 from cluster.secrets import redact
-from cluster.yaml12 import Plain, plain, read
 
 T = TypeVar("T")
 
@@ -132,6 +130,10 @@ def fingerprint(config: Any) -> str:
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
+    import yaml  # here: a tree that is no file, such as an exported model's, needs no YAML library
+
+    from cluster.yaml12 import read
+
     try:
         tree = read(Path(path).read_text())
     except FileNotFoundError:
@@ -153,6 +155,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UsageError(f"override {override!r} is not of the form key.path=value")
+    import yaml
+
+    from cluster.yaml12 import read
+
     try:
         value = read(text) if text else ""
     except yaml.YAMLError:

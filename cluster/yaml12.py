@@ -6,39 +6,12 @@ PyYAML follows version 1.1 and decides the type before anybody knows what is wan
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import yaml
 
 from cluster.errors import UsageError
-
-_INT = re.compile(r"[-+]?[0-9]+$")
-_BASED = re.compile(r"0o[0-7]+$|0x[0-9a-fA-F]+$")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
-_SPECIAL = {
-    **dict.fromkeys(("null", "Null", "NULL", "~", ""), None),
-    **dict.fromkeys(("true", "True", "TRUE"), True), **dict.fromkeys(("false", "False", "FALSE"), False),
-    **{sign + name: float(sign + "inf") for sign in ("", "+", "-") for name in (".inf", ".Inf", ".INF")},
-    **dict.fromkeys((".nan", ".NaN", ".NAN"), float("nan")),
-}  # fmt: skip
-
-
-class Plain(str):
-    """A scalar without quotes, as typed. `value` is what YAML 1.2 (core schema) makes of it."""
-
-    @property
-    def value(self) -> Any:
-        text = str(self)
-        if text in _SPECIAL:
-            return _SPECIAL[text]
-        if len(text) > 400:  # no number; and the patterns below look at every character
-            return text
-        if _BASED.match(text):
-            return int(text, 0)
-        if _INT.match(text):
-            return int(text)
-        return float(text) if _FLOAT.match(text) else text
+from cluster.plain import Plain
 
 
 class _Loader(yaml.SafeLoader):
@@ -67,12 +40,3 @@ _Loader.add_constructor("tag:yaml.org,2002:str", _scalar)
 def read(text: str) -> Any:
     """The tree of a YAML text, its unquoted scalars as `Plain`. Raises yaml.YAMLError, UsageError for a key that stands twice."""
     return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
-
-
-def plain(tree: Any) -> Any:
-    """The tree with every `Plain` resolved, for where no field type decides."""
-    if isinstance(tree, Plain):
-        return tree.value
-    if isinstance(tree, dict):
-        return {str(key): plain(value) for key, value in tree.items()}
-    return [plain(value) for value in tree] if isinstance(tree, list) else tree

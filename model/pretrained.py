@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -179,6 +180,37 @@ class Pretrained(nn.Module):
             x_BTCHW, valid.bool(), doy_BT.to(x.device, torch.int16), torch.full((sites,), gsd, device=x.device),
             identity.expand(sites, 2, 3),
         )  # fmt: skip
+
+
+def embed(
+    model: Pretrained,
+    images: Mapping[str, np.ndarray],
+    valid: Mapping[str, np.ndarray] | None = None,
+    doy: Mapping[str, np.ndarray] | None = None,
+    gsd_m: Mapping[str, float] | None = None,
+) -> dict[str, np.ndarray]:
+    """One vector per sensor of one site, and `fused` of all together: means over valid tokens and dates.
+
+    Args:
+        images: by modality [T, C, H, W] (or [C, H, W]); valid: [T, H, W]; doy: day of year [T]; see `Pretrained.forward`.
+
+    Raises:
+        UsageError: a modality this model was not trained on, or another number of bands.
+    """
+
+    def batch(given: Mapping[str, np.ndarray] | None) -> dict[str, Tensor]:
+        return {name: torch.as_tensor(np.asarray(value))[None] for name, value in (given or {}).items()}
+
+    with torch.no_grad():
+        features = model(batch(images), batch(valid), batch(doy), gsd_m)
+    parts = {name: (features.dense[name], features.dense_valid[name]) for name in images}
+    parts["fused"] = (features.fused[:, None], features.fused_valid[:, None])
+    vectors = {}
+    for name, (feat, ok) in parts.items():
+        weight = ok[..., None].float()
+        total = torch.where(weight > 0, feat.float(), 0.0).sum((0, 1, 2, 3))
+        vectors[name] = (total / weight.sum().clamp_min(1)).numpy()
+    return vectors
 
 
 def save_backbone(

@@ -16,6 +16,7 @@ COMMANDS = {
     "export": ("pipeline.commands.export", "one safetensors file with all experts, loadable without DeepSpeed"),
     "embed": ("pipeline.commands.embed", "features of one multi-modal site"),
     "compare": ("pipeline.commands.compare", "runs side by side, and what makes them incomparable"),
+    "tour": ("pipeline.commands.tour", "one page: data, curves, features, probes, comparison"),
     "ablate": ("pipeline.commands.ablate", "settings times seeds, compared: better, worse or not decided"),
     "schema": ("pipeline.commands.schema", "JSON schema of a config, for editors"),
     "text-embeddings": ("pipeline.commands.text_embeddings", "vectors of class names, for image-text alignment"),

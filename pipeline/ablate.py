@@ -10,12 +10,15 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from cluster import storage
-from cluster.config import load, to_dict
+from cluster.config import fingerprint, from_dict, load, to_dict
 from cluster.errors import UsageError
 from cluster.rundir import RunDir
-from cluster.slurm.script import job_name, option, quote
+from cluster.slurm.arguments import refuse_secrets
+from cluster.slurm.array import ArrayTask
+from cluster.slurm.submit import absolute_url
 from pipeline.config import PretrainConfig
 from pipeline.launch import FORWARDED
 from pipeline.tracking.facts import RunFacts
@@ -118,6 +121,35 @@ def _in_effect(config: PretrainConfig) -> PretrainConfig:
     return replace(config, objective=replace(config.objective, ita_weight=0.0))
 
 
+def plan_tree(planned: Plan) -> dict[str, Any]:
+    """The plan as plain JSON types, every config whole: what a job reads that compares the runs later."""
+    runs = [{"variant": run.variant, "config": to_dict(run.config)} for run in planned.runs]
+    rest = {"root": planned.root, "references": planned.references, "claims": planned.claims}
+    return {**rest, "left_out": list(planned.left_out), "runs": runs}
+
+
+def read_plan(url: str) -> Plan:
+    """What `plan_tree` has kept as a file. Raises UsageError for one that is none."""
+    try:
+        tree = json.loads(storage.read_bytes(url))
+        runs = tuple(PlannedRun(run["variant"], from_dict(PretrainConfig, run["config"], url)) for run in tree["runs"])
+        return Plan(tree["root"], runs, tree["references"], tree["claims"], tuple(tree["left_out"]))
+    except FileNotFoundError:
+        raise UsageError(f"{url}: no such file") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{url} is no plan of an ablation: {error!r}") from None
+
+
+def array_tasks(planned: Plan) -> list[ArrayTask]:
+    """One task of a job array per run. Raises UsageError for a run directory that no other process can see, or a secret."""
+    tasks = []
+    for run in planned.runs:
+        resolved = to_dict(run.config)
+        refuse_secrets(resolved)
+        tasks.append(ArrayTask(run.name, absolute_url(run.config.run.dir), resolved, fingerprint(run.config)))
+    return tasks
+
+
 def write_configs(planned: Plan) -> list[str]:
     """Writes each run's full config as JSON (which is YAML) under `root/configs`; returns their URLs in order."""
     urls = []
@@ -163,6 +195,14 @@ class Budget:
         return hours + (still * hours / samples if samples else 0.0) <= self.limit
 
 
+def hours_left(runs: Sequence[PlannedRun]) -> float | None:
+    """Hours until all of them are trained, at the pace of those that began; None before the first."""
+    used = [_used(run.config) for run in runs]
+    samples, hours = (sum(values) for values in zip(*used))
+    still = sum(run.config.train.steps * run.config.train.batch for run in runs) - samples
+    return still * hours / samples if samples and hours else None
+
+
 def _used(config: PretrainConfig) -> tuple[int, float]:
     """(samples, hours of training) that a run has seen so far."""
     rundir = RunDir(config.run.dir)
@@ -185,22 +225,3 @@ def train_one(config_path: str, processes: int | None) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-ARRAY_BODY = """
-cd -- "$WORK_DIR" || exit 1
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
-exec "$PYTHON" -m pipeline ablate "${ARGUMENTS[@]}" --task "$SLURM_ARRAY_TASK_ID" --tasks "$TASKS"
-"""
-
-
-def array_script(arguments: Sequence[str], tasks: int, name: str) -> str:
-    """A batch script of a job array with one run per task. A requeued task continues its run from its last checkpoint.
-
-    arguments: what follows `pipeline ablate`; resources are left to sbatch's command line.
-    """
-    settings = {"job-name": job_name(f"geoloom-ablate-{name}"), "array": f"0-{tasks - 1}", "nodes": "1", "ntasks": "1",
-                "open-mode": "append", "requeue": None}  # fmt: skip
-    head = ["#!/bin/bash", *(option(key, value) for key, value in settings.items()), ""]
-    head += [f"WORK_DIR={quote(os.getcwd())}", f"PYTHON={quote(sys.executable)}", f"TASKS={tasks}"]
-    return "\n".join([*head, f"ARGUMENTS=({' '.join(quote(word) for word in arguments)})"]) + "\n" + ARRAY_BODY

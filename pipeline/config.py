@@ -11,10 +11,16 @@ from model.config import ModelConfig, ObjectiveConfig
 
 @dataclass(frozen=True)
 class RunConfig:
-    """dir: any fsspec URL; name: what MLflow shows (None: last component of dir)."""
+    """dir: any fsspec URL; name: what MLflow shows (None: last component of dir). profile: first and last step of which every rank writes
+    a torch profiler trace under `profile/`."""
 
     dir: str = "runs_out/run"
     name: str | None = None
+    profile: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(f"profile must be first and last step, 1 <= first <= last, found {list(self.profile)}")
 
 
 @dataclass(frozen=True)
@@ -244,6 +250,20 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """Where the weights of step 0 come from; a run that has a checkpoint of its own continues that instead.
+
+    weights: a run directory, a checkpoint or an exported `.safetensors` (which holds no heads); None: drawn. Only weights come over. A
+        dense model fills experts (each a copy; the network's output stays the dense one's).
+    owner: the average over steps (teacher), or the student itself. partial: allow a backbone of which only some tensors fit.
+    """
+
+    weights: str | None = None
+    owner: Literal["teacher", "student"] = "teacher"
+    partial: bool = False
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """extra: free DeepSpeed settings merged last; a key we set ourselves is refused."""
 
@@ -258,6 +278,7 @@ class PretrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

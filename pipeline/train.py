@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Iterator
@@ -31,10 +32,12 @@ from pipeline.parallel.layout import Layout
 from pipeline.parallel.processes import start
 from pipeline.probes.in_loop import obstacle, probe_set, run_probes
 from pipeline.probes.picture import feature_sheet
+from pipeline.profiling import Profile
 from pipeline.reader.reader import Reader
 from pipeline.steplog import StepLog
 from pipeline.stop import StopFlag
 from pipeline.tracking import RunFacts, Tracker, datasets_of, open_tracker
+from pipeline.warm_start import start_warm
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +61,7 @@ class Run:
     samples: int
     probing: bool
     watched: tuple[Watched, ...]
+    profile: Profile
 
 
 def train(config: PretrainConfig, ranks: Ranks, resume_from: str, stop: StopFlag) -> int:
@@ -87,6 +91,7 @@ def loop(run: Run, stop: StopFlag) -> int:
         run.beat.at("probe")
         probe(run)
     while run.step < last and not stopping:
+        run.profile.at(run.step + 1)
         run.beat.at("data", run.step + 1)
         began = time.monotonic()
         micro_batches, keys = next_batches(run, batches)
@@ -151,10 +156,11 @@ def build(config: PretrainConfig, ranks: Ranks, resume_from: str) -> Run:
     watched = plan_watched(config, ranks.is_first, device)
     torch.manual_seed(config.train.seed)  # equal weights on all ranks; nothing else draws from this generator
     student = Student(config.model, config.objective, statistics, reader.classes)
-    engine = Engine(student, make_teacher(student), config, layout, device, DistributedReduce())
-
     copies = store.copies_url(config.checkpoint.copy_to, rundir.url)
     urls = resume.candidates(resume_from, rundir, ranks.rank, copies)
+    lineage = None if urls else start_warm(student, config, ranks, device)
+    engine = Engine(student, make_teacher(student), config, layout, device, DistributedReduce())
+
     found = resume.continue_run(engine, urls, strict=resume_from != "auto", rank=ranks.rank)
     step, samples, device_hours = 0, 0, 0.0
     if found is not None:
@@ -170,6 +176,9 @@ def build(config: PretrainConfig, ranks: Ranks, resume_from: str) -> Run:
     if ranks.is_first:
         tracker = open_run(config, rundir, layout, reader, step)
         describe(found, config, layout)
+        if lineage is not None:
+            rundir.write("artifacts/init.json", json.dumps(lineage, indent=1).encode())
+            tracker.tag("init.weights", json.dumps(lineage))
 
     def before_commit() -> None:
         rundir.check_claim()
@@ -207,6 +216,7 @@ def build(config: PretrainConfig, ranks: Ranks, resume_from: str) -> Run:
         samples,
         can_probe(config, ranks),
         watched,
+        Profile(config.run.profile, rundir, ranks),
     )
 
 
@@ -276,6 +286,7 @@ def save(run: Run) -> None:
 def close(run: Run, status: str) -> None:
     """Lets go of files and threads; also on the way out of a failure."""
     run.beat.at("end")
+    run.profile.close()
     run.log.close()
     run.reader.close()
     if run.tracker is not None:

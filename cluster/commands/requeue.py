@@ -29,6 +29,9 @@ PATIENCE_S = float(os.environ.get("GEOLOOM_SLURM_PATIENCE_S", "1800"))
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job_dir", help="folder of the submission: RUN/jobs/NNN")
+    parser.add_argument(
+        "--job", metavar="ID", help="what SLURM calls it (default: SLURM_JOB_ID); an array's task: JOB_TASK"
+    )
     parser.add_argument("--code", type=int, required=True, help="exit code of srun")
     parser.add_argument("--asked-to-stop", action="store_true", help="a preemption or time-limit signal came")
     parser.add_argument("--chained", action="store_true", help="a next job of the chain waits: do not requeue this one")
@@ -38,14 +41,15 @@ def main(args: argparse.Namespace) -> int:
     private_files()
     record = json.loads(storage.read_bytes(storage.join(args.job_dir, "job.json")))
     run = RunDir(record["run_dir"])
-    job = os.environ.get("SLURM_JOB_ID", "")
+    job = os.environ.get("SLURM_JOB_ID", "")  # the same in every start; under it the lease and failures are recorded
+    called = args.job or job
     attempt, earlier = read_attempt(run, args.job_dir, job, args.code, args.asked_to_stop), read_attempts(args.job_dir)
     record_attempt(args.job_dir, attempt, None)  # before the controller is asked: it may be away
     successor = overtaker(run, attempt)
     decision = decide(
         attempt,
         earlier,
-        is_ended_by_slurm(ask(job)),
+        is_ended_by_slurm(ask(called)),
         record.get("max_requeues"),
         total_steps(run),
         in_words(successor),
@@ -62,9 +66,12 @@ def main(args: argparse.Namespace) -> int:
         print("the next job of the chain continues", flush=True)
     else:
         try:
-            call_patiently(["scontrol", "requeue", job], PATIENCE_S, say)
+            call_patiently(["scontrol", "requeue", called], PATIENCE_S, say)
         except RunFailure as failure:
             again = f"sbatch {shlex.quote(os.path.join(args.job_dir, 'job.sbatch'))}"
+            again = (
+                f"scontrol requeue {called}" if "_" in called else again
+            )  # a task of an array has no script of its own
             lost = Decision("leave", f"should go back into the queue, but {failure}; by hand: {again}")
             record_attempt(args.job_dir, dataclasses.replace(attempt, code=attempt.code or FAILED), lost, again=True)
             raise RunFailure(lost.why) from None

@@ -80,7 +80,7 @@ def _walk() -> list[str]:
     """Files of the boxes when there is no git to ask."""
     return [
         str(path.relative_to(CODE)) for box in BOXES for path in (CODE / box).rglob("*")
-        if path.suffix in (".py", ".yaml", ".json", ".npz", ".txt") and "__pycache__" not in path.parts
+        if path.suffix in (".py", ".yaml", ".json", ".npz", ".txt", ".js", ".css", ".safetensors") and "__pycache__" not in path.parts
     ]  # fmt: skip
 
 

@@ -46,13 +46,32 @@ class Job:
 
 def train_script(job: Job) -> str:
     """The batch script of a training run: one task per GPU, checkpoint on a signal, back into the queue."""
-    settings: dict[str, str | None] = {
-        "nodes": str(job.nodes), "ntasks-per-node": str(job.tasks_per_node), "open-mode": "append", "requeue": None,
-        "signal": f"B:USR1@{job.signal_s}", **_resources(job),
-    }  # fmt: skip
+    settings = _train_settings(job)
     head = _head(job, settings, {"CHAINED": "1" if job.chained else ""})
-    values = {"REQUEUE": str(REQUEUE), "SRUN": _srun(job), "FIRST_PORT": str(FIRST_PORT), "NUM_PORTS": str(NUM_PORTS)}
-    return head + re.sub(r"@([A-Z_]+)@", lambda match: values[match[1]], TRAIN_BODY)
+    return head + 'SELF="$SLURM_JOB_ID"\n' + _train_body(job)
+
+
+def array_script(job: Job, logs_dirs: Sequence[str], parallel: int | None = None) -> str:
+    """Training runs as one job array, each task exactly as `train_script` has it, in the folder `task_folder` of job.job_dir.
+
+    logs_dirs: by task, where its rank logs go; parallel: tasks at a time at most.
+    """
+    at_a_time = f"%{parallel}" if parallel else ""
+    settings = {"array": f"0-{len(logs_dirs) - 1}{at_a_time}", **_train_settings(job)}
+    folders = " ".join(quote(path) for path in logs_dirs)
+    return _head(job, settings, {"CHAINED": ""}) + ARRAY_HEAD.replace("@LOGS@", folders) + _train_body(job)
+
+
+def task_folder(job_dir: str, task: int) -> str:
+    """Folder of one task of an array: its config, its attempts. `ARRAY_HEAD` says the same in bash."""
+    return f"{job_dir}/{task:05d}"
+
+
+def report_script(job: Job, plan: str) -> str:
+    """The job after an array of runs, which compares those that are finished. plan: file that says which runs they are."""
+    settings: dict[str, str | None] = {"nodes": "1", "ntasks": "1", "open-mode": "append", "requeue": None}
+    head = _head(dataclasses.replace(job, name=job_name(f"{job.name}-report")), settings, {"PLAN": plan})
+    return head + REPORT_BODY.replace("@SRUN@", _srun(dataclasses.replace(job, cpus_per_task=None)))
 
 
 def build_script(job: Job, tasks: int) -> str:
@@ -105,6 +124,18 @@ def job_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-")[:80] or "geoloom"
 
 
+def _train_settings(job: Job) -> dict[str, str | None]:
+    return {
+        "nodes": str(job.nodes), "ntasks-per-node": str(job.tasks_per_node), "open-mode": "append", "requeue": None,
+        "signal": f"B:USR1@{job.signal_s}", **_resources(job),
+    }  # fmt: skip
+
+
+def _train_body(job: Job) -> str:
+    values = {"REQUEUE": str(REQUEUE), "SRUN": _srun(job), "FIRST_PORT": str(FIRST_PORT), "NUM_PORTS": str(NUM_PORTS)}
+    return re.sub(r"@([A-Z_]+)@", lambda match: values[match[1]], TRAIN_BODY)
+
+
 def _ansi_c(character: str) -> str:
     if character in "'\\":
         return "\\" + character
@@ -129,7 +160,7 @@ def _head(job: Job, settings: Mapping[str, str | None], variables: Mapping[str, 
     lines = [option(key, value) for key, value in {"job-name": job.name, "output": "/dev/null", **settings}.items()]
     lines += [option(key, value) for key, value in job.options.items()]
     values = {
-        "JOB_DIR": job.job_dir, "LOGS": job.logs_dir, "WORK_DIR": job.work_dir, "PYTHON": job.python,
+        "JOB_DIR": job.job_dir, "CODE": f"{job.job_dir}/code", "LOGS": job.logs_dir, "WORK_DIR": job.work_dir, "PYTHON": job.python,
         "RANK_PYTHON": job.rank_python or job.python, **variables
     }  # fmt: skip
     assignments = [f"{key}={quote(value)}" for key, value in values.items()]
@@ -152,11 +183,18 @@ def _srun(job: Job) -> str:
     return "".join(f" {word}" for word in words)
 
 
+ARRAY_HEAD = """LOGS_OF=(@LOGS@)
+JOB_DIR="$JOB_DIR/$(printf %05d "$SLURM_ARRAY_TASK_ID")"
+LOGS="${LOGS_OF[$SLURM_ARRAY_TASK_ID]}"
+SELF="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"   # its plain number may be that of the whole array
+
+"""
+
 COMMON_BODY = """
 set -u
 mkdir -p -- "$LOGS" && exec >>"$LOGS/$LOG_NAME" 2>&1
 cd -- "$WORK_DIR" || exit 1
-export PYTHONPATH="$JOB_DIR/code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1   # the frozen code, not the checkout's
+export PYTHONPATH="$CODE${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1   # the frozen code, not the checkout's
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 echo "--- $(date -Is) job ${SLURM_JOB_ID}, start ${SLURM_RESTART_COUNT:-0}, on ${SLURM_JOB_NODELIST}"
 """
@@ -173,9 +211,9 @@ stop() {
     [ -n "$srun_pid" ] && kill -USR1 "$srun_pid" 2>/dev/null
     # SIGTERM at the time limit: what was asked for ahead of it has not come in time, and the end is seconds away. Back into the
     # queue now, to go on from the last checkpoint; ten times in a row at most.
-    if [ "$1" = TERM ] && scontrol show job "$SLURM_JOB_ID" | grep -q Reason=TimeLimit; then
+    if [ "$1" = TERM ] && scontrol show job "$SELF" | grep -q Reason=TimeLimit; then
         echo "cut off" >>"$JOB_DIR/cut_off"
-        [ "$(wc -l <"$JOB_DIR/cut_off")" -le 10 ] && scontrol requeue "$SLURM_JOB_ID"
+        [ "$(wc -l <"$JOB_DIR/cut_off")" -le 10 ] && scontrol requeue "$SELF"
     fi
 }
 trap 'stop USR1' USR1
@@ -229,7 +267,7 @@ done
 echo "$(date -Is) ranks ended with code $code"
 
 # Finished, back into the queue, or no use to try again: one place decides, and says why in attempts.json.
-"$PYTHON" -m cluster requeue "$JOB_DIR" --code "$code" ${asked_to_stop:+--asked-to-stop} ${CHAINED:+--chained}
+"$PYTHON" -m cluster requeue "$JOB_DIR" --job "$SELF" --code "$code" ${asked_to_stop:+--asked-to-stop} ${CHAINED:+--chained}
 exit $?
 """
 )
@@ -266,6 +304,16 @@ MERGE_BODY = (
     + COMMON_BODY
     + r"""
 srun --export=ALL --ntasks=1@SRUN@ "$RANK_PYTHON" -m data_prep merge "$JOB_DIR/config.json"
+exit $?
+"""
+)
+
+REPORT_BODY = (
+    """LOG_NAME=report.log
+"""
+    + COMMON_BODY
+    + r"""
+srun --export=ALL --ntasks=1@SRUN@ "$RANK_PYTHON" -m pipeline ablate "$PLAN" --compare
 exit $?
 """
 )

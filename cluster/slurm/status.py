@@ -6,6 +6,7 @@ import collections
 import contextlib
 import json
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +14,10 @@ from cluster import logs, storage
 from cluster.errors import RunFailure, UsageError
 from cluster.rundir import RunDir
 from cluster.slurm.commands import call, job_fields, job_records
-from cluster.slurm.submit import jobs_dir
+from cluster.slurm.script import task_folder
+from cluster.slurm.submit import absolute_url, jobs_dir
 
+PROBES = ("knn", "linear", "segment")
 FAILED_STATES = ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "CANCELLED", "BOOT_FAIL", "DEADLINE")
 
 
@@ -49,6 +52,10 @@ def find_record(job_or_folder: str) -> tuple[str, dict[str, Any]]:
     record = _read(storage.join(folder, "job.json")) if folder else None
     if not record:
         raise UsageError(f"job {job_or_folder} ({fields.get('JobName')}) was not submitted by `cluster submit`")
+    task = job_or_folder.partition("_")[2]
+    if record["kind"] == "array" and task.isdigit():
+        folder = task_folder(folder, int(task))
+        record = _read(storage.join(folder, "job.json"))
     return folder, record
 
 
@@ -59,6 +66,34 @@ def list_jobs() -> list[str]:
         if number not in found and _is_ours(number):
             found.append(number)
     return found
+
+
+def runs_below(root: str, depth: int = 3) -> list[str]:
+    """Run directories at or below `root`, `depth` folders down at most, in order of their names."""
+    names = storage.list_names(root)
+    if "resolved.json" in names:
+        return [root]
+    if depth == 0:
+        return []
+    inner = [name for name in names if name not in ("jobs", "configs", "logs")]
+    return [run for name in sorted(inner) for run in runs_below(storage.join(root, name), depth - 1)]
+
+
+def report_array(folder: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What `cluster status` shows of an array of runs: its jobs in the queue, and every task as `report` has it."""
+    tasks = []
+    for number, task in enumerate(record["tasks"]):
+        place = task_folder(folder, number)
+        own = _read(storage.join(place, "job.json"))
+        tasks.append({"name": task["name"], **report(place, own)})
+    queue = [_queue_row(job) for job in record["jobs"]]
+    return {"kind": "array", "run_dir": record["run_dir"], "job_dir": folder, "jobs": queue, "tasks": tasks}
+
+
+def report_run(url: str) -> dict[str, Any]:
+    """`report` of a run directory by itself: what it says, without asking SLURM."""
+    run = RunDir(url)
+    return {"kind": "train", "run_dir": url, "jobs": [], "last_decision": None, "failure": None, **_run_view(run)}
 
 
 def report(folder: str, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,9 +117,22 @@ def _run_view(run: RunDir) -> dict[str, Any]:
     resolved = (run.read_resolved() or {}).get("config", {})
     return {
         "step": last.get("step"), "steps": resolved.get("train", {}).get("steps"), "loss": last.get("loss"),
-        "samples_per_s": last.get("samples_per_s"), "last_checkpoint": _latest_checkpoint(run, checkpoints),
-        "mlflow_run": run.run_id,
+        "samples_per_s": last.get("samples_per_s"), "eta_s": last.get("eta_s"), "gpu_hours": last.get("gpu_hours"),
+        "logged_s_ago": time.time() - last["time"] if last.get("time") else None, "probes": _last_probes(lines),
+        "last_checkpoint": _latest_checkpoint(run, checkpoints), "mlflow_run": run.run_id,
     }  # fmt: skip
+
+
+def _last_probes(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """The newest round's headline scores: of the fused features, by classifier."""
+    for line in reversed(lines):
+        found = {
+            key.removeprefix("probe/"): line[key] for key in line if key.startswith("probe/") and key.endswith("/fused")
+        }
+        scores = {key: value for key, value in found.items() if key.count("/") == 1 and key.split("/")[0] in PROBES}
+        if scores:
+            return scores
+    return {}
 
 
 def _build_view(url: str) -> dict[str, Any]:
@@ -110,6 +158,10 @@ def _of_run(url: str) -> tuple[str, dict[str, Any]] | None:
     with contextlib.suppress(RunFailure):
         folder = os.path.dirname(job_fields(job).get("Command", "")) if job else ""
         record = _read(storage.join(folder, "job.json")) if folder else None
+        if record and record["kind"] == "array":
+            runs = [task["run_dir"] for task in record["tasks"]]
+            place = task_folder(folder, runs.index(submitted)) if (submitted := absolute_url(url)) in runs else ""
+            folder, record = place, _read(storage.join(place, "job.json")) if place else None
         if record:
             return folder, record
     return url, {"kind": "train", "run_dir": url, "logs_dir": run.logs_url, "jobs": [job] if job else [], "code": {}}
@@ -122,7 +174,7 @@ def _queue_row(job: str) -> dict[str, Any]:
         return {"job": job, "state": "UNKNOWN", "reason": str(failure), "nodes": None, "restarts": None}
     if not records:
         return {"job": job, "state": "GONE", "reason": "no longer in the queue", "nodes": None, "restarts": None}
-    if len(records) > 1 or "ArrayTaskId" in records[0]:
+    if "_" not in job and (len(records) > 1 or "ArrayTaskId" in records[0]):
         return _array_row(job, records)
     fields = records[0]
     reason = fields.get("Reason")

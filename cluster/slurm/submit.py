@@ -75,15 +75,16 @@ def submit(submission: Submission) -> dict[str, Any]:
         RunFailure: SLURM refuses or cannot be reached; then no job is left in the queue and no folder on disk.
     """
     parent = jobs_dir(submission.run_dir, submission.kind)
-    new_parents = _missing_parents(parent)
-    with _one_at_a_time(parent):
-        return _submit(_after_owners(submission, parent), parent, new_parents)
+    new_parents = missing_parents(parent)
+    with one_at_a_time(parent):
+        found = owners(submission.run_dir, parent) if submission.kind == "train" else []
+        after = after_owners(submission.run_dir, found, submission.follow, submission.dependency)
+        return _submit(dataclasses.replace(submission, dependency=after), parent, new_parents)
 
 
 def _submit(submission: Submission, parent: str, new_parents: list[str]) -> dict[str, Any]:
     folder = freeze.new_folder(parent)
-    sent: list[str] = []
-    try:
+    with taken_back(folder, new_parents) as sent:
         scripts = _scripts(submission, str(folder))
         for name, text in scripts.items():
             (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -93,16 +94,24 @@ def _submit(submission: Submission, parent: str, new_parents: list[str]) -> dict
             "command": submission.job.command, "fingerprint": submission.fingerprint, "code": freeze.freeze_code(folder),
             "max_requeues": submission.max_requeues, "submitted": time.time(), "jobs": sent,
         }  # fmt: skip
-        _write_record(folder, record)
+        write_record(folder, record)
         _send(submission, folder, list(scripts), sent)
-        _write_record(folder, record)
+        write_record(folder, record)
+    return {"jobs": sent, "job_dir": str(folder), "run_dir": submission.run_dir}
+
+
+@contextlib.contextmanager
+def taken_back(folder: Path, new_parents: list[str]) -> Iterator[list[str]]:
+    """A submission under way: yields the list for the numbers of its jobs. If it fails, they leave the queue and its folder goes."""
+    sent: list[str] = []
+    try:
+        yield sent
     except BaseException:
         for job in sent:
             _cancel(job)
         shutil.rmtree(folder, ignore_errors=True)
         _remove_empty(new_parents)
         raise
-    return {"jobs": sent, "job_dir": str(folder), "run_dir": submission.run_dir}
 
 
 def owners(run_dir: str, parent: str) -> list[tuple[str, str]]:
@@ -123,19 +132,21 @@ def owners(run_dir: str, parent: str) -> list[tuple[str, str]]:
     return found
 
 
-def _after_owners(submission: Submission, parent: str) -> Submission:
-    found = owners(submission.run_dir, parent) if submission.kind == "train" else []
+def after_owners(run_dir: str, found: list[tuple[str, str]], follow: bool, dependency: str | None) -> str | None:
+    """The dependency, with which a submission waits for those who work on its run directory (`owners`).
+
+    Raises:
+        UsageError: somebody does, and `follow` is not asked for.
+    """
     if not found:
-        return submission
-    if not submission.follow:
+        return dependency
+    if not follow:
         named = ", ".join(f"{job} ({state})" for job, state in found)
         raise UsageError(
-            f"{submission.run_dir}: job {named} works on this run already; add --follow to go on when it has ended, "
+            f"{run_dir}: job {named} works on this run already; add --follow to go on when it has ended, "
             f"scancel {' '.join(job for job, _ in found)}, or choose another run.dir"
         )
-    given = [submission.dependency] if submission.dependency else []
-    after = ",".join([*given, *(f"afterany:{job}" for job, _ in found)])
-    return dataclasses.replace(submission, dependency=after)
+    return ",".join([*([dependency] if dependency else []), *(f"afterany:{job}" for job, _ in found)])
 
 
 def _record(parent: str, folder: str) -> dict[str, Any]:
@@ -146,7 +157,7 @@ def _record(parent: str, folder: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(parent: str) -> Iterator[None]:
+def one_at_a_time(parent: str) -> Iterator[None]:
     """Two submissions for one run at the same moment (on one login node) look one after the other. The kernel lets go of the
     lock of a process that died."""
     name = f"geoloom-submit-{os.getuid()}-{hashlib.sha256(parent.encode()).hexdigest()[:16]}"
@@ -156,6 +167,7 @@ def _one_at_a_time(parent: str) -> Iterator[None]:
 
 
 def _remove_empty(folders: list[str]) -> None:
+    """Removes those of the folders that are empty."""
     for path in folders:
         if os.path.isdir(path) and not os.listdir(path):
             os.rmdir(path)
@@ -177,15 +189,16 @@ def _send(submission: Submission, folder: Path, names: list[str], sent: list[str
     """Sends the jobs in order and appends their ids to `sent`. Links of a chain hand over, the last requeues itself."""
     first = [f"--dependency={submission.dependency}"] if submission.dependency else []
     if submission.kind == "build":
-        sent.append(_sbatch(folder / "job.sbatch", first))
-        sent.append(_sbatch(folder / "merge.sbatch", [f"--dependency=afterok:{sent[0]}"]))
+        sent.append(send_script(folder / "job.sbatch", first))
+        sent.append(send_script(folder / "merge.sbatch", [f"--dependency=afterok:{sent[0]}"]))
         return
     for link in range(submission.chain):
         name = "job.sbatch" if link == submission.chain - 1 else "link.sbatch"
-        sent.append(_sbatch(folder / name, [f"--dependency=afterany:{sent[-1]}"] if sent else first))
+        sent.append(send_script(folder / name, [f"--dependency=afterany:{sent[-1]}"] if sent else first))
 
 
-def _sbatch(path: Path, options: list[str]) -> str:
+def send_script(path: Path, options: list[str]) -> str:
+    """Hands a script to sbatch; returns the job's number. Raises RunFailure."""
     answer = call(["sbatch", "--parsable", *options, str(path)])
     job = answer.strip().split(";")[0]
     if not job.isdigit():
@@ -194,6 +207,7 @@ def _sbatch(path: Path, options: list[str]) -> str:
 
 
 def _cancel(job: str) -> None:
+    """Takes a job out of the queue; a failure is only said."""
     try:
         call(["scancel", job])
     except RunFailure as failure:
@@ -201,12 +215,16 @@ def _cancel(job: str) -> None:
 
 
 def _logs_dir(submission: Submission, folder: str) -> str:
-    if submission.kind == "train" and storage.is_local(submission.run_dir):
-        return os.path.join(os.path.abspath(storage.local_path(submission.run_dir)), "logs")
-    return os.path.join(folder, "logs")
+    return logs_dir(submission.run_dir, folder) if submission.kind == "train" else os.path.join(folder, "logs")
 
 
-def _missing_parents(path: str) -> list[str]:
+def logs_dir(run_dir: str, folder: str) -> str:
+    """Where a training job's ranks log: in the run directory, or beside the job if that lies on an object store."""
+    local = storage.is_local(run_dir)
+    return os.path.join(os.path.abspath(storage.local_path(run_dir)) if local else folder, "logs")
+
+
+def missing_parents(path: str) -> list[str]:
     """Folders that making `path` will create, innermost first."""
     missing = []
     while path and not os.path.lexists(path):
@@ -215,7 +233,8 @@ def _missing_parents(path: str) -> list[str]:
     return missing
 
 
-def _write_record(folder: Path, record: dict[str, Any]) -> None:
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Writes `job.json`."""
     storage.write_atomic(str(folder / "job.json"), (json.dumps(record, indent=1) + "\n").encode())
 
 

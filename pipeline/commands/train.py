@@ -7,12 +7,14 @@ examples:
   python -m pipeline train pipeline/runs/demo.yaml data.url=demo_out/shards run.dir=demo_out/moe --processes 2
   python -m pipeline train pipeline/runs/skysense_v2.yaml --dry-run
   python -m pipeline train pipeline/runs/demo_dense.yaml --explain model.moe
+  python -m pipeline train pipeline/runs/demo.yaml data.url=other/shards run.dir=runs/adapted --init-from demo_out/dense
   torchrun --nproc-per-node 8 -m pipeline train pipeline/runs/tiny.yaml data.url=s3://bucket/shards
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import traceback
@@ -43,12 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", default="auto", metavar="auto|never|PATH",
         help="auto: continue run.dir if it holds a checkpoint; never: refuse to; PATH: a checkpoint or run directory",
     )  # fmt: skip
+    parser.add_argument(
+        "--init-from",
+        metavar="PATH",
+        help="weights of step 0: a run, checkpoint or export; the same as init.weights=PATH",
+    )
     parser.add_argument("--explain", metavar="KEY", help="what a key or section is, and its value here; starts nothing")
     parser.add_argument("--dry-run", action="store_true", help="parameters, FLOPs and layout; starts nothing")
     parser.add_argument("--json", action="store_true", help="print figures as a JSON last line")
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.init_from:
+        args.overrides = [*args.overrides, f"init.weights={json.dumps(args.init_from)}"]
     if args.explain:
         from cluster.schema import explain as explain_key
 

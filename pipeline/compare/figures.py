@@ -13,17 +13,9 @@ from pipeline.compare.verdict import samples_seen
 from pipeline.probes.scores import Difference
 
 CURVES = (
-    "loss",
-    "loss/",
-    "probe/",
-    "lr",
-    "grad_norm",
-    "samples_per_s",
-    "data_wait",
-    "moe/imbalance",
-    "moe/entropy",
-    "feature/",
-)
+    "loss", "probe/", "lr", "grad_norm", "samples_per_s", "data_wait", "mfu", "moe/", "feature/", "prototypes/", "targets/", "data/",
+    "system/",
+)  # fmt: skip
 ROWS = ("untrained", "pixels")  # as `pipeline.probes.outcomes` names them
 ENDS = ("", "/low", "/high")
 BASICS = ("samples_per_s", "data_wait", "mfu")
@@ -79,13 +71,13 @@ def has_intervals(run: RunData, samples: int) -> bool:
 
 def curve(run: RunData, key: str) -> tuple[np.ndarray, np.ndarray]:
     """(samples seen, value) of one metric, lines without it left out."""
-    points = [(line["samples"], line[key]) for line in run.lines if _is_number(line.get(key)) and "samples" in line]
+    points = [(line["samples"], line[key]) for line in run.lines if is_number(line.get(key)) and "samples" in line]
     return np.array([x for x, _ in points], float), np.array([y for _, y in points], float)
 
 
 def level(run: RunData, key: str, row: str) -> float | None:
     """What `untrained` or `pixels` gave where a probe score is drawn: one number of the run, the last it logged."""
-    values = [line[f"{key}/{row}"] for line in run.lines if _is_number(line.get(f"{key}/{row}"))]
+    values = [line[f"{key}/{row}"] for line in run.lines if is_number(line.get(f"{key}/{row}"))]
     return float(values[-1]) if values else None
 
 
@@ -96,7 +88,7 @@ def curve_names(runs: Sequence[RunData]) -> list[str]:
         seen: dict[str, int] = {}
         for line in run.lines:
             for key, value in line.items():
-                if _is_number(value):
+                if is_number(value):
                     seen[key] = seen.get(key, 0) + 1
         counts = {key: max(counts.get(key, 0), n) for key, n in (counts | seen).items()}
     chosen = [key for key, n in counts.items() if n > 1 and _is_curve(key)]
@@ -119,15 +111,15 @@ def _summary(run: RunData, samples: int) -> Summary:
     over: dict[str, dict[str, Difference]] = {row: {} for row in ROWS}
     for line in lines:
         for key, value in line.items():
-            if key.startswith("probe/") and _is_curve(key) and _is_number(value) and key.count("/") == 2:
+            if key.startswith("probe/") and _is_curve(key) and is_number(value) and key.count("/") == 2:
                 probes[key] = Interval(float(value), line.get(f"{key}/low"), line.get(f"{key}/high"))
                 for row in ROWS:
                     rows[row].pop(key, None)
                     over[row].pop(key, None)
                     value, ends = line.get(f"{key}/{row}"), [line.get(f"{key}/over_{row}{end}") for end in ENDS]
-                    if value is not None and _is_number(value):
+                    if value is not None and is_number(value):
                         rows[row][key] = float(value)
-                    if all(map(_is_number, ends)):
+                    if all(map(is_number, ends)):
                         over[row][key] = Difference(*map(float, ends))  # type: ignore[arg-type]
     return Summary(samples, losses, probes, rows, over, speed, _gpu_hours(run, lines))
 
@@ -136,24 +128,25 @@ def _columns(lines: Sequence[dict[str, Any]], wanted: Any) -> dict[str, list[flo
     columns: dict[str, list[float]] = {}
     for line in lines:
         for key, value in line.items():
-            if wanted(key) and _is_number(value):
+            if wanted(key) and is_number(value):
                 columns.setdefault(key, []).append(float(value))
     return columns
 
 
 def _gpu_hours(run: RunData, lines: Sequence[dict[str, Any]]) -> float:
     """As the run counted them; else samples over throughput, times ranks. Time between restarts does not count."""
-    counted = [line["gpu_hours"] for line in lines if _is_number(line.get("gpu_hours"))]
+    counted = [line["gpu_hours"] for line in lines if is_number(line.get("gpu_hours"))]
     if counted:
         return float(counted[-1])
     seconds, before = 0.0, 0
     for line in lines:
         rate = line.get("samples_per_s")
-        if rate and _is_number(rate):
+        if rate and is_number(rate):
             seconds += (line["samples"] - before) / rate
         before = line.get("samples", before)
     return seconds * run.facts.world / 3600
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a logged value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))

@@ -1,106 +1,155 @@
-"""`python -m pipeline ablate` from outside: base and variants are trained, and one comparison says what each key did."""
+"""`python -m pipeline ablate` from outside: two settings times three seeds, killed twice and continued, as one process after another on
+this machine and as a job array on a real SLURM; either way one report with group means, noise floor and verdict (issue 18, shows 1).
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster.rundir import RunDir
 from tests.data_folder import REPOSITORY
+from tests.slurm_cluster import SlurmCluster, slurm_cluster
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(2400)]
+STEPS, SEEDS = 6, (0, 1, 2)
 SMALL = [
     "data.views_global.hr_px=64", "data.views_global.series_px=4", "data.views_local.hr_px=32", "data.views_local.series_px=4",
-    "data.views_global.s2_dates=2", "data.views_global.s1_dates=2", "train.batch=4", "train.steps=4", "train.log_every=1",
-    "tracking.uri=none", "probe.every=4", "parallel.ep=1", "parallel.zero_stage=0", "checkpoint.every=0",
+    "data.views_global.s2_dates=2", "data.views_global.s1_dates=2", f"train.steps={STEPS}", "train.batch=4", "train.log_every=1",
+    f"probe.every={STEPS}", "probe.tasks=[knn]", "parallel.ep=1", "parallel.zero_stage=0", "checkpoint.every=2", "--seeds", "3",
 ]  # fmt: skip
 
 
-def run(*words: str) -> list[str]:
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **more}
+
+
+def run(*words: str, **more: str) -> list[str]:
     """Lines that a command prints on stdout."""
     done = subprocess.run(
-        [sys.executable, "-m", *words], cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-        capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+        [sys.executable, "-m", *words],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(**more),
+    )
+    assert done.returncode == 0, f"{words}: exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done.stdout.splitlines()
 
 
-def shards_of(tmp_path: Path, sites: int = 24) -> Path:
-    scenes, shards = tmp_path / "scenes", tmp_path / "shards"
-    run("data_prep", "simulate", str(scenes), "--sites", str(sites))
-    catalog = f"source.catalog=[{scenes}/catalog.parquet]"
-    run("data_prep", "build", "data_prep/runs/demo.yaml", catalog, f"output.url={shards}")
-    return shards
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("set")
+    run("data_prep", "simulate", str(folder / "scenes"), "--sites", "24")
+    catalog = f"source.catalog=[{folder}/scenes/catalog.parquet]"
+    run("data_prep", "build", "data_prep/runs/demo.yaml", catalog, f"output.url={folder}/shards")
+    return folder / "shards"
 
 
-def test_base_and_variants_end_in_one_comparison(tmp_path: Path) -> None:
-    shards, root = shards_of(tmp_path), tmp_path / "runs"
-    words = ["pipeline", "ablate", "tests/runs/small.yaml", f"data.url={shards}", f"run.dir={root}", *SMALL, "--set",
-             "model.prompts=0", "--set", "model.moe.experts=0", "--processes", "1"]  # fmt: skip
-
-    first = run(*words, "--tasks", "2", "--task", "1")  # as one task of a job array: the second run only
-    assert first[-1].startswith("1 of 3 runs are finished")
-    assert RunDir(f"{root}/prompts_0/seed-0").last_step() == 4
-    assert not (root / "base").exists()
-    before = (root / "prompts_0" / "seed-0" / "metrics.jsonl").read_bytes()
-
-    lines = run(*words, "--json")
-    assert (root / "prompts_0" / "seed-0" / "metrics.jsonl").read_bytes() == before  # a finished run is not made again
-    figures = json.loads(lines[-1])
-    assert figures["runs"] == [f"{root}/{name}/seed-0" for name in ("base", "prompts_0", "experts_0")]
-    assert any(line.startswith("comparable: same data") for line in lines)
-    table = lines[next(i for i, line in enumerate(lines) if line.startswith("Ablation of")) : -1]  # the last is JSON
-    rows = {
-        name: line for line in table for name in ("base", "prompts_0", "experts_0") if f"runs-{name}-seed-0" in line
-    }
-    assert "base " in rows["base"]
-    assert "model.prompts: 4 → 0" in rows["prompts_0"]
-    assert "model.moe.experts: 4 → 0" in rows["experts_0"]
-    assert "NOT ONE KEY" not in "".join(table)
-    assert "knn/fused" in "".join(table)
-    assert (root / "ablation.html").read_text().count("<svg") >= 2
-    metrics = [set(RunDir(url).read_metrics()[-1]) for url in figures["runs"]]
-    assert any(key.startswith("moe/") for key in metrics[0])
-    assert not any(key.startswith("moe/") for key in metrics[2])
-    losses = [RunDir(url).read_metrics()[-1]["loss"] for url in figures["runs"]]
-    assert len(set(losses)) == 3  # the keys did reach the model
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[SlurmCluster]:
+    with slurm_cluster(nodes=2, cpus=4, gpus=0) as cluster:
+        yield cluster
 
 
-def test_seeds_killed_and_continued_end_in_one_report(tmp_path: Path) -> None:
-    """Two settings with two seeds each; killed once a run has a checkpoint, the ranks die too, and the same command continues it."""
-    shards, root = shards_of(tmp_path), tmp_path / "runs"
-    small = [word for word in SMALL if not word.startswith(("checkpoint.", "train.steps", "parallel.ep"))]
-    words = ["pipeline", "ablate", "tests/runs/small.yaml", f"data.url={shards}", f"run.dir={root}", *small, "train.steps=8",
-             "checkpoint.every=2", "parallel.ep=1", "model.prompts=4,0", "--seeds", "2", "--processes", "1", "--json"]  # fmt: skip
-    first = root / "base" / "seed-0"
-    started = subprocess.Popen(
-        [sys.executable, "-m", *words], cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    latest = first / "checkpoints" / "LATEST"
-    deadline = time.monotonic() + 300
-    while not latest.exists() and started.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    started.kill()
-    started.wait()
-    assert latest.exists()
+def check_runs(root: Path, other: str) -> None:
+    """Every run has every step once, whoever made it, and its last checkpoint."""
+    for setting in ("base", other):
+        for seed in SEEDS:
+            found = RunDir(str(root / setting / f"seed-{seed}"))
+            assert [line["step"] for line in found.read_metrics()] == list(range(1, STEPS + 1)), found.url
+            assert f"step-{STEPS:08d}" in (Path(found.checkpoints_url) / "LATEST").read_text()
 
-    figures = json.loads(run(*words)[-1])
-    names = ["base/seed-0", "base/seed-1", "prompts_0/seed-0", "prompts_0/seed-1"]
-    assert figures["runs"] == [f"{root}/{name}" for name in names]
-    steps = [line["step"] for line in RunDir(str(first)).read_metrics()]
-    assert steps == list(range(1, 9))  # each step once, whoever made it
-    assert figures["groups"]["base"]["seeds"] == [0, 1]
-    finding = figures["findings"]["prompts_0"]["probe/knn/fused"]
-    assert finding["seeds"] == 2
+
+def check_report(root: Path, other: str, change: str) -> dict[str, Any]:
+    """One report: group means, a finding with interval, noise floor and verdict, on the page as in the figures."""
+    figures = json.loads((root / "ablation.json").read_text())
+    assert [group["seeds"] for group in figures["groups"].values()] == [list(SEEDS), list(SEEDS)]
+    assert figures["groups"][other]["reference"] == "base"
+    assert set(figures["differs"]) == {change}
+    probe = figures["groups"][other]["probes"]["probe/knn/fused"]
+    assert probe["sd"] is not None
+    finding = figures["findings"][other]["probe/knn/fused"]
+    assert finding["seeds"] == 3
     assert finding["floor"] is not None
+    assert finding["low"] <= finding["value"] <= finding["high"]
     assert finding["verdict"] in ("better", "worse", "not decided")
-    kept = json.loads((root / "ablation.json").read_text())
-    assert kept["findings"] == figures["findings"]
-    assert "Means ± standard deviation between seeds" in (root / "ablation.html").read_text()
+    page = (root / "ablation.html").read_text()
+    assert "Means ± standard deviation between seeds" in page
+    assert finding["verdict"] in page
+    return figures
+
+
+def test_killed_twice_and_continued_ends_in_one_report(shards: Path, tmp_path: Path) -> None:
+    """Killed once in the first run and once in another, past a checkpoint each time; the ranks die too. Finished runs are not made
+    again."""
+    root = tmp_path / "runs"
+    words = ["pipeline", "ablate", "tests/runs/small.yaml", f"data.url={shards}", f"run.dir={root}", "model.prompts=4,0",
+             *SMALL, "--processes", "1", "--json"]  # fmt: skip
+    for victim in ("base/seed-0", "prompts_0/seed-1"):
+        latest, said = root / victim / "checkpoints" / "LATEST", tmp_path / "said.txt"
+        with open(said, "w") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *words], cwd=REPOSITORY, stdout=log, stderr=log, env=environment()
+            )
+        while not latest.exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+        assert latest.exists(), said.read_text()[-3000:]
+    finished = root / "base" / "seed-0" / "metrics.jsonl"
+    before = finished.stat()
+
+    told = json.loads(run(*words)[-1])
+    assert (finished.stat().st_ino, finished.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    names = [f"{setting}/seed-{seed}" for setting in ("base", "prompts_0") for seed in SEEDS]
+    assert told["runs"] == [f"{root}/{name}" for name in names]
+    check_runs(root, "prompts_0")
+    figures = check_report(root, "prompts_0", "model.prompts")
+    assert told["findings"] == figures["findings"]
+    last = [RunDir(url).read_metrics()[-1] for url in told["runs"]]
+    assert len({line["loss"] for line in last}) == 6  # key and seed did reach the model
+
+
+def test_a_job_array_is_interrupted_and_ends_in_the_same_report(
+    slurm: SlurmCluster, shards: Path, tmp_path: Path
+) -> None:
+    """The same command with --slurm: of six tasks one loses its rank to SIGKILL, another is requeued by an operator; the job after
+    the array compares."""
+    root, conf = tmp_path / "runs", {"SLURM_CONF": slurm.environment["SLURM_CONF"]}
+    sent = json.loads(run("pipeline", "ablate", "tests/runs/small.yaml", f"data.url={shards}", f"run.dir={root}",
+                          "model.moe.experts=4,0", *SMALL, "--slurm", "--parallel", "2", "--json", **conf)[-1])  # fmt: skip
+    array, report = sent["jobs"]
+    job_dir = Path(sent["job_dir"])
+
+    def has_checkpoint(name: str) -> bool:
+        return (root / name / "checkpoints" / "LATEST").exists()
+
+    slurm.wait(lambda: has_checkpoint("base/seed-0"), "a checkpoint of task 0", timeout=300)
+    writer = RunDir(str(root / "base/seed-0")).read_writer()
+    assert writer is not None
+    os.kill(writer["pid"], signal.SIGKILL)
+    slurm.wait(lambda: has_checkpoint("experts_0/seed-0"), "a checkpoint of task 1", timeout=300)
+    slurm.run("scontrol", "requeue", f"{array}_1", check=False)  # it may just have finished: then nothing is to requeue
+
+    slurm.wait_state(report, "COMPLETED", timeout=1500)
+    attempts = json.loads((job_dir / "00000" / "attempts.json").read_text())
+    assert [one["action"] for one in attempts] == ["requeue", "done"]
+    check_runs(root, "experts_0")
+    check_report(root, "experts_0", "model.moe.experts")
+    dense = RunDir(str(root / "experts_0/seed-2")).read_metrics()[-1]
+    assert not any(key.startswith("moe/") for key in dense)
+    shown = run("cluster", "status", str(root), **conf)
+    assert any(line.startswith("  6 of 6 runs at their last step") for line in shown), shown
+    one = json.loads(run("cluster", "status", f"{root}/base/seed-0", "--json", **conf)[-1])
+    assert one["last_decision"].startswith("done")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import pytest
 from cluster.config import flatten, load, to_dict
 from cluster.errors import UsageError
 from cluster.rundir import RunDir
-from pipeline.ablate import Budget, PlannedRun, array_script, is_finished, plan
+from pipeline.ablate import Budget, PlannedRun, hours_left, is_finished, plan, plan_tree, read_plan
 from pipeline.commands import ablate
 from pipeline.config import PretrainConfig
 from pipeline.tracking import RunFacts
@@ -136,6 +135,8 @@ def test_a_budget_lets_no_run_begin_that_would_pass_it(tmp_path: Path) -> None:
     assert Budget.parse("2.1h").allows(runs, half)  # 1.5 hours of two ranks so far
     assert not Budget.parse("1.9h").allows(runs, half)
     assert Budget.parse("0.001h").allows((new,), new)  # nobody knows yet what it costs
+    assert hours_left(runs) == pytest.approx(1.5)  # 120 of 240 samples took as long
+    assert hours_left((new,)) is None
     for text in ("0", "4d", "-1", "h"):
         with pytest.raises(UsageError, match="--budget"):
             Budget.parse(text)
@@ -187,41 +188,45 @@ def test_what_is_no_ablation_is_refused() -> None:
         plan(path, [], seeds=0)
 
 
-def test_the_array_script_hands_each_task_its_number_and_all_words_unchanged(tmp_path: Path) -> None:
-    words = ["a b.yaml", "run.dir=$(touch PWNED)", "--set", "model.prompts='0'", "--only", "experts"]
-    script = tmp_path / "ablate.sh"
-    text = array_script(words, 3, "runs of mine").replace(f"PYTHON={sys.executable}", f"PYTHON={tmp_path}/python")
-    script.write_text(text)
-    assert "#SBATCH --array=0-2\n" in text
-    assert "#SBATCH --job-name=geoloom-ablate-runs-of-mine\n" in text
-    stand_in = tmp_path / "python"
-    stand_in.write_text('#!/bin/bash\nprintf "%s\\0" "$@"\n')
-    stand_in.chmod(0o755)
-    done = subprocess.run(
-        ["bash", str(script)], env={"PATH": "/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": "2"}, capture_output=True, check=True,
-        timeout=20, text=True,
-    )  # fmt: skip
-    assert done.stdout.split("\0")[:-1] == ["-m", "pipeline", "ablate", *words, "--task", "2", "--tasks", "3"]
-    assert not list(tmp_path.glob("PWNED"))
-
-
-def test_the_command_prints_a_script_that_asks_for_the_same_runs(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def asked(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     ablate.add_arguments(parser)
-    typed = [str(REPOSITORY / "pipeline/runs/tiny.yaml"), f"run.dir={tmp_path}/runs", "--only", "experts", "ita",
-             "--set", "model.patch=2", "--processes", "2", "--seeds", "3", "--budget", "4h"]  # fmt: skip
-    args = parser.parse_args([*typed, "--array-script"])
-    assert ablate.main(args) == 0
+    return parser.parse_intermixed_args([str(REPOSITORY / "pipeline/runs/tiny.yaml"), *words])
+
+
+def test_slurm_dry_run_shows_one_task_per_run_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = (f"run.dir={tmp_path}/runs", "model.prompts=4,0", "--seeds", "3", "--slurm", "--gpus-per-node", "8")
+    assert ablate.main(asked(*words, "--parallel", "2", "--time", "60", "--dry-run")) == 0
     text = capsys.readouterr().out
-    [line] = [line for line in text.splitlines() if line.startswith("ARGUMENTS=(")]
-    assert text.startswith("#!/bin/bash\n")
-    words = line.removeprefix("ARGUMENTS=(").removesuffix(")").split()
-    again = parser.parse_args(words)
-    for name in ("config", "overrides", "only", "set", "processes", "seeds", "variants", "claims", "budget"):
-        assert getattr(again, name) == getattr(args, name)
-    assert (
-        f"#SBATCH --array=0-{len(plan(args.config, args.overrides, args.only, args.set, seeds=3).runs) - 1}\n" in text
-    )
+    assert "#SBATCH --array=0-5%2\n" in text
+    assert "#SBATCH --ntasks-per-node=8\n" in text
+    assert "#SBATCH --time=60\n" in text
+    assert f"{tmp_path}/runs/prompts_0/seed-2/logs)" in text
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(("--slurm", "--budget", "4h"), "--budget"), (("--slurm", "--processes", "2"), "--processes"),
+     (("--parallel", "2"), "--slurm"), (("--slurm", "--parallel", "0"), "--parallel"),
+     (("--slurm", "run.dir=memory://x"), "memory of one process"), (("--slurm", "--nodes", "0"), "--nodes")],
+)  # fmt: skip
+def test_what_does_not_go_with_an_array_is_refused(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        ablate.main(asked(f"run.dir={tmp_path}/runs", "model.prompts=4,0", *words))
+
+
+def test_a_kept_plan_names_the_same_runs(tmp_path: Path) -> None:
+    planned = plan(str(REPOSITORY / "pipeline/runs/tiny.yaml"), ["run.dir=out"], ["experts"], seeds=2)
+    kept = tmp_path / "plan.json"
+    kept.write_text(json.dumps(plan_tree(planned)))
+    assert read_plan(str(kept)) == planned
+    args = asked("--compare")
+    args.config, args.seeds = str(kept), 2
+    with pytest.raises(UsageError, match="says what the runs are"):
+        ablate.main(args)
+    kept.write_text("{}")
+    with pytest.raises(UsageError, match="is no plan"):
+        read_plan(str(kept))

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from cluster import config, logs
 from cluster.cli import explain, private_files
-from cluster.commands import submit
 from cluster.errors import RunFailure, UsageError
 from cluster.rundir import RunDir
 from cluster.secrets import holds_secret, redact, redacted
+from cluster.slurm import arguments
 from pipeline.config import PretrainConfig
 from pipeline.tracking.uri import tracking_uri
 
@@ -85,7 +85,7 @@ def test_no_form_of_a_config_that_is_kept_holds_one(tmp_path: Path) -> None:
     RunDir(str(tmp_path)).write_resolved(tree)
     assert "CANARY" not in (tmp_path / "resolved.json").read_text()
     with pytest.raises(UsageError, match="export GEOLOOM_TRACKING_URI"):
-        submit.refuse_secrets(config.to_dict(tree))
+        arguments.refuse_secrets(config.to_dict(tree))
 
 
 def test_the_uri_comes_from_the_environment_where_it_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,18 @@ from hypothesis import strategies as st
 
 from cluster.errors import UsageError
 from cluster.exit_codes import REQUEUE
-from cluster.slurm.script import Job, build_script, job_name, merge_script, option, quote, train_script
+from cluster.slurm.script import (
+    Job,
+    array_script,
+    build_script,
+    job_name,
+    merge_script,
+    option,
+    quote,
+    report_script,
+    task_folder,
+    train_script,
+)
 
 HOSTILE = ["$(touch PWNED)", "`touch PWNED`", "a b", "'; touch PWNED; '", '"; touch PWNED; "', "\n#SBATCH --uid=0\n", "-rf",
            "\\", "%j", "ü→é", "*", "~", "a\tb", "${HOME}", "!x", "#", "&& touch PWNED"]  # fmt: skip
@@ -96,7 +107,7 @@ def test_no_value_changes_what_the_script_does(run: str, work: str, name: str, t
             config = f"{job_dir}/config.json"
             if box == "pipeline":
                 assert called[0][2:] == ["-m", "pipeline", "train", config, "--resume", "auto"]
-                assert called[1][2:] == ["-m", "cluster", "requeue", str(job_dir), "--code", "0"]
+                assert called[1][2:] == ["-m", "cluster", "requeue", str(job_dir), "--job", "7", "--code", "0"]
             elif box == "data_prep":
                 assert called[0][2:] == ["-m", "data_prep", "build", config, "--task", "2", "--tasks", "4"]
             else:
@@ -149,7 +160,7 @@ def test_the_trainers_exit_code_reaches_the_decision(trainer: int, marked: bool,
     stage(tmp_path, python, trainer)
     job = Job("x", "", str(tmp_path), str(tmp_path / "logs"), str(tmp_path), str(python))
     bash(train_script(job), tmp_path, RECORD=str(record), **SLURM)
-    assert calls(record)[1][2:] == ["-m", "cluster", "requeue", str(tmp_path), "--code", str(seen)]
+    assert calls(record)[1][2:] == ["-m", "cluster", "requeue", str(tmp_path), "--job", "7", "--code", str(seen)]
     assert (tmp_path / "checkpointed-7").exists() == marked
 
 
@@ -166,7 +177,17 @@ def test_a_signal_to_the_script_reaches_the_ranks_and_is_waited_for(name: str, t
              'while :; do s=; wait $t; a=$?; [ $a -ne 127 ] && c=$a; [ -z "$s" ] && break; done\nexit $c')  # fmt: skip
     job = Job("x", "", str(tmp_path), str(tmp_path / "logs"), str(tmp_path), str(python))
     bash(train_script(job), tmp_path, RECORD=str(record), **SLURM)
-    assert calls(record)[1][2:] == ["-m", "cluster", "requeue", str(tmp_path), "--code", "0", "--asked-to-stop"]
+    assert calls(record)[1][2:] == [
+        "-m",
+        "cluster",
+        "requeue",
+        str(tmp_path),
+        "--job",
+        "7",
+        "--code",
+        "0",
+        "--asked-to-stop",
+    ]
     assert (tmp_path / "checkpointed-7").exists()
     assert f"{name}: asking the ranks" in (tmp_path / "logs" / "batch.log").read_text()
 
@@ -219,3 +240,36 @@ def test_a_mark_stops_whom_it_is_meant_for(marks: dict[str, str], starts: bool, 
     assert (done.returncode, (tmp_path / "record").exists()) == ((0, True) if starts else (1, False))
     assert ("and send this script again" in (tmp_path / "logs" / "batch.log").read_text()) == (not starts)
     assert {path.name for path in tmp_path.iterdir()} >= set(marks)  # another job's marks are left alone
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(text, text)
+@example("$(touch PWNED)", "a b")
+def test_a_task_of_an_array_is_a_training_job_in_its_own_folder(run: str, other: str) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        job_dir, python = folder / "r" / run, folder / "python"
+        logs = [str(folder / "logs" / str(i) / name) for i, name in enumerate((other, "b", run, "d"))]
+        for task in range(4):
+            Path(task_folder(str(job_dir), task)).mkdir(parents=True)
+        stage(folder, python, code=1)
+        job = Job("n", "c", str(job_dir), "unused", str(folder), str(python), nodes=1)
+        script = array_script(job, logs, parallel=3)
+        assert "#SBATCH --array=0-3%3\n" in script
+        bash(script, folder, RECORD=str(folder / "record"), **SLURM)
+        trained, asked = calls(folder / "record")
+        mine = task_folder(str(job_dir), 2)
+        assert trained[1:] == [f"{job_dir}/code", "-m", "pipeline", "train", f"{mine}/config.json", "--resume", "auto"]
+        assert asked[2:] == ["-m", "cluster", "requeue", mine, "--job", "7_2", "--code", "1"]
+        assert (Path(logs[2]) / "batch.log").exists()
+        assert not list(folder.rglob("PWNED"))
+
+
+def test_the_report_reads_the_plan_with_the_frozen_code(tmp_path: Path) -> None:
+    stage(tmp_path, tmp_path / "python")
+    job = Job("n", "c", str(tmp_path / "j"), str(tmp_path / "logs"), str(tmp_path), str(tmp_path / "python"), nodes=4)
+    script = report_script(job, f"{tmp_path}/j/plan.json")
+    assert "#SBATCH --nodes=1\n" in script
+    assert bash(script, tmp_path, RECORD=str(tmp_path / "record"), **SLURM).returncode == 0
+    [compared] = calls(tmp_path / "record")
+    assert compared[1:] == [f"{tmp_path}/j/code", "-m", "pipeline", "ablate", f"{tmp_path}/j/plan.json", "--compare"]

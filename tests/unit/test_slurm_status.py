@@ -119,6 +119,38 @@ def test_status_prints_json(job_dir: Path, capsys: pytest.CaptureFixture[str]) -
     assert [one["step"] for one in json.loads(capsys.readouterr().out)["jobs"]] == [20]
 
 
+def test_a_folder_of_runs_is_a_table_with_what_is_left_and_what_it_cost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, step in (("base/seed-0", 100), ("base/seed-1", 50), ("other/seed-0", None)):
+        run = RunDir(str(tmp_path / name))
+        run.write_resolved({"train": {"steps": 100}})
+        if step:
+            figures = {"loss": 2.0, "samples_per_s": 4.0, "eta_s": 3725.0, "gpu_hours": 0.5, "probe/knn/fused": 0.25}
+            run.append_metrics({"step": step, **figures, "probe/knn/fused/low": 0.1, "time": 0.0})
+    parser = argparse.ArgumentParser()
+    status.add_arguments(parser)
+    status.main(parser.parse_args([str(tmp_path), "--price-per-gpu-hour", "3"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "  base/seed-0   100 of 100, loss 2, 4 samples/s, 0.5 GPU-hours, cost 1.50, knn/fused 0.250"
+    assert lines[2].startswith("  base/seed-1   50 of 100, loss 2, 4 samples/s, 1:02:05 left, 0.5 GPU-hours, cost 1.50")
+    assert lines[3] == "  other/seed-0  none yet"
+    assert lines[4] == "  1 of 3 runs at their last step, 1 GPU-hours, cost 3.00"
+    status.main(parser.parse_args([str(tmp_path), "--json"]))
+    kept = json.loads(capsys.readouterr().out)
+    assert [run["eta_s"] for run in kept["tasks"]] == [3725.0, 3725.0, None]
+    with pytest.raises(UsageError, match="--watch"):
+        status.main(parser.parse_args([str(tmp_path), "--watch", "5", "--json"]))
+
+
+def test_watching_ends_when_nothing_goes_on() -> None:
+    run = {"jobs": [], "step": 5, "steps": 10}
+    assert status.goes_on(run)
+    assert not status.goes_on({**run, "step": 10})
+    assert status.goes_on({"jobs": [{"state": "3 COMPLETED, 1 PENDING"}]})
+    assert not status.goes_on({"jobs": [{"state": "COMPLETED"}], "step": 5, "steps": 10})
+
+
 def test_slurms_messages_become_one_line() -> None:
     text = (
         "sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed: Invalid partition\n"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from cluster.commands import status
 from cluster.commands import submit as command
 from cluster.commands.plan import figures_of
 from cluster.errors import RunFailure, UsageError
@@ -19,7 +20,10 @@ from cluster.plan.facts import configured_layout, hardware, model_facts
 from cluster.plan.recommend import recommend
 from cluster.rundir import RunDir
 from cluster.slurm import commands as door
+from cluster.slurm.array import ArraySubmission, ArrayTask, submit_array
 from cluster.slurm.resolve import resolve
+from cluster.slurm.script import Job
+from cluster.slurm.status import find_record, report_array
 from cluster.slurm.submit import submit
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -257,7 +261,7 @@ def test_inside_a_container_another_interpreter_and_what_was_on_the_path(
     assert "\nPYTHON=/outside/python\nRANK_PYTHON=python3\n" in text
     assert '"$RANK_PYTHON" -m pipeline train' in text
     assert '"$PYTHON" -m cluster requeue' in text
-    assert 'PYTHONPATH="$JOB_DIR/code${PYTHONPATH:+:$PYTHONPATH}"' in text
+    assert 'PYTHONPATH="$CODE${PYTHONPATH:+:$PYTHONPATH}"' in text
     command.main(parse("train", "c.yaml", "--dry-run", "--container", "i", "--container-python", "/inside/python"))
     assert "\nRANK_PYTHON=/inside/python\n" in capsys.readouterr().out
 
@@ -271,3 +275,55 @@ def test_a_frozen_copy_still_knows_its_revision(run_dir: Path, tmp_path: Path) -
         [sys.executable, "-c", asked], env={"PYTHONPATH": f"{folder / 'code'}"}, capture_output=True, text=True, check=True, cwd="/",
     )  # fmt: skip
     assert told.stdout == f"{json.loads((folder / 'job.json').read_text())['code']['revision']} the difference\n"
+
+
+def array_of(root: Path, **more: Any) -> ArraySubmission:
+    tasks = [
+        ArrayTask(f"a/seed-{i}", str(root / f"a/seed-{i}"), {"run": {"dir": f"d{i}"}}, str(i) * 16) for i in (0, 1)
+    ]
+    job = Job("n", "c", "", "", str(root), sys.executable)
+    return ArraySubmission(job, str(root), tasks, {"runs": "all"}, **more)
+
+
+def test_an_array_keeps_each_run_a_folder_of_its_own(run_dir: Path, tmp_path: Path) -> None:
+    sbatch(tmp_path, COUNTING)
+    sent = submit_array(array_of(run_dir, dependency="afterok:5", max_requeues=3))
+    folder = run_dir / "jobs" / "001"
+    assert (sent["jobs"], sent["job_dir"]) == (["100", "101"], str(folder))
+    first, last = (tmp_path / "bin" / "sbatch.calls").read_text().splitlines()
+    assert first == f"--parsable --dependency=afterok:5 {folder}/job.sbatch"
+    assert last == f"--parsable --dependency=afterany:100 {folder}/report.sbatch"
+    assert json.loads((folder / "plan.json").read_text()) == {"runs": "all"}
+    for number in (0, 1):
+        task = folder / f"{number:05d}"
+        assert json.loads((task / "config.json").read_text()) == {"run": {"dir": f"d{number}"}}
+        record = json.loads((task / "job.json").read_text())
+        assert (record["jobs"], record["kind"], record["max_requeues"]) == ([f"100_{number}"], "train", 3)
+        assert record["run_dir"] == str(run_dir / f"a/seed-{number}")
+    shown = report_array(*find_record(str(run_dir)))
+    assert [task["name"] for task in shown["tasks"]] == ["a/seed-0", "a/seed-1"]
+    assert "  0 of 2 runs at their last step, 0 GPU-hours" in status.describe_many(shown)
+
+
+def test_a_refused_array_leaves_nothing(run_dir: Path, tmp_path: Path) -> None:
+    sbatch(tmp_path, 'echo "$@" | grep -q report && { echo no >&2; exit 1; }; echo 100')
+    (tmp_path / "bin" / "scancel").write_text('#!/bin/bash\necho "$@" >>"$0.calls"\n')
+    (tmp_path / "bin" / "scancel").chmod(0o755)
+    with pytest.raises(RunFailure, match="no"):
+        submit_array(array_of(run_dir))
+    assert (tmp_path / "bin" / "scancel.calls").read_text() == "100\n"
+    assert not run_dir.exists()
+
+
+def test_an_array_waits_for_the_job_that_works_on_one_of_its_runs(run_dir: Path, tmp_path: Path) -> None:
+    sbatch(tmp_path, COUNTING)
+    RunDir(str(run_dir / "a/seed-1")).claim()
+    writer = run_dir / "a/seed-1" / "writer.json"
+    writer.write_text(json.dumps({**json.loads(writer.read_text()), "job": "77"}))
+    (tmp_path / "bin" / "scontrol").write_text("#!/bin/bash\necho 'JobId=77 JobState=RUNNING'\n")
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    with pytest.raises(UsageError, match=r"seed-1: job 77 \(RUNNING\) works on this run already"):
+        submit_array(array_of(run_dir))
+    submit_array(array_of(run_dir, follow=True))
+    first = (tmp_path / "bin" / "sbatch.calls").read_text().splitlines()[0]
+    assert first.startswith("--parsable --dependency=afterany:77 ")

@@ -1,0 +1,62 @@
+"""Builds the installed package `geoloom`: the reader of exported backbones, and of our boxes only the modules that it imports.
+
+The boxes are called cluster, data_prep and model in a checkout: names nobody may take in somebody else's environment. They are installed
+as `geoloom.cluster` and so on, their imports rewritten. What is needed is found by reading the imports, from `model.encoder` on.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+START = ("model.encoder", "model.pretrained")
+BOXES = ("cluster", "data_prep", "model")
+IMPORT = re.compile(rf"^(\s*from )((?:{'|'.join(BOXES)})(?:\.\w+)* import )", re.MULTILINE)
+
+
+def modules_needed(start: tuple[str, ...] = START) -> list[str]:
+    """Names of our modules that `start` imports, directly or not, packages included, sorted."""
+    found: set[str] = set()
+    waiting = list(start)
+    while waiting:
+        name = waiting.pop()
+        if name in found or not (path := source_of(name)).exists():
+            continue
+        found.add(name)
+        if "." in name:
+            waiting.append(name.rpartition(".")[0])
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in BOXES:
+                waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return sorted(found)
+
+
+def source_of(name: str) -> Path:
+    """File of a module or package."""
+    path = ROOT.joinpath(*name.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def rewritten(text: str) -> str:
+    """`from cluster.config import …` → `from geoloom.cluster.config import …`."""
+    return IMPORT.sub(r"\1geoloom.\2", text)
+
+
+class BuildReader(build_py):
+    """Adds the rewritten modules to what is built."""
+
+    def run(self) -> None:
+        super().run()
+        for name in modules_needed():
+            target = Path(self.build_lib, "geoloom", source_of(name).relative_to(ROOT))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(rewritten(source_of(name).read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    setup(cmdclass={"build_py": BuildReader})
