@@ -50,6 +50,11 @@ def test_resume_drops_what_will_be_logged_again(url: str) -> None:
     second.close()
     assert raw_steps(second) == [10, 20, 30, 40, 50]
     assert [line["loss"] for line in second.read_metrics()][1:3] == [1.0 / 20, 2.0 / 30]
+    third = RunDir(url)  # comes less far than the one before it: what that one logged later no longer counts
+    third.start_metrics(20)
+    third.append_metrics({"step": 30, "loss": 3.0 / 30})
+    third.close()
+    assert steps(third) == raw_steps(third) == [10, 20, 30]
 
 
 @given(
