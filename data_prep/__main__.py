@@ -13,6 +13,8 @@ COMMANDS = {
     "sites": ("data_prep.commands.sites", "an area to sites on one global lattice, split by place, with a map"),
     "prepare": ("data_prep.commands.prepare", "sites x STAC API, dump or catalog to ranked images per site, in slices"),
     "build": ("data_prep.commands.build", "catalog to tars + index.parquet + manifest.json"),
+    "append": ("data_prep.commands.append", "new sites into a set that stands; old shards and splits stay as they are"),
+    "remove": ("data_prep.commands.remove", "sites out of a set, by key, area or product; rewrites their shards only"),
     "merge": ("data_prep.commands.merge", "index.parquet and manifest.json from finished shards (array builds)"),
     "status": ("data_prep.commands.status", "what a build is doing: done, running, missing, rate, faults"),
     "verify": ("data_prep.commands.verify", "every checksum, count and offset of a shard set"),

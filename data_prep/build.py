@@ -5,6 +5,7 @@ Layout of an output folder:
     _build/plan.json, plan/              the plan, made once (data_prep.planfile); another plan is refused
     _build/{split}-{000000}.json         written last: this shard is finished (with .index.parquet and .stats.parquet)
     _build/slice-{000000}.json           all shards of a slice are finished: one part instead of theirs (data_prep.merge)
+    _build/removed.json                  what `remove` took out, and a build leaves out
 
 Two builders with the same plan may work on one output at the same time: they make the same bytes and each commit is atomic.
 Two with different plans may not: the second is refused before it writes.
@@ -13,14 +14,12 @@ Two with different plans may not: the second is refused before it writes.
 from __future__ import annotations
 
 import contextlib
-import errno
+import dataclasses
 import functools
 import hashlib
 import json
 import os
-import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,33 +28,37 @@ from cluster import storage
 from cluster.errors import RunFailure, UsageError
 from cluster.progress import Progress
 from data_prep import merge, parts, planfile
-from data_prep.column_file import COLUMNS
+from data_prep.commit import FULL, check_written, commit, storage_failure, sweep, temporary
 from data_prep.config import BuildConfig, GridConfig
 from data_prep.executors import Executor, run_units
 from data_prep.parts import State
 from data_prep.plan import PlannedShard, make_plan, read_catalogs
 from data_prep.planfile import ShardRef, StoredPlan
 from data_prep.prepare.spares import Spares, read_with_spares
+from data_prep.removed import read_removed, skipped_keys
 from data_prep.sample import SampleError
 from data_prep.schema import CLEAR, MODALITIES, SiteArrays
-from data_prep.shards import FAULTS, INDEX, LOSSES, MANIFEST, ShardWriter
+from data_prep.shards import FAULTS, MANIFEST, ShardWriter
 from data_prep.sources import read_site
 from data_prep.sources.records import SiteRecord, SourceFault
 from data_prep.split import cell_of
-from data_prep.tar import extend_crc32c
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Read = Callable[[SiteRecord, GridConfig], SiteArrays]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One shard to make; crosses to a worker process. shard: with its sites, or where they are to be read; slice: its number."""
+    """One shard to make; crosses to a worker process.
+
+    shard: with its sites, or where they are to be read; plan: what its part carries; slice: its number; removed: keys that were taken
+    out of it, and stay out.
+    """
 
     shard: PlannedShard | ShardRef
     config: BuildConfig
     plan: str
     slice: int = 0
+    removed: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -91,12 +94,20 @@ def build(
         UsageError: empty catalog, an output that holds another build.
         RunFailure: disk full, a dead worker, no usable sample. Finished shards stay.
     """
-    url = config.output.url
-    if not url:
+    if not config.output.url:
         raise UsageError("output.url is empty; say where the shards go: output.url=PATH or s3://BUCKET/PREFIX")
-    plan = find_plan(config, shared=tasks > 1)
+    return build_plan(config, find_plan(config, shared=tasks > 1), task, tasks, retry_faults, executor)
+
+
+def build_plan(
+    config: BuildConfig, plan: StoredPlan, task: int = 0, tasks: int = 1, retry_faults: bool = False,
+    executor: Executor | None = None,
+) -> Outcome:  # fmt: skip
+    """`build` of a plan that stands."""
+    url = config.output.url
     outcome = Outcome(plan, faults=list(plan.faults))
-    state = State.look(url, plan.fingerprint)
+    state, removed = State.look(url, plan.fingerprints), read_removed(url)
+    skipped_keys(config.source.skip)  # said now, not by every shard
     jobs: list[Job] = []
     for number in range(task, len(plan.slices), tasks):
         held = state.parts_of(number, plan.slices[number].names)
@@ -106,21 +117,22 @@ def build(
             redo = [True] * len(redo)
         for index, (part, again) in enumerate(zip(held, redo)):
             if again:
-                jobs.append(Job(plan.ref(url, number, index), config, plan.fingerprint, number))
+                ref, mark = plan.ref(url, number, index), plan.origin_of(number).fingerprint
+                jobs.append(Job(ref, config, mark, number, frozenset(removed.get(ref.name, ()))))
             elif part is not None:
                 outcome.parts.append(part)
                 outcome.faults += part["faults"]
     try:
         planned = sum(sum(its.sites) for its in plan.slices[task::tasks])
         _run(jobs, config, outcome, executor or Executor(workers=config.workers), resumed=planned)
-        state = State.look(url, plan.fingerprint)
+        state = State.look(url, plan.fingerprints)
         for number in range(task, len(plan.slices), tasks):
             state.roll_up(number, plan.slices[number].names)
         if state.complete([its.names for its in plan.slices]):
             outcome.manifest = finish(config, plan)
             outcome.faults = [*plan.faults, *_faults_of(url, plan)]
     except OSError as error:
-        raise _storage_failure(url, error) from None
+        raise storage_failure(url, error) from None
     return outcome
 
 
@@ -151,9 +163,7 @@ def _make_plan(config: BuildConfig, inputs: str) -> StoredPlan:
             "source.catalog and prepare.url are both given; a set is built from one of them: drop the other"
         )
     if config.prepare.url:
-        plan = planfile.plan_prepared(config, inputs)
-        claim(url, plan, config, lambda: None)
-        return plan
+        return claim(url, planfile.plan_prepared(config, inputs), config, lambda: None)
     records, unplaced = read_catalogs(config)
     whole = make_plan(records, config, unplaced)
     slices, groups = planfile.slices_of(whole)
@@ -163,45 +173,47 @@ def _make_plan(config: BuildConfig, inputs: str) -> StoredPlan:
         for number, group in enumerate(groups):
             planfile.write_records(planfile.records_folder(url, plan.fingerprint), number, group)
 
-    claim(url, plan, config, write)
-    return plan
+    return claim(url, plan, config, write)
 
 
 def finish(config: BuildConfig, plan: StoredPlan, allow_missing: bool = False) -> dict[str, Any]:
     """The merge of a plan whose shards are all finished. Raises as `merge.merge_parts`, and RunFailure for a full disk."""
     try:
         manifest = merge.merge_parts(
-            config.output.url, plan.names, config, plan.fingerprint, plan.report, plan.faults, allow_missing
-        )
+            config.output.url, plan.names, config, plan.last_fingerprint, plan.report, plan.faults, allow_missing,
+            plan.fingerprints,
+        )  # fmt: skip
         if "missing" not in manifest:
             sweep(config.output.url)
     except OSError as error:
-        raise _storage_failure(config.output.url, error) from None
+        raise storage_failure(config.output.url, error) from None
     return manifest
 
 
-def claim(url: str, plan: StoredPlan, config: BuildConfig, write: Callable[[], None]) -> None:
-    """Marks the output as this plan's and stores the plan; exactly one plan wins. `write` puts its sites in place: before
-    plan.json, unless another plan stands there. Raises UsageError if another holds the output."""
+def claim(url: str, plan: StoredPlan, config: BuildConfig, write: Callable[[], None]) -> StoredPlan:
+    """Marks the output as this plan's, stores the plan and returns it, with what was appended to it; exactly one plan wins. `write`
+    puts its sites in place: before plan.json, unless another plan stands there. Raises UsageError if another holds the output."""
     place = storage.join(url, parts.PARTS, planfile.PLAN)
-    content = planfile.plan_json(plan, config)
     try:
         holder = _holder(place)
         if holder == "":
             if storage.exists(storage.join(url, MANIFEST)):
                 raise UsageError(f"{url} holds a shard set without its _build folder; choose another output.url")
             write()
-            if storage.create(place, content):
-                return
+            if storage.create(place, planfile.plan_json(plan, config)):
+                return plan
             holder = _holder(place)
         if (
             holder == plan.fingerprint
         ):  # the same sites from other files, or of an earlier version: its paths are taken over
             write()
-            storage.write_atomic(place, content)
-            return
+            held = planfile.read_plan(url)
+            if held is not None:
+                plan = dataclasses.replace(held, prepared=plan.prepared, inputs=plan.inputs)
+            storage.write_atomic(place, planfile.plan_json(plan, config))
+            return plan
     except OSError as error:
-        raise _storage_failure(url, error) from None
+        raise storage_failure(url, error) from None
     storage.remove(planfile.records_folder(url, plan.fingerprint), recursive=True)
     raise UsageError(
         f"{url} holds a build of another catalog or config (plan {holder}, this one is {plan.fingerprint}); choose another "
@@ -231,13 +243,18 @@ def build_shard(
     modalities = config.source.modalities or (tuple(MODALITIES) if prepared else ())
     reading = read or functools.partial(read_site, quality=config.quality, modalities=modalities)
     shard = job.shard.load(config) if isinstance(job.shard, ShardRef) else job.shard
+    leave = job.removed | skipped_keys(config.source.skip)
     clock = Stages()
     faults: list[dict[str, str]] = []
+    skipped: list[str] = []
     try:
-        with _temporary(url, name, config.output.scratch) as local:
+        with temporary(url, name, config.output.scratch) as local:
             with open(local, "wb") as stream:
                 writer = ShardWriter(stream, name, shard.split, config.codecs)
                 for record in shard.records:
+                    if record.key in leave:
+                        skipped.append(record.key)
+                        continue
                     fault = _add_site(writer, record, config, reading, clock, shard.spares.get(record.key, {}))
                     if fault:
                         faults.append({"site": record.key, "shard": name, **fault})
@@ -247,31 +264,18 @@ def build_shard(
                     stream.flush()
                     os.fsync(stream.fileno())
             with clock("check"):
-                _check_written(local, crc32c)
+                check_written(local, crc32c)
             with clock("commit"):
                 if writer.rows:
-                    _commit(local, storage.join(url, name))
-                part = parts.commit_shard(url, name, shard.split, writer, sha256, faults, job.plan)
+                    commit(local, storage.join(url, name))
+                part = parts.commit_shard(url, name, shard.split, writer, sha256, faults, job.plan, skipped)
     except OSError as error:
         # another builder of the same plan finished this shard, merged, and swept our temporary file away with the stale ones
-        done = State.look(url, job.plan).part(name, job.slice) if isinstance(error, FileNotFoundError) else None
+        done = State.look(url, [job.plan]).part(name, job.slice) if isinstance(error, FileNotFoundError) else None
         if done is not None:
             return done, clock.seconds
-        raise _storage_failure(url, error) from None
+        raise storage_failure(url, error) from None
     return part, clock.seconds
-
-
-def sweep(url: str) -> None:
-    """Removes temporary files that killed builders left. Every shard is finished, so none of a shard's can still be wanted;
-    those of index, manifest and fault list may be another task's that merges at this moment."""
-    if not storage.is_local(url):
-        return
-    folder = storage.local_path(url)
-    for where in (folder, os.path.join(folder, parts.PARTS)):
-        for entry in os.listdir(where):
-            if entry.endswith(".tmp") and not entry.startswith((INDEX, MANIFEST, FAULTS, LOSSES, COLUMNS)):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(where, entry))
 
 
 def over_budget(outcome: Outcome, config: BuildConfig) -> bool:
@@ -372,54 +376,3 @@ def _run(jobs: list[Job], config: BuildConfig, outcome: Outcome, executor: Execu
 def _faults_of(url: str, plan: StoredPlan) -> list[dict[str, Any]]:
     lines = storage.read_bytes(storage.join(url, FAULTS)).splitlines()
     return [json.loads(line) for line in lines][len(plan.faults) :]
-
-
-@contextlib.contextmanager
-def _temporary(url: str, name: str, scratch: str | None) -> Iterator[str]:
-    """A local path for a tar in the making: beside its final place, or in scratch on its way to object storage."""
-    if storage.is_local(url):
-        folder = storage.local_path(url)
-        os.makedirs(folder, exist_ok=True)
-    else:
-        folder = scratch or tempfile.gettempdir()
-        os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, f"{name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        yield path
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-
-
-def _commit(local: str, url: str) -> None:
-    """Makes a checked tar visible under its name, whole."""
-    if not storage.is_local(url):
-        storage.upload(local, url)
-        if storage.size(url) != os.path.getsize(local):
-            raise RunFailure(f"{url} has not the size that was sent; run the command again")
-        return
-    target = storage.local_path(url)
-    with contextlib.suppress(FileNotFoundError):  # another builder of the same plan has swept: its tar is the same
-        os.replace(local, target)
-    if not os.path.exists(target):
-        raise RunFailure(f"{target} could not be put in place; run the command again")
-    storage.fsync_folder(os.path.dirname(target))
-
-
-def _check_written(path: str, crc32c: int) -> None:
-    """Reads the finished file back, from the disk and not from the kernel's memory of it: what stands there is what was meant."""
-    found, piece = 0, memoryview(bytearray(4 << 20))
-    with open(path, "rb", buffering=0) as stream:
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # it was synced: nothing is lost
-        while count := stream.readinto(piece):
-            found = extend_crc32c(found, piece[:count])
-    if found != crc32c:
-        raise RunFailure(f"{path} reads back differently from what was written: check that disk")
-
-
-def _storage_failure(url: str, error: OSError) -> RunFailure | UsageError:
-    if error.errno in FULL:
-        return RunFailure(f"{url}: no space left; finished shards are kept: free space and run the same command again")
-    if isinstance(error, PermissionError | NotADirectoryError | FileExistsError | FileNotFoundError):
-        return UsageError(f"{url} cannot be written: {error.strerror or error}")
-    return RunFailure(f"{url}: {type(error).__name__}: {error}")

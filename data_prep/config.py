@@ -17,11 +17,14 @@ class SourceConfig:
     """catalog: URLs of STAC catalogs (stac-geoparquet files or folders of items), built into one set.
 
     modalities: only these are read; empty = all but s2_l1c, which must be asked for. bbox: west, south, east, north in degrees; sites outside are left out.
+    skip: text file of site keys, one per line, that shards are made without; the plan stays as it is. `remove` takes sites out of
+    shards that are made already.
     """
 
     catalog: tuple[str, ...] = ()
     modalities: tuple[str, ...] = ()
     bbox: tuple[float, float, float, float] | None = None
+    skip: str = ""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.modalities if name not in MODALITIES]

@@ -116,10 +116,14 @@ def span(entries: Sequence[Entry]) -> int:
     return last.offset + last.length + -last.length % 512 - entries[0].header
 
 
+def labels_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Names of the scalar labels that any row has."""
+    return sorted({name[len(LABEL_PREFIX) :] for row in rows for name in row if name.startswith(LABEL_PREFIX)})
+
+
 def table_of(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Rows to a table with every column of `schema`; absent values are null."""
-    labels = {name[len(LABEL_PREFIX) :] for row in rows for name in row if name.startswith(LABEL_PREFIX)}
-    wanted = schema(labels)
+    wanted = schema(labels_of(rows))
     return pa.table({f.name: pa.array([row.get(f.name) for row in rows], f.type) for f in wanted}, wanted)
 
 

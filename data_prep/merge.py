@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -40,20 +40,22 @@ def merge_parts(
     extra: Mapping[str, Any] | None = None,
     plan_faults: Sequence[Mapping[str, Any]] = (),
     allow_missing: bool = False,
+    accepted: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Writes index, faults and manifest of the shards `names` (plan order) and returns the manifest.
 
     Args:
         config: what the shards were built with; only what shapes their bytes goes into the manifest.
-        plan: fingerprint every part must carry.
+        plan: fingerprint of the plan, for the manifest.
         extra: further manifest entries known to the plan (split report, duplicates, …).
         plan_faults: sites that the plan refused.
         allow_missing: close the set over the shards that are finished; the manifest names the others under "missing".
+        accepted: every part must carry one of these fingerprints; None: the plan's.
 
     Raises:
         RunFailure: shards unfinished or of another plan, labels whose class names disagree, no sample at all.
     """
-    bundles = gather(url, names, plan)
+    bundles = gather(url, names, accepted if accepted is not None else (plan,))
     done = {part["shard"] for bundle in bundles for part in bundle.parts}
     missing = [name for name in names if name not in done]
     if missing and not allow_missing:
@@ -80,6 +82,9 @@ def merge_parts(
     manifest["columns"] = column_file.write(ShardSet(url, manifest, ""))
     manifest["faults"] = len(faults)
     manifest["losses"] = {"dates": len(losses), "sites": len({loss["site"] for loss in losses})}
+    skipped = sum(len(part.get("skipped", ())) for bundle in bundles for part in bundle.parts)
+    if skipped:
+        manifest["skipped"] = skipped
     manifest["plan"] = plan
     if missing:
         manifest["missing"] = missing
@@ -92,7 +97,8 @@ def shaping_config(config: BuildConfig) -> dict[str, Any]:
     tree = to_dict(config)
     for key in ("output", "workers", "error_budget", "max_faults", "sites", "prepare"):
         tree.pop(key)
-    tree["source"].pop("catalog")
+    for key in ("catalog", "skip"):
+        tree["source"].pop(key)
     return tree
 
 

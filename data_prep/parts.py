@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -42,29 +42,43 @@ def slice_name(number: int) -> str:
 
 
 def commit_shard(
-    url: str, name: str, split: str, writer: ShardWriter, sha256: str, faults: Sequence[Mapping[str, Any]], plan: str
-) -> dict[str, Any]:
+    url: str, name: str, split: str, writer: ShardWriter, sha256: str, faults: Sequence[Mapping[str, Any]], plan: str,
+    skipped: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
     """Writes the parts of a shard whose tar is in place (or that has no sample and no tar); returns the part JSON."""
-    table = io.BytesIO()
-    rows = index.table_of(writer.rows)
-    pq.write_table(rows, table, compression="zstd")
-    statistics = writer.histograms.to_bytes()
-    boxes = [row["bbox"] for row in writer.rows]
+    table, statistics = table_bytes(index.table_of(writer.rows)), writer.histograms.to_bytes()
     part = {
+        **facts_of(name, split, writer, sha256, faults, plan, skipped),
+        "index_sha256": hashlib.sha256(table).hexdigest(), "stats_sha256": hashlib.sha256(statistics).hexdigest(),
+    }  # fmt: skip
+    storage.write_atomic(part_url(url, name, "index.parquet"), table)
+    storage.write_atomic(part_url(url, name, "stats.parquet"), statistics)
+    storage.write_atomic(part_url(url, name, "json"), dump(part))
+    return part
+
+
+def facts_of(
+    name: str, split: str, writer: ShardWriter, sha256: str, faults: Sequence[Mapping[str, Any]], plan: str,
+    skipped: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """What a part says of a shard, its tables apart. skipped: keys of the plan that were left out on purpose."""
+    boxes = [row["bbox"] for row in writer.rows]
+    return {
         "shard": name, "split": split, "plan": plan, "samples": len(writer.rows),
         "bytes": writer.bytes_written if writer.rows else 0, "sha256": sha256 if writer.rows else "",
         "bounds": [
             min(b["xmin"] for b in boxes), min(b["ymin"] for b in boxes), max(b["xmax"] for b in boxes), max(b["ymax"] for b in boxes)
         ] if boxes else None,
-        "labels": index.label_names(rows.schema), "classes": writer.classes, "radiometry": writer.radiometry,
-        "index_sha256": hashlib.sha256(table.getvalue()).hexdigest(),
-        "stats_sha256": hashlib.sha256(statistics).hexdigest(),
-        "faults": list(faults), "losses": writer.losses,
+        "labels": index.labels_of(writer.rows), "classes": writer.classes, "radiometry": writer.radiometry,
+        "faults": list(faults), "losses": writer.losses, **({"skipped": list(skipped)} if skipped else {}),
     }  # fmt: skip
-    storage.write_atomic(part_url(url, name, "index.parquet"), table.getvalue())
-    storage.write_atomic(part_url(url, name, "stats.parquet"), statistics)
-    storage.write_atomic(part_url(url, name, "json"), dump(part))
-    return part
+
+
+def table_bytes(table: pa.Table) -> bytes:
+    """An index table as a part holds it."""
+    stream = io.BytesIO()
+    pq.write_table(table, stream, compression="zstd")
+    return stream.getvalue()
 
 
 def read_part(url: str, shard: str) -> dict[str, Any] | None:
@@ -87,16 +101,17 @@ def unroll(url: str, number: int) -> None:
 
 @dataclass(frozen=True)
 class State:
-    """What an output holds, by two listings. sizes: of the tars; names: of the parts."""
+    """What an output holds, by two listings. plans: fingerprints that its parts may carry; sizes: of the tars; names: of the parts."""
 
     url: str
-    plan: str
+    plans: frozenset[str]
     sizes: Mapping[str, int]
     names: frozenset[str]
 
     @staticmethod
-    def look(url: str, plan: str) -> State:
-        return State(url, plan, storage.list_sizes(url), frozenset(storage.list_names(storage.join(url, PARTS))))
+    def look(url: str, plans: Iterable[str]) -> State:
+        names = frozenset(storage.list_names(storage.join(url, PARTS)))
+        return State(url, frozenset(plans), storage.list_sizes(url), names)
 
     def is_rolled(self, number: int) -> bool:
         return f"{slice_name(number)}.json" in self.names
@@ -131,7 +146,7 @@ class State:
         if len(shards) < 2 or self.is_rolled(number) or not self.is_complete(number, shards):
             return
         whole = [
-            part for name in shards if (part := read_part(self.url, name)) is not None and part["plan"] == self.plan
+            part for name in shards if (part := read_part(self.url, name)) is not None and part["plan"] in self.plans
         ]
         if len(whole) < len(shards):
             return
@@ -140,16 +155,13 @@ class State:
             histograms.merge(Histograms.from_bytes(checked(self.url, part["shard"], part, "stats.parquet")))
             tables.append(index.read_parquet(checked(self.url, part["shard"], part, "index.parquet")))
         wanted = index.schema(sorted({label for part in whole for label in part["labels"]}))
-        stream = io.BytesIO()
-        pq.write_table(
-            pa.concat_tables([index.conform(table, wanted, 0) for table in tables]), stream, compression="zstd"
-        )
+        joined = table_bytes(pa.concat_tables([index.conform(table, wanted, 0) for table in tables]))
         statistics, name = histograms.to_bytes(), slice_name(number)
         done = {
-            "slice": number, "plan": self.plan, "parts": whole,
-            "index_sha256": hashlib.sha256(stream.getvalue()).hexdigest(), "stats_sha256": hashlib.sha256(statistics).hexdigest(),
+            "slice": number, "plan": whole[0]["plan"], "parts": whole,
+            "index_sha256": hashlib.sha256(joined).hexdigest(), "stats_sha256": hashlib.sha256(statistics).hexdigest(),
         }  # fmt: skip
-        storage.write_atomic(part_url(self.url, name, "index.parquet"), stream.getvalue())
+        storage.write_atomic(part_url(self.url, name, "index.parquet"), joined)
         storage.write_atomic(part_url(self.url, name, "stats.parquet"), statistics)
         storage.write_atomic(part_url(self.url, name, "json"), dump(done))
         for shard in shards:
@@ -157,7 +169,7 @@ class State:
                 storage.remove(part_url(self.url, shard, suffix))
 
     def _stands(self, part: Mapping[str, Any]) -> bool:
-        return part["plan"] == self.plan and (part["samples"] == 0 or self.sizes.get(part["shard"]) == part["bytes"])
+        return part["plan"] in self.plans and (part["samples"] == 0 or self.sizes.get(part["shard"]) == part["bytes"])
 
 
 @dataclass(frozen=True)
@@ -173,7 +185,7 @@ class Bundle:
         return str(self.parts[0]["split"])
 
 
-def gather(url: str, names: Sequence[str], plan: str) -> list[Bundle]:
+def gather(url: str, names: Sequence[str], plans: Collection[str]) -> list[Bundle]:
     """The parts of the shards `names`, in that order; those that are unfinished are left out. One listing, one read per bundle."""
     listed = storage.list_names(storage.join(url, PARTS))
     numbers = [int(name[6:12]) for name in listed if name.startswith("slice-") and name.endswith(".json")]
@@ -182,7 +194,7 @@ def gather(url: str, names: Sequence[str], plan: str) -> list[Bundle]:
         rolled = [
             entry
             for entry in pool.map(lambda n: read_slice(url, n), numbers)
-            if entry is not None and entry["plan"] == plan
+            if entry is not None and entry["plan"] in plans
         ]
         held = {part["shard"]: entry for entry in rolled for part in entry["parts"]}
         single = [name for name in names if name not in held and f"{name.removesuffix('.tar')}.json" in own]
@@ -195,7 +207,7 @@ def gather(url: str, names: Sequence[str], plan: str) -> list[Bundle]:
         entry = held.get(name)
         if entry is None:
             part = parts.get(name)
-            if part is not None and part["plan"] == plan:
+            if part is not None and part["plan"] in plans:
                 bundles.append(Bundle(name, (part,), part))
         elif entry["slice"] not in seen:
             seen.add(entry["slice"])

@@ -18,6 +18,7 @@ import numpy as np
 from cluster.errors import UsageError
 from data_prep.config import SPLITS, BuildConfig, GridConfig
 from data_prep.geo import Bounds, boxes_meet, has_place
+from data_prep.held import Held
 from data_prep.merge import shaping_config
 from data_prep.schema import MODALITIES, default_modalities
 from data_prep.shards import shard_name
@@ -86,25 +87,35 @@ def read_catalogs(config: BuildConfig) -> tuple[list[SiteRecord], list[SourceFau
     return cutter.sites(faults), faults
 
 
-def make_plan(records: Sequence[SiteRecord], config: BuildConfig, faults: Sequence[SourceFault] = ()) -> Plan:
-    """The plan of a build. Raises UsageError if no site is left to build, or labels whose class names disagree."""
+def make_plan(
+    records: Sequence[SiteRecord], config: BuildConfig, faults: Sequence[SourceFault] = (), held: Held | None = None
+) -> Plan:
+    """The plan of a build. held: what the set has already; only what is new is planned, which may be nothing.
+
+    Raises UsageError if no site is left to build, or labels whose class names disagree.
+    """
     listed = len(records) + len(faults)
     chosen = [record for r in records if (record := _narrowed(r, config)) is not None]
     _check_classes(chosen)
-    unique, duplicates, clashes = _deduplicated(chosen)
-    result = assign(unique, config.split)
+    new, known = chosen, dict[str, int]()
+    if held is not None:
+        there = held.has([record.key for record in chosen])
+        new = [record for record, its in zip(chosen, there) if not its and record.key not in held.removed]
+        known = {"held": int(there.sum()), "removed": len(chosen) - len(new) - int(there.sum())}
+    unique, duplicates, clashes = _deduplicated(new)
+    result = assign(unique, config.split, held)
     shards = []
     for split in SPLITS:
         members = [record for record, its in zip(unique, result.splits) if its == split]
         members = [members[i] for i in scattered([record.key for record in members], config)]
         for number, group in enumerate(_packed(members, config)):
             shards.append(PlannedShard(shard_name(split, number), split, tuple(group)))
-    if not shards:
+    if not shards and not (held is not None and chosen):
         raise UsageError(_nothing_to_build(records, config, faults))
     report = {
         "sites": {
             "listed": listed, "not_chosen": len(records) - len(chosen), "duplicates": duplicates,
-            "planned": sum(len(s.records) for s in shards),
+            "planned": sum(len(s.records) for s in shards), **known,
         },
         "splits": result.report,
     }  # fmt: skip

@@ -11,6 +11,7 @@ come out the same.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -18,7 +19,7 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -29,7 +30,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster import storage
-from cluster.config import to_dict
+from cluster.config import from_dict, to_dict
 from cluster.errors import UsageError
 from data_prep.config import SPLITS, BuildConfig
 from data_prep.merge import shaping_config
@@ -44,6 +45,10 @@ MOST_SHARDS = 32  # of one slice: enough that parts are few, few enough that a t
 SLICES = 1024  # wanted at least, before slices grow
 LEASE_S = 60.0
 _RECORDS = pa.schema([("shard", pa.int32()), ("record", pa.string())])
+
+
+class NothingToBuild(UsageError):
+    """A prepared plan of which no site is left."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +66,33 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class Addition:
+    """What was appended to a plan at one time: its last slices.
+
+    Attributes:
+        fingerprint: of its sites and of all that stood before it; its parts carry it.
+        slices: how many; faults: how many of the plan's last faults are of its sites.
+        prepared, inputs: as in `StoredPlan`.
+    """
+
+    fingerprint: str
+    slices: int
+    prepared: str = ""
+    inputs: str = ""
+    faults: int = 0
+
+
+@dataclass(frozen=True)
 class StoredPlan:
     """A plan without its sites.
 
     Attributes:
-        slices: in the order of the finished set.
-        fingerprint: of everything that decides the bytes.
-        faults, report: as in `plan.Plan`.
+        slices: the first plan's, then those of every addition; a slice keeps its number.
+        fingerprint: of everything that decides the bytes of the first plan.
+        faults, report: as in `plan.Plan`; the report's `appended` has one entry per addition.
         prepared: URL of the prepared plan that holds the sites; "": they lie beside plan.json.
         inputs: digest of config and catalog files; "" where they cannot be told apart cheaply.
+        added: what was appended later.
     """
 
     slices: tuple[Slice, ...]
@@ -78,29 +101,68 @@ class StoredPlan:
     report: dict[str, Any] = field(default_factory=dict)
     prepared: str = ""
     inputs: str = ""
+    added: tuple[Addition, ...] = ()
 
     @property
     def names(self) -> list[str]:
-        return [name for its in self.slices for name in its.names]
+        """Shards in the order of the finished set: by split, then by number."""
+        order = sorted(self.slices, key=lambda its: (SPLITS.index(its.split), its.first))
+        return [name for its in order for name in its.names]
 
     @property
     def num_sites(self) -> int:
         return sum(sum(its.sites) for its in self.slices)
 
+    @property
+    def origins(self) -> tuple[Addition, ...]:
+        """The first plan and every addition."""
+        first = len(self.slices) - sum(its.slices for its in self.added)
+        return (Addition(self.fingerprint, first, self.prepared, self.inputs), *self.added)
+
+    @property
+    def fingerprints(self) -> frozenset[str]:
+        """What a part of this plan may carry."""
+        return frozenset(its.fingerprint for its in self.origins)
+
+    @property
+    def last_fingerprint(self) -> str:
+        """Names the plan with all that was appended."""
+        return self.origins[-1].fingerprint
+
+    @property
+    def marks(self) -> dict[str, str]:
+        """The fingerprint that each shard's part carries."""
+        found = {number: self.origin_of(number).fingerprint for number in range(len(self.slices))}
+        return {name: found[number] for number, its in enumerate(self.slices) for name in its.names}
+
+    def origin_of(self, number: int) -> Addition:
+        """Where slice `number` comes from."""
+        for its in self.origins:
+            if number < its.slices:
+                return its
+            number -= its.slices
+        raise IndexError(number)
+
     def ref(self, url: str, number: int, index: int) -> ShardRef:
         """Shard `index` of slice `number` of a set at `url`."""
-        folder = self.prepared or records_folder(url, self.fingerprint)
-        return ShardRef(folder, bool(self.prepared), self.slices[number], index)
+        origin = self.origin_of(number)
+        own = records_folder(url, origin.fingerprint)
+        chosen = own if origin.prepared and origin in self.added else ""
+        return ShardRef(origin.prepared or own, bool(origin.prepared), self.slices[number], index, chosen)
 
 
 @dataclass(frozen=True)
 class ShardRef:
-    """Shard `index` of a slice, small enough to send anywhere; `load` reads its sites from `folder`, a prepared plan or a plan's own."""
+    """Shard `index` of a slice, small enough to send anywhere; `load` reads its sites from `folder`, a prepared plan or a plan's own.
+
+    chosen: folder that says which of the prepared sites an addition takes; "": all.
+    """
 
     folder: str
     prepared: bool
     piece: Slice
     index: int
+    chosen: str = ""
 
     @property
     def name(self) -> str:
@@ -115,11 +177,11 @@ class ShardRef:
         return self.piece.sites[self.index]
 
     def load(self, config: BuildConfig) -> PlannedShard:
-        return open_slice(self.folder, self.prepared, self.piece, config).shard(self.index)
+        return open_slice(self, config).shard(self.index)
 
 
-def slices_of(plan: Plan) -> tuple[list[Slice], list[tuple[PlannedShard, ...]]]:
-    """A plan in memory cut into slices, and their shards."""
+def slices_of(plan: Plan, taken: Mapping[str, int] | None = None) -> tuple[list[Slice], list[tuple[PlannedShard, ...]]]:
+    """A plan in memory cut into slices, and their shards. taken: numbers that each split's shards have used up already."""
     size = min(max(len(plan.shards) // SLICES, 1), MOST_SHARDS)
     slices: list[Slice] = []
     shards: list[tuple[PlannedShard, ...]] = []
@@ -127,7 +189,8 @@ def slices_of(plan: Plan) -> tuple[list[Slice], list[tuple[PlannedShard, ...]]]:
         own = [shard for shard in plan.shards if shard.split == split]
         for start in range(0, len(own), size):
             group = tuple(own[start : start + size])
-            slices.append(Slice(split, start, len(slices), tuple(len(shard.records) for shard in group)))
+            first = start + (taken or {}).get(split, 0)
+            slices.append(Slice(split, first, len(slices), tuple(len(shard.records) for shard in group)))
             shards.append(group)
     return slices, shards
 
@@ -161,15 +224,19 @@ class Sites(Protocol):
         """A shard with its sites."""
 
 
-_LAST: dict[tuple[str, Slice], Sites] = {}  # a worker makes the shards of a slice one after the other
+_LAST: dict[tuple[str, str, Slice], Sites] = {}  # a worker makes the shards of a slice one after the other
 
 
-def open_slice(folder: str, prepared: bool, piece: Slice, config: BuildConfig) -> Sites:
-    """A slice of a plan, read. Raises UsageError or RunFailure if it cannot be."""
-    key = (folder, piece)
+def open_slice(ref: ShardRef, config: BuildConfig) -> Sites:
+    """The slice of a shard, read. Raises UsageError or RunFailure if it cannot be."""
+    key = (ref.folder, ref.chosen, ref.piece)
     if key not in _LAST:
         _LAST.clear()
-        _LAST[key] = PreparedSites(folder, piece, config) if prepared else CatalogSites(folder, piece)
+        _LAST[key] = (
+            PreparedSites(ref.folder, ref.piece, config, ref.chosen)
+            if ref.prepared
+            else CatalogSites(ref.folder, ref.piece)
+        )
     return _LAST[key]
 
 
@@ -195,11 +262,13 @@ class CatalogSites:
 class PreparedSites:
     """A slice of a prepared plan: its sites and their items; a site's record is made when its shard is asked for."""
 
-    def __init__(self, url: str, piece: Slice, config: BuildConfig) -> None:
+    def __init__(self, url: str, piece: Slice, config: BuildConfig, chosen: str = "") -> None:
         from data_prep.prepare.slices import SliceItems, read_places, read_prepared
 
         self._sensors = read_prepared_sensors(url) or read_prepared(url)["sensors"]
         places = read_places(url, piece.source)
+        if chosen:
+            places = places.filter(pc.is_in(places["key"], pa.array(read_chosen(chosen, piece.source), pa.string())))
         self._places = places.filter(pc.equal(places["split"], piece.split))
         self._groups = packed_places(self._places, self._sensors, config)
         if tuple(map(len, self._groups)) != piece.sites:
@@ -258,17 +327,35 @@ def packed_places(places: pa.Table, sensors: Sequence[str], config: BuildConfig)
     return [[int(row)] for row in order]
 
 
-def plan_prepared(config: BuildConfig, inputs: str) -> StoredPlan:
-    """The plan of a build from `prepare.url`: every prepared slice gives one slice of shards per split."""
+def write_chosen(folder: str, number: int, keys: Sequence[str]) -> None:
+    """Which sites of prepared slice `number` an addition takes."""
+    storage.write_atomic(storage.join(folder, f"{number:06d}.txt"), "".join(f"{key}\n" for key in keys).encode())
+
+
+def read_chosen(folder: str, number: int) -> list[str]:
+    return storage.read_bytes(storage.join(folder, f"{number:06d}.txt")).decode().split()
+
+
+def plan_prepared(
+    config: BuildConfig, inputs: str, choose: Callable[[int, pa.Table], pa.Table] = lambda number, places: places,
+    taken: Mapping[str, int] | None = None,
+) -> StoredPlan:  # fmt: skip
+    """The plan of a build from `prepare.url`: every prepared slice gives one slice of shards per split.
+
+    Args:
+        choose: which of a prepared slice's sites are built (columns key, cell, split, footprint, SENSOR_dates).
+        taken: as in `slices_of`.
+
+    Raises UsageError: no prepared plan, an unfinished one, no site.
+    """
     from data_prep.prepare.slices import read_places, read_prepared
 
     prepared = read_prepared(config.prepare.url)
     sensors, columns = prepared["sensors"], {}
 
     def sizes(number: int) -> dict[str, tuple[int, ...]]:
-        places = read_places(
-            config.prepare.url, number, ["key", "split", "footprint", *(f"{name}_dates" for name in sensors)]
-        )
+        wanted = ["key", "cell", "split", "footprint", *(f"{name}_dates" for name in sensors)]
+        places = choose(number, read_places(config.prepare.url, number, wanted))
         own = {split: places.filter(pc.equal(places["split"], split)) for split in SPLITS}
         return {
             split: tuple(map(len, packed_places(its, sensors, config))) for split, its in own.items() if its.num_rows
@@ -279,13 +366,13 @@ def plan_prepared(config: BuildConfig, inputs: str) -> StoredPlan:
             columns[number] = found
     slices: list[Slice] = []
     for split in SPLITS:
-        first = 0
+        first = (taken or {}).get(split, 0)
         for number, found in columns.items():
             if split in found:
                 slices.append(Slice(split, first, number, found[split]))
                 first += len(found[split])
     if not slices:
-        raise UsageError(f"{config.prepare.url} holds no site to build")
+        raise NothingToBuild(f"{config.prepare.url} holds no site to build")
     digest = hashlib.sha256(json.dumps(shaping_config(config), sort_keys=True).encode())
     for entry in prepared["slices"]:
         digest.update(json.dumps(entry["sha256"], sort_keys=True).encode())
@@ -327,9 +414,21 @@ def read_plan(url: str) -> StoredPlan | None:
     try:
         tree = json.loads(storage.read_bytes(storage.join(url, PARTS, PLAN)))
         slices = tuple(Slice(split, first, source, tuple(sites)) for split, first, source, sites in tree["slices"])
-        return StoredPlan(slices, tree["plan"], tuple(tree["faults"]), tree["report"], tree["prepared"], tree["inputs"])
+        added = tuple(Addition(**its) for its in tree.get("added", ()))
+        return StoredPlan(
+            slices, tree["plan"], tuple(tree["faults"]), tree["report"], tree["prepared"], tree["inputs"], added
+        )
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
+
+
+def recorded_config(url: str) -> BuildConfig | None:
+    """The config that an output's plan was last made with; None if there is no plan. Raises UsageError for one of another version."""
+    try:
+        tree = json.loads(storage.read_bytes(storage.join(url, PARTS, PLAN)))["config"]
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return None
+    return from_dict(BuildConfig, tree, "recorded config")
 
 
 def plan_json(plan: StoredPlan, config: BuildConfig) -> bytes:
@@ -337,18 +436,19 @@ def plan_json(plan: StoredPlan, config: BuildConfig) -> bytes:
         {
             "plan": plan.fingerprint, "shards": plan.names, "report": plan.report, "faults": list(plan.faults), "config": to_dict(config),
             "prepared": plan.prepared, "inputs": plan.inputs, "slices": [[s.split, s.first, s.source, list(s.sites)] for s in plan.slices],
+            **({"added": [dataclasses.asdict(its) for its in plan.added]} if plan.added else {}),
         }
     )  # fmt: skip
 
 
 @contextlib.contextmanager
-def lease(url: str, done: threading.Event | None = None) -> Iterator[bool]:
+def lease(url: str, done: threading.Event | None = None, stands: Callable[[], bool] | None = None) -> Iterator[bool]:
     """Yields True to the one task that is to plan, False to the others, once the plan stands. Of a planner that died, another
-    takes over: its lease no longer changes."""
+    takes over: its lease no longer changes. stands: whether it does; None: there is a plan.json."""
     place, token = storage.join(url, PARTS, LEASE), uuid.uuid4().hex
     seen, since = b"", time.monotonic()
     while not storage.create(place, f"{token} 0".encode()):
-        if storage.exists(storage.join(url, PARTS, PLAN)):
+        if stands() if stands is not None else storage.exists(storage.join(url, PARTS, PLAN)):
             yield False
             return
         with contextlib.suppress(FileNotFoundError):

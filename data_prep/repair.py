@@ -10,7 +10,7 @@ from typing import Any
 from cluster import config as settings
 from cluster import storage
 from cluster.errors import RunFailure, UsageError
-from data_prep import merge, parts
+from data_prep import merge, parts, planfile
 from data_prep.codec import MemberError
 from data_prep.config import SPLITS, BuildConfig
 from data_prep.index import row_of
@@ -40,6 +40,8 @@ def repair(url: str, say: Callable[[str], None]) -> list[str]:
     names.sort(key=lambda name: (_split_of(name), name))
     fingerprint = plan.get("plan") or old.get("plan") or LOST_PLAN
     config = _config(plan, old)
+    stored = planfile.read_plan(url)
+    marks = {} if stored is None else stored.marks
     rolled = _sound_slices(url, say)
     intact, lost = [], []
     for name in names:
@@ -50,7 +52,7 @@ def repair(url: str, say: Callable[[str], None]) -> list[str]:
         if part is not None and part["samples"] == 0:
             intact.append(name)
             continue
-        why = _mend_shard(url, name, part, listed.get(name), old, config, fingerprint, say)
+        why = _mend_shard(url, name, part, listed.get(name), old, config, marks.get(name, fingerprint), say)
         if why is None:
             intact.append(name)
         else:
@@ -63,7 +65,8 @@ def repair(url: str, say: Callable[[str], None]) -> list[str]:
         _restore_plan(url, names, fingerprint, config, old)
     extra = plan.get("report") or {key: old[key] for key in ("sites", "splits") if key in old}
     missing = {"missing": lost} if lost else {}
-    merge.merge_parts(url, intact, config, fingerprint, {**extra, **missing}, plan.get("faults", ()))
+    last, accepted = (fingerprint, None) if stored is None else (stored.last_fingerprint, stored.fingerprints)
+    merge.merge_parts(url, intact, config, last, {**extra, **missing}, plan.get("faults", ()), accepted=accepted)
     say(f"index and manifest made again from {len(intact)} intact shards")
     return lost
 
@@ -125,7 +128,9 @@ def _mend_shard(
     }
     writer.classes = {label: classes[label] for label in classes if label in labels}
     faults = part["faults"] if part is not None else _old_faults(url, name)
-    merge.commit_shard(url, name, _split_name(name), writer, found, faults, fingerprint)
+    merge.commit_shard(
+        url, name, _split_name(name), writer, found, faults, fingerprint, (part or {}).get("skipped", ())
+    )
     say(f"{name}: intact; its parts are made again")
     return None
 

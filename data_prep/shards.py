@@ -46,6 +46,7 @@ class ShardWriter:
         self._tar, self._name, self._split, self._codecs = TarWriter(stream), name, split, codecs
         self.bytes_written = 0
         self.rows: list[dict[str, Any]] = []
+        self.labels: set[str] = set()
         self.histograms = Histograms()
         self.classes: dict[str, list[str]] = {}
         self.radiometry: dict[str, int] = {}
@@ -64,6 +65,7 @@ class ShardWriter:
         entries = [self._tar.add(f"{site.key}.{suffix}", data) for suffix, data in members]
         info = load_json(members[0][1])
         self.rows.append(row_of(info, cloud_share(site), self._name, entries))
+        self.labels |= {*info["scalars"], *info["labels"]}
         self.histograms.add(site)
         self.classes |= site.classes
         self.losses += losses_of(info)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import shapely
@@ -23,6 +23,17 @@ from data_prep.sources.records import SiteRecord
 OVERLAP_SHARE = 0.02  # edges that only touch overlap by rounding; more than this share of a site is a real overlap
 
 
+class Standing(Protocol):
+    """Sites of an older part of a set (`data_prep.held`)."""
+
+    @property
+    def cells(self) -> Mapping[str, str]:
+        """Split of every ground cell that has a site."""
+
+    def near(self, records: Sequence[SiteRecord], buffer_m: float) -> Iterable[tuple[SiteRecord, str]]:
+        """Its sites (and their splits) within the buffer of any of these."""
+
+
 @dataclass(frozen=True)
 class SplitResult:
     """splits: per record its split, or "" if it is left out by the buffer. report: goes to the manifest."""
@@ -31,17 +42,28 @@ class SplitResult:
     report: dict[str, Any]
 
 
-def assign(records: Sequence[SiteRecord], config: SplitConfig) -> SplitResult:
-    """Split of every record, with the buffer applied."""
+def assign(records: Sequence[SiteRecord], config: SplitConfig, held: Standing | None = None) -> SplitResult:
+    """Split of every record, with the buffer applied.
+
+    held: sites that stand already, in an older part of the set. They keep their splits: a new site of their cell joins them, and one
+    within the buffer of a site of another split is left out.
+    """
+    known = held.cells if held is not None else {}
     cells = [cell_of(record, config) for record in records]
-    drawn = {cell: draw(cell, config) for cell in dict.fromkeys(cells)}
-    if len(drawn) < config.min_cells and config.fractions.get(SPLITS[0], 0) > 0:
-        drawn = dict.fromkeys(
-            drawn, SPLITS[0]
-        )  # a handful of places cannot be split by place: an evaluation of one site says nothing
+    drawn = {cell: known.get(cell) or draw(cell, config) for cell in dict.fromkeys(cells)}
+    if len({*drawn, *known}) < config.min_cells and config.fractions.get(SPLITS[0], 0) > 0:
+        # a handful of places cannot be split by place: an evaluation of one site says nothing
+        drawn = {cell: known.get(cell, SPLITS[0]) for cell in drawn}
     splits = [drawn[cell] for cell in cells]
     before, overlapping = near_pairs(records, splits, config.buffer_m)
     losers = {min(pair, key=lambda i: SPLITS.index(splits[i])) for pair in before}
+    if held is not None:
+        near = list(held.near(records, config.buffer_m))
+        joined = [*records, *(record for record, _ in near)], [*splits, *(split for _, split in near)]
+        pairs, across = near_pairs(*joined, config.buffer_m)
+        mixed = [pair for pair in pairs if (pair[0] < len(records)) != (pair[1] < len(records))]
+        before, overlapping = [*before, *mixed], max(overlapping, across)
+        losers |= {min(pair) for pair in mixed}
     kept = ["" if i in losers else split for i, split in enumerate(splits)]
     remaining = [i for i, split in enumerate(kept) if split]
     after, _ = near_pairs([records[i] for i in remaining], [kept[i] for i in remaining], config.buffer_m)
@@ -91,13 +113,9 @@ def near_pairs(
         return [], 0
     boxes = shapely.box(*np.array([_unwrapped(record.bbox_wgs84) for record in records]).T)
     tree = shapely.STRtree(boxes[evaluation])
-    west, south, east, north = shapely.bounds(boxes).T
-    grow_y = buffer_m / METRES_PER_DEGREE * 1.01
-    grow_x = grow_y / np.maximum(np.cos(np.radians(np.maximum(abs(south), abs(north)) + grow_y)), 1e-3)
-    wide = shapely.box(west - grow_x, south - grow_y, east + grow_x, north + grow_y)
     found = set()
     for turn in (0.0, 360.0, -360.0):  # the antimeridian has neighbours on its other side
-        moved = shapely.transform(wide, lambda xy, turn=turn: xy + np.array([turn, 0.0])) if turn else wide
+        moved = grown_boxes([record.bbox_wgs84 for record in records], buffer_m, turn)
         for i, j in zip(*tree.query(moved, predicate="intersects")):
             other = evaluation[j]
             if splits[i] != splits[other] and placed[i]:
@@ -109,6 +127,14 @@ def near_pairs(
         if distance < buffer_m or share > OVERLAP_SHARE:
             pairs.append((i, j))
     return pairs, overlapping
+
+
+def grown_boxes(boxes: Sequence[tuple[float, float, float, float]], buffer_m: float, turn: float = 0.0) -> np.ndarray:
+    """Boxes in degrees (west, south, east, north), grown by the buffer and a little more, and moved by `turn` degrees of longitude."""
+    west, south, east, north = np.array([_unwrapped(box) for box in boxes]).T
+    grow_y = buffer_m / METRES_PER_DEGREE * 1.01
+    grow_x = grow_y / np.maximum(np.cos(np.radians(np.maximum(abs(south), abs(north)) + grow_y)), 1e-3)
+    return shapely.box(west - grow_x + turn, south - grow_y, east + grow_x + turn, north + grow_y)
 
 
 def separation(one: SiteRecord, other: SiteRecord) -> tuple[float, float]:

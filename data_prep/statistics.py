@@ -46,6 +46,11 @@ class Histograms:
         for name, counts in other.counts.items():
             self._of(name)[...] += counts
 
+    def take_out(self, other: Histograms) -> None:
+        """Undoes a `merge`: counts are whole numbers, so nothing of it is left."""
+        for name, counts in other.counts.items():
+            self._of(name)[...] -= counts
+
     def to_bytes(self) -> bytes:
         """A small Parquet file of the non-zero counts, in a fixed order."""
         columns: dict[str, list[Any]] = {field.name: [] for field in _SCHEMA}

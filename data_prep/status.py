@@ -48,11 +48,11 @@ def status(url: str, now: float | None = None) -> Status:
         raise UsageError(
             f"{url} holds no build (no _build/{planfile.PLAN} with slices); begin one with python -m data_prep build"
         )
-    state = parts.State.look(url, plan.fingerprint)
-    bundles = parts.gather(url, plan.names, plan.fingerprint)
+    state = parts.State.look(url, plan.fingerprints)
+    bundles = parts.gather(url, plan.names, plan.fingerprints)
     done = {part["shard"]: part for bundle in bundles for part in bundle.parts}
     faults = [fault for part in done.values() for fault in part["faults"]]
-    kinds = Counter(_kind(fault["why"]) for fault in faults)
+    kinds = Counter(kind_of(fault["why"]) for fault in faults)
     sizes = {name: count for piece in plan.slices for name, count in zip(piece.names, piece.sites)}
     sites_done = sum(sizes[name] for name in done)
     rate, left = _pace(url, [name for bundle in bundles for name in (bundle.name,)], sites_done, plan.num_sites)
@@ -70,7 +70,7 @@ def _state(url: str, done: int, shards: int) -> str:
     return "finished" if done == shards else f"closed without {shards - done} shards"
 
 
-def _kind(why: str) -> str:
+def kind_of(why: str) -> str:
     """A fault without what is particular to one site: numbers."""
     return "".join("#" if letter.isdigit() else letter for letter in why)[:100]
 

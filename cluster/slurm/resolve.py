@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from cluster.errors import RunFailure, UsageError
 from cluster.slurm.freeze import CODE
 
-COMMANDS = {"train": ("pipeline", "train"), "build": ("data_prep", "build")}
+COMMANDS = {"train": ("pipeline", "train", "--dry-run"), "build": ("data_prep", "build", "--resolve")}
 
 
 def resolve(kind: str, config: str, overrides: Sequence[str], extra: Sequence[str] = ()) -> dict[str, Any]:
@@ -23,8 +23,8 @@ def resolve(kind: str, config: str, overrides: Sequence[str], extra: Sequence[st
     Raises:
         UsageError: the config is refused, with the owner's own message. RunFailure: the dry run itself broke.
     """
-    box, command = COMMANDS[kind]
-    arguments = ["-m", box, command, config, *overrides, *extra, "--dry-run", "--json"]
+    box, command, option = COMMANDS[kind]
+    arguments = ["-m", box, command, config, *overrides, *extra, option, "--json"]
     done = _ask(arguments, 300)
     if done.returncode:
         _refuse(done, f"python -m {box} {command}")

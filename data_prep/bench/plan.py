@@ -157,20 +157,22 @@ def prepare(folder: str, number: int) -> dict[str, float]:
 
 def read_slice(folder: str, number: int) -> dict[str, float]:
     """The slice as a build's task reads it: the plan, then one slice with every asset of its sites."""
+    import resource
+
     from data_prep import planfile
 
     own = config(folder, number)
     start = time.perf_counter()
     plan = planfile.plan_prepared(own, "")
-    planned = time.perf_counter()
+    planned, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     cpu = time.process_time()
     piece = max(plan.slices, key=lambda its: sum(its.sites))
-    opened = planfile.open_slice(plan.prepared, True, piece, own)
+    opened = planfile.open_slice(planfile.ShardRef(plan.prepared, True, piece, 0), own)
     first = opened.shard(0)
     read = time.perf_counter()
     return {
         "plan_s": planned - start, "read_s": read - planned, "read_cpu_s": time.process_time() - cpu, "slice_sites": float(sum(piece.sites)),
-        "shard_sites": float(len(first.records)), "shard_assets": float(sum(len(record.assets) for record in first.records)),
+        "read_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, "shard_sites": float(len(first.records)), "shard_assets": float(sum(len(record.assets) for record in first.records)),
     }  # fmt: skip
 
 
@@ -202,7 +204,7 @@ def make_parts(folder: str, number: int) -> dict[str, float]:
                 storage.write_atomic(parts.part_url(url, name, "stats.parquet"), statistics)
                 storage.write_atomic(parts.part_url(url, name, "json"), parts.dump({**part, "shard": name, **hashes}))
             begin = time.perf_counter()
-            parts.State.look(url, "bench").roll_up(0, names)
+            parts.State.look(url, ["bench"]).roll_up(0, names)
             rolled = time.perf_counter() - begin
             found = parts.read_slice(url, 0)
             assert found is not None

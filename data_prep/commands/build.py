@@ -7,6 +7,7 @@ examples:
   python -m data_prep build data_prep/runs/demo.yaml source.catalog=[scenes/catalog.parquet] output.url=shards
   python -m data_prep build data_prep/runs/s3.yaml output.url=s3://bucket/set --task 3 --tasks 16
   python -m data_prep build data_prep/runs/s3.yaml --executor dask --scheduler tcp://10.0.0.1:8786    # any dask cluster
+  python -m data_prep build data_prep/runs/s3.yaml --dry-run --tasks 200 --prices read_gb=0.09,put_1000=0.005,hour=0.4
   python -m data_prep build data_prep/runs/demo.yaml --retry-faults      # after the sources were mended
 """
 
@@ -23,6 +24,7 @@ from data_prep.executors import add_arguments as add_executor
 if TYPE_CHECKING:
     from data_prep.build import Outcome
     from data_prep.config import BuildConfig
+    from data_prep.estimate import Prices
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +35,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--retry-faults", action="store_true", help="make shards with faulty sites again")
     add_executor(parser)
     parser.add_argument(
-        "--dry-run", action="store_true", help="check and resolve the config; read and write nothing else"
+        "--dry-run",
+        action="store_true",
+        help="what it will read, write, take and cost, from sites that are really read",
     )
+    parser.add_argument("--sample", type=int, default=32, metavar="N", help="dry run: sites to read (default 32)")
+    parser.add_argument(
+        "--prices",
+        default="",
+        metavar="KEY=V,…",
+        help="dry run: per GB (read_gb, write_gb), per 1000 requests (get_1000, put_1000), per hour of a task (hour)",
+    )
+    parser.add_argument("--resolve", action="store_true", help="check and resolve the config; read and write nothing")
     parser.add_argument("--explain", metavar="KEY", help="what a key or section is, and its value here; starts nothing")
     parser.add_argument("--json", action="store_true", help="last line: the figures as one JSON object")
 
@@ -49,8 +61,10 @@ def main(args: argparse.Namespace) -> int:
         print(explain(BuildConfig, args.config, args.overrides, args.explain))
         return 0
     config = settings.load(BuildConfig, args.config, args.overrides)
+    if args.resolve:
+        return resolve(config, args.json)
     if args.dry_run:
-        return dry_run(config, args.json)
+        return dry_run(config, args)
     task, tasks = array_share(args.task, args.tasks, os.environ)
     from data_prep.build import build, over_budget
     from data_prep.executors import executor_of
@@ -61,15 +75,19 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         print_figures(config.output.url, outcome)
     if failed:
-        raise RunFailure(
-            f"{len(outcome.faults)} faulty sites of {outcome.plan.num_sites + len(outcome.plan.faults)}, past "
-            f"error_budget={config.error_budget}; first: {outcome.faults[0]['site']}: {outcome.faults[0]['why']}; all are in "
-            f"{config.output.url.rstrip('/')}/faults.jsonl; mend them and add --retry-faults, or raise error_budget"
-        )
+        raise budget_fault(outcome, config)
     return 0
 
 
-def dry_run(config: BuildConfig, as_json: bool) -> int:
+def budget_fault(outcome: Outcome, config: BuildConfig) -> RunFailure:
+    return RunFailure(
+        f"{len(outcome.faults)} faulty sites of {outcome.plan.num_sites + len(outcome.plan.faults)}, past "
+        f"error_budget={config.error_budget}; first: {outcome.faults[0]['site']}: {outcome.faults[0]['why']}; all are in "
+        f"{config.output.url.rstrip('/')}/faults.jsonl; mend them and add --retry-faults, or raise error_budget"
+    )
+
+
+def resolve(config: BuildConfig, as_json: bool) -> int:
     """What the config resolves to (`cluster submit build` freezes it)."""
     import json
 
@@ -80,6 +98,60 @@ def dry_run(config: BuildConfig, as_json: bool) -> int:
     if as_json:
         print_json({"fingerprint": fingerprint(config), "resolved": to_dict(config)})
     return 0
+
+
+def dry_run(config: BuildConfig, args: argparse.Namespace) -> int:
+    """What a build will take, said before it starts."""
+    from cluster.cli import print_json
+    from cluster.progress import clock
+    from data_prep.estimate import estimate
+
+    if args.sample < 1 or (args.tasks or 1) < 1:
+        raise UsageError("--sample and --tasks must be 1 or more")
+    workers = config.workers or int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) or len(os.sched_getaffinity(0))
+    found = estimate(config, args.sample, workers, args.tasks or 1, prices_of(args.prices))
+    say(
+        f"{found['sites']} sites in {found['shards']} shards; {found['sampled_sites']} sites were read to know what follows:"
+    )
+    say(
+        f"  reads   {found['read_bytes'] / 1e9:.4g} GB in {found['read_requests']} requests, over the network; {found['files_opened']} files opened"
+    )
+    say(
+        f"  writes  {found['written_bytes'] / 1e9:.4g} GB, about {found['written_requests']} requests on an object store"
+    )
+    say(
+        f"  takes   {clock(found['hours'] * 3600)} on {found['tasks']} tasks of {found['workers']} processes, at this machine's pace"
+        f" ({found['cpu_hours']:.3g} process hours)"
+    )
+    if found["faulty_share"]:
+        say(f"  {found['faulty_share']:.1%} of the sampled sites are faulty")
+    if args.prices:
+        say(
+            f"  costs   {found['cost']['total']:.2f}: "
+            + ", ".join(f"{k} {v:.2f}" for k, v in found["cost"].items() if k != "total")
+        )
+    if args.json:
+        print_json(found)
+    return 0
+
+
+def prices_of(text: str) -> Prices:
+    """Prices from `read_gb=0.09,hour=0.4`. Raises UsageError."""
+    import dataclasses
+
+    from data_prep.estimate import Prices
+
+    known = {field.name for field in dataclasses.fields(Prices)}
+    found = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise UsageError(f"--prices {part}: {value!r} is not a number") from None
+        if name not in known:
+            raise UsageError(f"--prices {part}: {name} is none of {', '.join(sorted(known))}")
+    return Prices(**found)
 
 
 def array_share(task: int | None, tasks: int | None, env: Mapping[str, str]) -> tuple[int, int]:

@@ -31,7 +31,7 @@ def main(args: argparse.Namespace) -> int:
     config = settings.load(BuildConfig, args.config, args.overrides)
     plan = find_plan(config)
     manifest = finish(config, plan, args.allow_missing)
-    parts = [part for bundle in gather(config.output.url, plan.names, plan.fingerprint) for part in bundle.parts]
+    parts = [part for bundle in gather(config.output.url, plan.names, plan.fingerprints) for part in bundle.parts]
     outcome = Outcome(plan, manifest, parts, [*plan.faults, *(fault for part in parts for fault in part["faults"])])
     summarise(outcome, config, 0, 1)
     if missing := manifest.get("missing"):

@@ -19,6 +19,7 @@ from data_prep.geo import Grid, Window
 from data_prep.harmonise import LOWEST_REFLECTANCE, UNIT_TOP, Claim, Evidence, dark_floors, decide, judge
 from data_prep.sources.cube import Cube
 from data_prep.sources.records import Asset
+from data_prep.sources.traffic import JUDGED, TRAFFIC
 
 # Up to this many pixels per layer and date are read whole (a Major-TOM cell has 1.1 M); larger ones in 16 blocks.
 WHOLE_PIXELS = 1_500_000
@@ -177,6 +178,12 @@ class EvidenceCache:
         self, assets: tuple[Asset, ...], cube: Cube, dates: list[int], layers: Sequence[int], claim: Claim | None = None
     ) -> dict[int, Floors]:
         """Per date; with a `claim` the cheap check comes first, and is enough where it does not contradict the claim."""
+        with TRAFFIC.opening(f"{cube.asset.modality}{JUDGED}"):
+            return self._floors(assets, cube, dates, layers, claim)
+
+    def _floors(
+        self, assets: tuple[Asset, ...], cube: Cube, dates: list[int], layers: Sequence[int], claim: Claim | None
+    ) -> dict[int, Floors]:
         found: dict[int, Floors] = {}
         wanted = tuple(layers)
         for date in dates:

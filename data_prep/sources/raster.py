@@ -29,6 +29,7 @@ from data_prep.sources.masks import mask_codes, told_by_numbers
 from data_prep.sources.parquet import cell_bytes
 from data_prep.sources.records import Asset, ReadFault, SourceFault
 from data_prep.sources.remote import gdal_options, gdal_path, retrying, source_filesystem
+from data_prep.sources.traffic import TRAFFIC
 
 # A 60-date series of 11 band files keeps all of them open; remote files take no file descriptor, local ones at most half of ours.
 MAX_OPEN = 1024
@@ -127,17 +128,22 @@ def borrow_raster(asset: Asset) -> Any:
     if key in cache.held:
         cache.held.move_to_end(key)
         return cache.held[key]
-    if asset.format == "parquet_raster":
-        dataset = open_cell(asset.href, asset.member, asset.id)
-    else:
-        dataset = open_raster(asset.href, asset.id)
+    with TRAFFIC.opening(asset.modality, 1):
+        if asset.format == "parquet_raster":
+            dataset = open_cell(asset.href, asset.member, asset.id)
+        else:
+            dataset = open_raster(asset.href, asset.id)
+    if TRAFFIC.counting:
+        together = dataset.count if dataset.tags(ns="IMAGE_STRUCTURE").get("INTERLEAVE") == "PIXEL" else 1
+        TRAFFIC.saw(asset.modality, dataset.block_shapes[0], together * np.dtype(dataset.dtypes[0]).itemsize)
     cache.held[key] = dataset
-    while len(cache.held) > _most_open():
+    while len(cache.held) > most_open():
         cache.held.popitem(last=False)[1].close()
     return dataset
 
 
-def _most_open() -> int:
+def most_open() -> int:
+    """How many files a thread keeps open."""
     return min(MAX_OPEN, max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 16))
 
 

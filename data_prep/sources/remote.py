@@ -24,6 +24,7 @@ from urllib.parse import quote, urlsplit
 import fsspec
 
 from cluster.storage import filesystem, is_local
+from data_prep.sources.traffic import TRAFFIC
 
 Result = TypeVar("Result")
 
@@ -114,7 +115,20 @@ def source_filesystem(href: str) -> tuple[Any, str]:
 def open_source(href: str) -> Any:
     """A readable binary file of a source; raises what the file system raises."""
     fs, path = source_filesystem(href)
-    return fs.open(path, "rb")
+    file = fs.open(path, "rb")
+    cache: Any = getattr(file, "cache", None)
+    if TRAFFIC.counting and hasattr(cache, "fetcher"):
+        cache.fetcher = _counted(cache.fetcher)
+    return file
+
+
+def _counted(fetch: Callable[..., bytes]) -> Callable[..., bytes]:
+    def fetcher(*arguments: Any, **options: Any) -> bytes:
+        data = fetch(*arguments, **options)
+        TRAFFIC.ask(len(data))
+        return data
+
+    return fetcher
 
 
 def read_source(href: str, start: int | None = None, end: int | None = None) -> bytes:
@@ -123,6 +137,8 @@ def read_source(href: str, start: int | None = None, end: int | None = None) -> 
 
     def fetch() -> bytes:
         data = fs.cat_file(path, start=start, end=end)
+        if not is_local(href):
+            TRAFFIC.ask(len(data))
         if start is not None and end is not None and len(data) < end - start:
             raise ConnectionError(f"{href}: {len(data)} of {end - start} bytes arrived")
         return data

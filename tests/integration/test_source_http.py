@@ -74,13 +74,13 @@ def test_opening_takes_few_requests_and_reading_little_more_than_the_blocks(tmp_
     assert dataset.count == 1
 
 
-def scene(folder, url, dates, bands=BANDS, side=1536, moment="2021"):
-    """One site of `dates` acquisitions with a COG per band, hrefs on the server."""
+def scene(folder, url, dates, bands=BANDS, side=1536, moment="2021", patch=64):
+    """One site of `dates` acquisitions with a COG per band, hrefs on the server. patch: as in `write_cog`."""
     items = []
     grid = Grid("EPSG:32631", (10.0, 0.0, 600000.0, 0.0, -10.0, 5800020.0), side, side)
     sources = {band: folder / f"{band}.tif" for band in bands}
     for number, (_, path) in enumerate(sources.items()):
-        write_cog(path, number, side, 64)
+        write_cog(path, number, side, patch)
     for date in range(dates):
         assets = {}
         for band, path in sources.items():
