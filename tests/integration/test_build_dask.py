@@ -18,6 +18,7 @@ from data_prep.executors import Executor, run_units
 from tests.data_folder import REPOSITORY
 from tests.integration.test_build_runs import DEMO, content, reference, run, scenes, start
 from tests.require import require
+from tests.slurm_cluster import slurm_cluster
 
 pytestmark = pytest.mark.integration
 __all__ = ["reference", "scenes"]
@@ -116,6 +117,28 @@ def test_workers_killed_and_stopped_the_same_bytes(scenes, reference, tmp_path):
     assert (figures["state"], figures["done"], figures["faulty"]) == ("finished", figures["shards"], 0)
 
 
+def test_workers_that_are_slurm_jobs(scenes, reference, tmp_path):
+    """dask-jobqueue on a real SLURM; one of its jobs is cancelled while it works."""
+    pytest.importorskip("dask_jobqueue")
+    url = tmp_path / "set"
+    with slurm_cluster(nodes=2, cpus=4, gpus=0) as slurm:
+        process = start(
+            "build", DEMO, scenes, "shards.max_samples=2", f"output.url={url}", "--executor", "dask", "--scheduler", "slurm", "--jobs", "3", "--json",
+            SLURM_CONF=slurm.environment["SLURM_CONF"], DASK_JOBQUEUE__SLURM__INTERFACE="lo", DASK_JOBQUEUE__SLURM__MEMORY="1GiB",
+            DASK_JOBQUEUE__SLURM__JOB_DIRECTIVES_SKIP="['--mem']", DASK_JOBQUEUE__SLURM__LOCAL_DIRECTORY=str(tmp_path),
+            DASK_JOBQUEUE__SLURM__LOG_DIRECTORY=str(tmp_path / "logs"),
+        )  # fmt: skip
+        wait_for_parts(url, 1, process)
+        working = slurm.run("squeue", "-h", "-t", "R", "-o", "%A").split()
+        slurm.run("scancel", working[0], check=bool(working))
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err
+        assert 2 <= len(working) <= 3
+        slurm.wait(lambda: not slurm.run("squeue", "-h", "-o", "%A").split(), "the cluster's jobs end with the build")
+    assert json.loads(out.splitlines()[-1])["samples"] == 18
+    assert content(url) == content(reference)
+
+
 def wait_for_parts(url: Path, count: int, process: subprocess.Popen) -> None:
     while (
         process.poll() is None
@@ -130,8 +153,8 @@ def test_a_cluster_on_this_machine(scenes, reference, tmp_path):
 
 
 def test_every_unit_comes_back_once(tmp_path):
-    found = list(run_units(empty, range(500), [str(i) for i in range(500)], Executor("dask", 2), lambda _: None))
-    assert sorted(found) == list(range(500))
+    found = list(run_units(empty, range(5000), [str(i) for i in range(5000)], Executor("dask", 2), lambda _: None))
+    assert sorted(found) == list(range(5000))
 
 
 def test_a_cluster_that_is_not_there_is_one_line(scenes, tmp_path):
