@@ -59,57 +59,61 @@ def photometric(view: View) -> View:
 
 def apply_photometric(x_BCHW: Tensor, valid_BHW: Tensor, parameters_BP: Tensor) -> Tensor:
     """All steps on values in [0, 1]; see `photometric`. A row of NEUTRAL leaves values in [0, 1] unchanged."""
-    column = {name: parameters_BP[:, i, None, None, None].to(x_BCHW.dtype) for i, name in enumerate(PHOTOMETRIC)}
+    column = {name: parameters_BP[:, i, None].to(x_BCHW.dtype) for i, name in enumerate(PHOTOMETRIC)}
     valid_B1HW = valid_BHW[:, None]
     x_BCHW = torch.where(valid_B1HW, x_BCHW, 0.0)
-    x_BCHW = x_BCHW * column["brightness"]
-    luma_B1HW = _luma(x_BCHW)
-    pixels_B111 = valid_B1HW.sum(dim=(2, 3), keepdim=True).clamp_min(1)
-    mean_B111 = torch.where(valid_B1HW, luma_B1HW, 0.0).sum(dim=(2, 3), keepdim=True) / pixels_B111
-    x_BCHW = _mix(mean_B111, x_BCHW, column["contrast"])
+    gain_B1 = column["brightness"] * column["contrast"]
+    luma_B1 = (x_BCHW.sum((2, 3)) * _luma_weights(x_BCHW.shape[1], x_BCHW.device)).sum(1, keepdim=True)
+    mean_B1 = column["brightness"] * luma_B1 / valid_BHW.sum((1, 2))[:, None].clamp_min(1)
+    offset_B111 = ((1.0 - column["contrast"]) * mean_B1)[..., None, None]
+    parts = []
     if x_BCHW.shape[1] >= 3:
-        rgb, rest = x_BCHW[:, :3], x_BCHW[:, 3:]
-        rgb = _mix(_luma(rgb), rgb, column["saturation"])
-        rgb = _rotate_hue(rgb, column["hue"])
-        rgb = torch.where(column["grayscale"] > 0.5, _luma(rgb).expand_as(rgb), rgb)
-        x_BCHW = torch.cat([rgb, rest], dim=1)
+        # by hand, not a matrix product: TensorFloat-32 would round pixels to ten bits
+        matrix_B33 = gain_B1[..., None] * _colour_matrix(column["saturation"], column["hue"], column["grayscale"])
+        rgb: Tensor = offset_B111
+        for source, to_B3 in zip(x_BCHW.split(1, dim=1), matrix_B33.unbind(-1)):
+            rgb = torch.addcmul(rgb, to_B3[..., None, None], source)
+        parts, x_BCHW = [rgb], x_BCHW[:, 3:]
+    if x_BCHW.shape[1]:
+        parts.append(torch.addcmul(offset_B111, gain_B1[..., None, None], x_BCHW))
+    x_BCHW = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     x_BCHW = torch.where(valid_B1HW, x_BCHW.clamp(0.0, 1.0), 0.0)
-    x_BCHW = _blur(x_BCHW, valid_B1HW, column["blur_sigma"][:, 0, 0, 0])
-    x_BCHW = torch.where(x_BCHW >= column["solarize_threshold"], 1.0 - x_BCHW, x_BCHW)
+    x_BCHW = _blur(x_BCHW, valid_B1HW, column["blur_sigma"][:, 0])
+    x_BCHW = torch.where(x_BCHW >= column["solarize_threshold"][..., None, None], 1.0 - x_BCHW, x_BCHW)
     return torch.where(valid_B1HW, x_BCHW, 0.0)
 
 
-def _mix(a: Tensor, b: Tensor, factor: Tensor) -> Tensor:
-    """a + factor · (b − a), exactly b at factor 1."""
-    return torch.where(factor == 1.0, b, a + factor * (b - a))
+def _colour_matrix(saturation_B1: Tensor, turns_B1: Tensor, grayscale_B1: Tensor) -> Tensor:
+    """Saturation, hue and grayscale as one matrix, [B, 3, 3]; exactly the identity for neutral values.
 
-
-def _luma(x_BCHW: Tensor) -> Tensor:
-    if x_BCHW.shape[1] < 3:
-        return x_BCHW.mean(dim=1, keepdim=True)
-    red, green, blue = x_BCHW[:, :3].split(1, dim=1)
-    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
-
-
-def _rotate_hue(rgb_B3HW: Tensor, turns_B111: Tensor) -> Tensor:
-    """Keeps luma, turns the chroma plane by 2π·turns (YIQ)."""
-    keep_33, even_33, odd_33 = _yiq_parts(rgb_B3HW.device)
-    angle_B11 = turns_B111[:, 0].to(torch.float64) * 2 * torch.pi
-    matrix_B33 = (keep_33 + angle_B11.cos() * even_33 + angle_B11.sin() * odd_33).to(rgb_B3HW.dtype)
-    turned = torch.einsum("bij,bjhw->bihw", matrix_B33, rgb_B3HW)
-    return torch.where(turns_B111 == 0, rgb_B3HW, turned)
+    All three keep grey as it is and (hue, saturation) luma too, so with J = "luma in all bands" and H the turn of the chroma plane
+    H·(s·1 + (1 − s)·J) = s·H + (1 − s)·J, and grayscale after it is J.
+    """
+    one_33, luma_33, keep_33, even_33, odd_33 = _colour_parts(saturation_B1.device)
+    angle_B11 = turns_B1[..., None].to(torch.float64) * 2 * torch.pi
+    turn_B33 = torch.where(angle_B11 == 0, one_33, keep_33 + angle_B11.cos() * even_33 + angle_B11.sin() * odd_33)
+    colour_B33 = torch.lerp(luma_33, turn_B33, saturation_B1[..., None].to(torch.float64))
+    return torch.where(grayscale_B1[..., None] > 0.5, luma_33, colour_B33).to(saturation_B1.dtype)
 
 
 @functools.lru_cache(maxsize=16)
-def _yiq_parts(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """float64 [3, 3] each: back from YIQ after a turn of the chroma plane is constant + cos · even + sin · odd. Made once."""
+def _colour_parts(device: torch.device) -> tuple[Tensor, ...]:
+    """float64 [3, 3] each: identity; luma in all bands; and three of which the turn of YIQ's chroma plane by an angle is constant +
+    cos · even + sin · odd. Made once."""
     to_yiq = np.array([LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])
     back = np.linalg.inv(to_yiq)
     y, i, q = ((back[:, k, None], to_yiq[None, k]) for k in range(3))
-    parts = (y[0] * y[1], i[0] * i[1] + q[0] * q[1], q[0] * i[1] - i[0] * q[1])
+    parts = (np.eye(3), np.tile(LUMA, (3, 1)), y[0] * y[1], i[0] * i[1] + q[0] * q[1], q[0] * i[1] - i[0] * q[1])
     with torch.inference_mode(False):  # what inference makes first, training must be able to use
-        constant, even, odd = (torch.from_numpy(part).to(device) for part in parts)
-    return constant, even, odd
+        return tuple(torch.from_numpy(part).to(device) for part in parts)
+
+
+@functools.lru_cache(maxsize=16)
+def _luma_weights(bands: int, device: torch.device) -> Tensor:
+    """float32 [C]: luma of R G B, whatever bands follow; the mean of fewer than three."""
+    weights = [*LUMA, *[0.0] * (bands - 3)] if bands >= 3 else [1 / bands] * bands
+    with torch.inference_mode(False):
+        return torch.tensor(weights, device=device)
 
 
 def _blur(x_BCHW: Tensor, valid_B1HW: Tensor, sigma_B: Tensor) -> Tensor:

@@ -26,13 +26,14 @@ from model.rows import take
 from model.swin import SwinBlock
 from model.tokenizers import Tokenizer
 from model.transformer import Block, build_block
-from model.validity import patch_validity
+from model.validity import on_host, patch_validity
 
 
 class Images(NamedTuple):
     """N images of one modality. x_NCHW: normalised pixels; where not valid they may be anything, NaN included. gsd_N: metres per
     pixel. seed_N: int64, drop-path seed per image (`model.droppath.image_seeds`); None: no drop-path. merges: merge or keep at
-    the three transitions, whatever it was trained with: no other weights are involved.
+    the three transitions, whatever it was trained with: no other weights are involved. host_Nhw: validity of the first-stage tokens on
+    the host, where it is known already.
     """
 
     modality: str
@@ -41,6 +42,7 @@ class Images(NamedTuple):
     gsd_N: Tensor
     seed_N: Tensor | None
     merges: tuple[bool, bool, bool]
+    host_Nhw: np.ndarray | None = None
 
 
 @dataclass
@@ -120,12 +122,10 @@ class Backbone(nn.Module):
         return _unpack(self.cfg, plan, final_RD, maps, moe)
 
     def plan_of(self, images: Sequence[Images]) -> TrunkPlan:
-        """Where every token of these images stands; the host asks the device for their validity, once."""
-        patched = [patch_validity(p.valid_NHW, self.cfg.patch, self.cfg.token_min_valid) for p in images]
-        flat = torch.cat([valid.flatten() for valid in patched])
-        host = np.ones(flat.shape, bool) if flat.is_meta else flat.cpu().numpy()
-        ends = np.cumsum([valid.numel() for valid in patched])[:-1]
-        grids = [part.reshape(valid.shape) for part, valid in zip(np.split(host, ends), patched)]
+        """Where every token of these images stands; the host asks the device for their validity, once, if it has to."""
+        grids = [part.host_Nhw for part in images if part.host_Nhw is not None]
+        if len(grids) < len(images):
+            grids = on_host([patch_validity(p.valid_NHW, self.cfg.patch, self.cfg.token_min_valid) for p in images])
         sets = [ImageSet(p.modality, grid, p.merges) for p, grid in zip(images, grids)]
         weight = self.norm.weight
         dtype = (
@@ -133,7 +133,7 @@ class Backbone(nn.Module):
             if torch.is_autocast_enabled(weight.device.type)
             else weight.dtype
         )
-        return plan_trunk(self.cfg, sets, flat.device, dtype)
+        return plan_trunk(self.cfg, sets, images[0].valid_NHW.device, dtype)
 
     def _tokenize(self, images: Sequence[Images], plan: TrunkPlan) -> Tensor:
         """Rows of the first stage, set by set; sets of one modality (they are neighbours) share a product."""

@@ -23,7 +23,7 @@ from model.config import ModelConfig
 from model.fusion import NUM_DAYS, Frames
 from model.grids import finest, tokens_under
 from model.positions import rotary_table
-from model.rows import take, to_device
+from model.rows import plan_spread, spread, take, to_device
 from model.transformer import Block, FeedForward
 
 
@@ -72,43 +72,43 @@ class CellFusion(nn.Module):
             x_TF, _ = self._run(block, x_TF, plan.sequences, rotary)
         fused_XF = self._run(of_queries, self.blocks[-1], x_TF, plan.sequences, plan.num_queries, rotary)
         fused_XF = take(fused_XF if self.skip else self.norm(fused_XF), plan.leave)
-        sizes = [valid.size for valid in plan.valid]
-        masks = [torch.from_numpy(valid).to(fused_XF.device, non_blocking=True) for valid in plan.valid]
-        parts = [part.unflatten(0, mask.shape) for part, mask in zip(fused_XF.split(sizes), masks)]
         if self.skip:
-            parts = [
-                torch.where(mask[..., None], self.norm(part + self._short_way(view)), 0)
-                for part, mask, view in zip(parts, masks, views)
-            ]
-        return list(zip(parts, masks))
+            good_P1 = to_device(np.concatenate([valid.reshape(-1) for valid in plan.valid])[:, None], fused_XF.device)
+            fused_XF = torch.where(good_P1, self.norm(fused_XF + self._short_way(views)), 0)
+        masks = [to_device(valid, fused_XF.device) for valid in plan.valid]
+        parts = fused_XF.split([valid.size for valid in plan.valid])
+        return [(part.unflatten(0, mask.shape), mask) for part, mask in zip(parts, masks)]
 
-    def _short_way(self, view: dict[str, Frames]) -> Tensor:
-        """Σ over sensors of linear(mean over valid dates) at each place, [B, y, x, F]. A sensor that is not there adds nothing; nor does
-        one that the fusion shall not see, but where no other shows the place."""
-        lead = view[finest({name: item.grid for name, item in view.items()})].grid
-        x_ByxF, there_Byx, shown_Byx = [], [], []
-        for name, item in view.items():
-            number_Bhw1 = item.valid_BThw.sum(1)[..., None]
-            mean_BhwD = torch.where(item.valid_BThw[..., None], item.feat_BThwD, 0).sum(1) / number_Bhw1.clamp_min(1)
-            x_BhwF, there_Bhw = self.skip[name](mean_BhwD.to(item.feat_BThwD.dtype)), item.valid_BThw.any(1)
-            for axis in (0, 1):
-                under = tokens_under(lead, item.grid, axis)
-                if under != list(range(x_BhwF.shape[1 + axis])):
-                    index = to_device(np.array(under), x_BhwF.device)
-                    x_BhwF, there_Bhw = (t.index_select(1 + axis, index) for t in (x_BhwF, there_Bhw))
-            x_ByxF.append(x_BhwF)
-            there_Byx.append(there_Bhw)
-            shown_Byx.append(there_Bhw if item.shown_B is None else there_Bhw & item.shown_B[:, None, None])
-        any_Byx = torch.stack(shown_Byx).any(0)
-        used_MByx1 = torch.where(any_Byx, torch.stack(shown_Byx), torch.stack(there_Byx))[..., None]
-        return torch.where(used_MByx1, torch.stack(x_ByxF), 0).sum(0)
+    def _short_way(self, views: Sequence[dict[str, Frames]]) -> Tensor:
+        """Σ over sensors of linear(mean over valid dates) at each place of all views, [P, F]. A sensor that is not there adds nothing;
+        nor does one that the fusion shall not see, but where no other shows the place. Who is there the host knows.
+        """
+        total_PF: Tensor | float = 0.0
+        used = [used_places(view) for view in views]
+        for name in views[0]:
+            items = [view[name] for view in views]
+            rows_RD = torch.cat([_mean_of_dates(item).flatten(0, 2) for item in items])
+            row, at = [], 0
+            for view, item in zip(views, items):
+                lead, (sites, h, w) = view[finest({n: i.grid for n, i in view.items()})].grid, _places(item)
+                rows, columns = (np.array(tokens_under(lead, item.grid, axis)) for axis in (0, 1))
+                cell = (rows[:, None] * w + columns).reshape(-1)
+                row.append((at + np.arange(sites)[:, None] * h * w + cell).reshape(-1))
+                at += sites * h * w
+            plan = plan_spread(np.concatenate(row), at, rows_RD.device)
+            weight = np.concatenate([part[name].reshape(-1) for part in used]).astype(np.float32)
+            x_PF = spread(self.skip[name](rows_RD), plan)
+            if not weight.all():
+                x_PF = x_PF * to_device(weight[:, None], x_PF.device).to(x_PF.dtype)
+            total_PF = total_PF + x_PF
+        assert isinstance(total_PF, Tensor)
+        return total_PF
 
     def plan_of(self, views: Sequence[dict[str, Frames]], dtype: torch.dtype) -> CellPlan:
         first = next(iter(views[0].values()))
         seen = [
             {
-                name: Seen(item.host_valid, item.grid, None if item.shown_B is None else item.shown_B.cpu().numpy())
-                for name, item in view.items()
+                name: Seen(item.host_valid, item.grid, item.host_shown) for name, item in view.items()
             }
             for view in views
         ]
@@ -144,3 +144,30 @@ class CellFusion(nn.Module):
 def of_queries(block: Block, *args: Any) -> Tensor:
     """The last block, for the queries alone: nobody reads the other outputs."""
     return block.of_queries(*args)
+
+
+def used_places(view: dict[str, Frames]) -> dict[str, np.ndarray]:
+    """Per sensor, bool [B, y, x]: the short way counts it at this place."""
+    lead = view[finest({name: item.grid for name, item in view.items()})].grid
+    there, shown = {}, {}
+    for name, item in view.items():
+        rows, columns = (tokens_under(lead, item.grid, axis) for axis in (0, 1))
+        there[name] = np.asarray(item.host_valid.any(1))[:, rows][:, :, columns]
+        shown[name] = there[name] if item.host_shown is None else there[name] & item.host_shown[:, None, None]
+    any_Byx = np.any(list(shown.values()), axis=0)
+    return {name: np.where(any_Byx, shown[name], there[name]) for name in view}
+
+
+def _places(item: Frames) -> tuple[int, int, int]:
+    sites, _, h, w = item.host_valid.shape
+    return sites, h, w
+
+
+def _mean_of_dates(item: Frames) -> Tensor:
+    """[B, h, w, D]: mean over the dates on which a token is valid; tokens are zero where they are not."""
+    if item.host_valid.shape[1] == 1:
+        return item.feat_BThwD[:, 0]
+    share = item.host_valid / np.maximum(item.host_valid.sum(1, keepdims=True), 1)
+    feat_BThwD = item.feat_BThwD
+    exact = share if feat_BThwD.dtype == torch.float64 else share.astype(np.float32)
+    return (feat_BThwD * to_device(exact[..., None], feat_BThwD.device).to(feat_BThwD.dtype)).sum(1)

@@ -11,14 +11,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from model.rows import to_device
+
 _LOW32 = 0xFFFFFFFF
+Integers = TypeVar("Integers", Tensor, np.ndarray)
 
 
-def mix(value: Tensor, salt: int | Tensor) -> Tensor:
+def mix(value: Integers, salt: int | Integers) -> Integers:
     """A 32-bit hash (two multiply-xorshift rounds, as in MurmurHash3's finaliser) of int64 values and a salt."""
     x = (value ^ (salt * 0x9E3779B1 & _LOW32)) & _LOW32
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _LOW32
@@ -26,11 +31,13 @@ def mix(value: Tensor, salt: int | Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def image_seeds(seed_B: Tensor, modality: int, num_dates: int) -> Tensor:
-    """int64 [B, T] from the sites' seeds: one per date of one modality."""
-    folded_B = mix(seed_B & _LOW32, modality + 1) ^ mix((seed_B >> 32) & _LOW32, 0x51)
-    dates_T = torch.arange(num_dates, device=seed_B.device, dtype=torch.int64)
-    return mix(folded_B[:, None] ^ mix(dates_T, 0x77), 0x1F)
+def image_seeds(seed_N: Tensor, modality_N: np.ndarray, date_N: np.ndarray) -> Tensor:
+    """int64 [N] of images, from the seed of each one's site, its modality and its date. What the host knows it hashes."""
+    device, salt = seed_N.device, modality_N.astype(np.int64) + 1
+    salt_2N = to_device(np.stack([salt, np.full_like(salt, 0x51)]), device)
+    date_N = to_device(mix(date_N.astype(np.int64), 0x77), device)
+    low_N, high_N = mix(torch.stack([seed_N, seed_N >> 32]) & _LOW32, salt_2N)
+    return mix(low_N ^ high_N ^ date_N, 0x1F)
 
 
 def keep_factors(seed_N: Tensor, rates: Sequence[float], branches: int = 2) -> Tensor:

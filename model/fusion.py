@@ -23,10 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 from model.batch import View
 from model.config import ModelConfig
-from model.grids import TokenGrid, cell_under, finest
+from model.grids import TokenGrid, cell_under, finest, tokens_under
 from model.plan import MASKED, Sequences
 from model.transformer import Block, FeedForward
-from model.validity import dense_validity
 
 NUM_DAYS = 367  # 1-366, and 0 for a date that is unknown
 
@@ -34,7 +33,7 @@ NUM_DAYS = 367  # 1-366, and 0 for a date that is unknown
 @dataclass
 class Frames:
     """Final-stage tokens of one modality of one view. host_valid: `valid_BThw` on the host; gsd_B: metres per pixel; shown_B: sites
-    whose fusion sees this modality, None: all.
+    whose fusion sees this modality, None: all; host_shown: the same on the host.
     """
 
     feat_BThwD: Tensor
@@ -44,6 +43,7 @@ class Frames:
     host_valid: np.ndarray
     gsd_B: Tensor
     shown_B: Tensor | None = None
+    host_shown: np.ndarray | None = None
 
 
 class FrameFusion(nn.Module):
@@ -199,16 +199,18 @@ def place_validity(
     return torch.cat(placed, dim=1)
 
 
-def fused_validity(cfg: ModelConfig, view: View) -> tuple[Tensor, str]:
-    """`Features.fused_valid` and `.fused_like` of a view, from pixel validity alone."""
-    valid = dense_validity(cfg, view)
+def fused_tokens(cfg: ModelConfig, view: View, final: Mapping[str, np.ndarray]) -> tuple[np.ndarray, str]:
+    """`Features.fused_valid` (on the host) and `.fused_like` of a view, from its final tokens' validity."""
     grids = {}
-    for name in cfg.modalities:
-        canvas = view.modalities[name].valid_BTHW.shape[2:]
-        hw = valid[name].shape[2:]
-        grids[name] = TokenGrid((hw[0], hw[1]), (canvas[0], canvas[1]), cfg.stride(name))
-    factors = {name: cfg.upscale(name) for name in cfg.modalities}
-    return place_validity(valid, fusion_cells(grids, factors), factors).any(1), finest(grids)
+    for name, valid_BThw in final.items():
+        height, width = view.modalities[name].valid_BTHW.shape[2:]
+        grids[name] = TokenGrid((valid_BThw.shape[2], valid_BThw.shape[3]), (height, width), cfg.stride(name))
+    lead = grids[finest(grids)]
+    covered = np.zeros((len(next(iter(final.values()))), *lead.hw), bool)
+    for name, valid_BThw in final.items():
+        rows, columns = (tokens_under(lead, grids[name], axis) for axis in (0, 1))
+        covered |= np.asarray(valid_BThw.any(1))[:, rows][:, :, columns]
+    return covered, finest(grids)
 
 
 def at_least_one(keep_X: Tensor) -> Tensor | None:

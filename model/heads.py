@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.losses.dino import CrossEntropy, prototype_cross_entropy
+from model.rows import Take, take
 
 SAME = 1e-4  # a row nearer to its mean than this share of the mean's length is the mean
 
@@ -20,8 +22,9 @@ SAME = 1e-4  # a row nearer to its mean than this share of the mean's length is 
 class HeadTargets:
     """Teacher side of one head for one micro-batch. Prototypes and scaling are shared by the step's micro-batches.
 
-    z_Nd: unit rows. mean_Gd: what is taken off the bottleneck vectors of each group, the student's too.
+    Rows are those that count (`rows`), in order; z_Nd: unit rows. mean_Gd: what is taken off the bottleneck vectors of each group, the student's too.
     weight_N: what each row's cross-entropy counts in the returned loss (0: invalid), see `losses.reduce`.
+    rows: which of the micro-batch's rows these are; host_rows: the same on the host.
     """
 
     z_Nd: Tensor
@@ -31,6 +34,8 @@ class HeadTargets:
     prototypes_Kd: Tensor
     log_v_GK: Tensor
     temperature: float
+    rows: Take
+    host_rows: np.ndarray
 
 
 def unit_rows(y_Nd: Tensor, group_N: Tensor, mean_Gd: Tensor) -> Tensor:
@@ -98,5 +103,6 @@ class ProjectionHead(nn.Module):
     def forward(
         self, x_ND: Tensor, targets: HeadTargets, student_temperature: float, frozen: bool = False
     ) -> CrossEntropy:
-        z_Nd = unit_rows(self.project(x_ND), targets.group_N, targets.mean_Gd)
+        """x_ND: all rows of the micro-batch."""
+        z_Nd = unit_rows(self.project(take(x_ND, targets.rows)), targets.group_N, targets.mean_Gd)
         return self.prototypes(z_Nd, targets, student_temperature, frozen)

@@ -6,6 +6,7 @@ Legend: B sites · T dates · C bands · H, W canvas.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -39,19 +40,21 @@ def _normalise(name: str, m: ModalityView, statistics: Mapping[str, Mapping[str,
         raise UsageError(
             f"the shard set's manifest has no statistics of {name}; rebuild it, or drop {name} from model.modalities"
         )
-    mean, std = (_column(name, statistics[name][key], m.x_BTCHW.device) for key in ("mean", "std"))
-    x_BTCHW = (m.x_BTCHW.float() - mean) / std.clamp_min(MIN_STD)
+    mean, std = (
+        _column(name, statistics[name][key], least, m.x_BTCHW.device) for key, least in (("mean", -math.inf), ("std", MIN_STD))
+    )
+    x_BTCHW = (m.x_BTCHW.float() - mean) / std
     x_BTCHW = torch.where(m.valid_BTHW[:, :, None], x_BTCHW.clamp(-CLIP, CLIP), 0.0)
     return replace(m, x_BTCHW=x_BTCHW)
 
 
-def _column(name: str, values: Any, device: torch.device) -> Tensor:
+def _column(name: str, values: Any, least: float, device: torch.device) -> Tensor:
     bands = MODALITIES[name].bands
     if len(values) != len(bands):
         raise UsageError(
             f"statistics of {name} have {len(values)} bands, the schema has {len(bands)} ({', '.join(bands)})"
         )
-    return _constants(tuple(map(float, values)), device)
+    return _constants(tuple(max(float(value), least) for value in values), device)
 
 
 @functools.lru_cache(maxsize=256)

@@ -24,7 +24,6 @@ from model.losses.sites import gather_rows, koleo, site_cross_entropy
 from model.restore import Restore, apply_head, mlp
 from model.skysense import Features
 from model.token_decoder import TokenDecoder
-from model.validity import dense_validity
 from model.view_tokens import Validity
 
 
@@ -38,6 +37,7 @@ class PredictionScores:
         pooled: by space, the teacher's pooled features of v [B, D], for KoLeo.
         seen_B: the teacher's v has a valid fused token.
         latent: the teacher's features of the whole u per sensor [B, T, h, w, D], for that target of masked tokens.
+        restored: which cells restoration counts, see `Restore.valid`. weights: what each token of the masked term counts.
     """
 
     counts: dict[str, Tensor] = field(default_factory=dict)
@@ -45,19 +45,21 @@ class PredictionScores:
     pooled: dict[str, Tensor] = field(default_factory=dict)
     seen_B: Tensor | None = None
     latent: dict[str, Tensor] | None = None
+    restored: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class PredictionTargets:
     """`PredictionScores` of a whole step, as one micro-batch needs them. scale: W·A/N by term; rows: of all sites of the step;
-    first: which of them is this micro-batch's first."""
+    first: which of them is this micro-batch's first. own: its own scores."""
 
     scale: Mapping[str, Tensor]
     site_Sd: Tensor | None
     pooled: dict[str, Tensor]
     seen_S: Tensor | None
     first: int
-    latent: dict[str, Tensor] | None
+    own: PredictionScores
 
 
 class Prediction(nn.Module):
@@ -88,17 +90,22 @@ class Prediction(nn.Module):
 
     # ---- teacher side
 
-    def scores(self, batch: Batch, v: Features | None, valid_u: Validity, whole_u: Features | None) -> PredictionScores:
-        """batch: as the reader gave it. v: the teacher's features. valid_u: of what the student sees. whole_u: the teacher's
-        features of the whole u, for masked_target: teacher."""
+    def scores(
+        self, batch: Batch, v: Features | None, valid_u: Validity, whole: Validity | None, whole_u: Features | None
+    ) -> PredictionScores:
+        """batch: as the reader gave it. v: the teacher's features. valid_u: of what the student sees. whole, whole_u: validity and
+        the teacher's features of the whole u, for masked tokens."""
         counts: dict[str, Tensor] = {}
         site_Bd, pooled, seen_B = None, {}, None
+        restored: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
         if self.restore is not None:
-            valid = self.restore.valid(batch.u, valid_u.dense, valid_u.fused)
-            counts.update({f"restore/{pair}": ok.sum() for pair, ok in valid.items()})
+            restored = self.restore.valid(batch.u, valid_u.dense, valid_u.fused)
+            counts.update({f"restore/{pair}": ok.sum(dtype=torch.float64) for pair, ok in restored.items()})
         if self.masked is not None:
-            weights = self.token_weights(batch, valid_u)
-            counts.update({f"masked/{name}": w.sum() for name, w in weights.items()})
+            assert whole is not None
+            weights = self.token_weights(whole, valid_u)
+            counts.update({f"masked/{name}": w.sum(dtype=torch.float64) for name, w in weights.items()})
         if self.site or self.objective.koleo_weight:
             assert v is not None
             seen_B = v.fused_valid.flatten(1).any(1)
@@ -107,16 +114,16 @@ class Prediction(nn.Module):
             if self.objective.koleo_weight:
                 pooled = {space: _lifted(self._pooled(v, space)) for space in self.spaces}
             for space, ok_B in self.sites_valid(valid_u, seen_B).items():
-                counts[f"site/{space}"] = ok_B.sum()
+                counts[f"site/{space}"] = ok_B.sum(dtype=torch.float64)
         latent = None if whole_u is None else {name: whole_u.dense[name] for name in self.model.modalities}
-        counts = {name: value.to(torch.float64) for name, value in counts.items()}
-        return PredictionScores(counts, site_Bd, pooled, seen_B, latent)
+        return PredictionScores(counts, site_Bd, pooled, seen_B, latent, restored, weights)
 
-    def token_weights(self, batch: Batch, valid_u: Validity) -> dict[str, Tensor]:
+    def token_weights(self, whole: Validity, valid_u: Validity) -> dict[str, Tensor]:
         """[B, T, h, w] per sensor: 1 where the student's token is hidden, `masked_visible` where it is not, 0 if there is none."""
-        whole = dense_validity(self.model, batch.u)
         visible = self.objective.masked_visible
-        return {name: whole[name] * torch.where(valid_u.dense[name], visible, 1.0) for name in self.model.modalities}
+        return {
+            name: whole.dense[name] * torch.where(valid_u.dense[name], visible, 1.0) for name in self.model.modalities
+        }
 
     def sites_valid(self, valid_u: Validity, seen_B: Tensor) -> dict[str, Tensor]:
         """bool [B] per space: the student has a token of it, and the teacher saw the site."""
@@ -138,25 +145,25 @@ class Prediction(nn.Module):
         objective, metrics = self.objective, {}
         loss = u.fused.new_zeros((), dtype=work_dtype(u.fused))
         if self.restore is not None:
-            valid = self.restore.valid(whole.u, valid_u.dense, valid_u.fused)
-            for source, term in self.restore(whole.u, u, valid, _of(targets.scale, "restore/")).items():
+            scale = _of(targets.scale, "restore/")
+            for source, term in self.restore(whole.u, u, targets.own.restored, scale).items():
                 loss = loss + objective.restore_weight * term
                 metrics[f"loss/restore_{source}"] = term.detach()
         if self.masked is not None:
-            weights = self.token_weights(whole, valid_u)
-            found = self.masked(whole.u, u, weights, _of(targets.scale, "masked/"), targets.latent)
+            scale = _of(targets.scale, "masked/")
+            found = self.masked(whole.u, u, targets.own.weights, scale, targets.own.latent)
             for name, term in found.items():
                 loss = loss + objective.masked_weight * term
                 metrics[f"loss/masked_{name}"] = term.detach()
         if self.labels is not None:
-            class_N, scale = classes[0], classes[1]
+            class_N, of_labels = classes
             if class_N is None:
                 class_N = torch.full(u.fused.shape[:3], IGNORE, dtype=torch.int64, device=u.fused.device)
             logits_NC = self.labels(torch.where(u.fused_valid[..., None], u.fused, 0).flatten(0, 2))
             term = nn.functional.cross_entropy(
                 logits_NC.to(work_dtype(logits_NC)), class_N.flatten(), ignore_index=IGNORE, reduction="sum"
             )
-            term = term * scale.to(term.dtype)
+            term = term * of_labels.to(term.dtype)
             loss, metrics["loss/labels"] = loss + objective.labels_weight * term, term.detach()
         return self._tell_apart(u, valid_u, targets, loss, metrics), metrics
 
@@ -203,13 +210,13 @@ class Prediction(nn.Module):
 def gather(scores: list[PredictionScores], scale: Mapping[str, Tensor], reduce: Reduce) -> list[PredictionTargets]:
     """Targets of every micro-batch from all micro-batches on all ranks. Collectives: one per kind of row that is on."""
     if scores[0].seen_B is None:
-        return [PredictionTargets(scale, None, {}, None, 0, s.latent) for s in scores]
+        return [PredictionTargets(scale, None, {}, None, 0, s) for s in scores]
     seen_S, first = gather_rows([s.seen_B.float() for s in scores if s.seen_B is not None], reduce)
     site_Sd = None
     if scores[0].site_Bd is not None:
         site_Sd, _ = gather_rows([s.site_Bd for s in scores if s.site_Bd is not None], reduce)
     pooled = {space: gather_rows([s.pooled[space] for s in scores], reduce)[0] for space in scores[0].pooled}
-    return [PredictionTargets(scale, site_Sd, pooled, seen_S, f, s.latent) for s, f in zip(scores, first)]
+    return [PredictionTargets(scale, site_Sd, pooled, seen_S, f, s) for s, f in zip(scores, first)]
 
 
 def _mean(x_BThwD: Tensor, ok_BThw: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def plan_take(source: np.ndarray, num_before: int, device: torch.device, blanks_
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """A host array as a tensor on `device`; queued, never waited for."""
     tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def take(x_RD: Tensor, plan: Take) -> Tensor:
@@ -74,6 +74,55 @@ def inverse_of(index_T: Tensor) -> Tensor:
     """The inverse permutation."""
     inverse_T = torch.empty_like(index_T)
     return inverse_T.index_copy_(0, index_T, torch.arange(index_T.shape[0], device=index_T.device))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Which row each place copies; a row may be copied to many places, and its gradient is gathered from all of them.
+
+    Attributes:
+        index_T: row of each place. back_RX: places of each row, filled up with any; blank_RX1: where it was filled up, None: nowhere.
+        whole: every place has the row of its own number.
+    """
+
+    index_T: Tensor
+    back_RX: Tensor
+    blank_RX1: Tensor | None
+    whole: bool
+
+
+def plan_spread(row: np.ndarray, num_rows: int, device: torch.device) -> Spread:
+    """From the row of every place."""
+    row = np.ascontiguousarray(row.reshape(-1), dtype=np.int64)
+    counts = np.bincount(row, minlength=num_rows)
+    order = np.argsort(row, kind="stable")
+    step = np.arange(max(int(counts.max(initial=0)), 1))
+    blank = step >= counts[:, None]
+    at = np.minimum((np.cumsum(counts) - counts)[:, None] + step, max(len(row) - 1, 0))
+    back = order[at] if len(row) else np.zeros_like(at)
+    whole = len(row) == num_rows and bool((row == np.arange(num_rows)).all())
+    return Spread(
+        to_device(row, device), to_device(back, device), to_device(blank[..., None], device) if blank.any() else None, whole
+    )
+
+
+def spread(x_RD: Tensor, plan: Spread) -> Tensor:
+    """Rows of `x_RD` at all places, [T, D]."""
+    return x_RD if plan.whole else _Spread.apply(x_RD, plan.index_T, plan.back_RX, plan.blank_RX1)
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, index_T: Tensor, back_RX: Tensor, blank_RX1: Tensor | None) -> Tensor:
+        ctx.back_RX, ctx.blank_RX1 = back_RX, blank_RX1
+        return x_RD.index_select(0, index_T)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        grad_RXD = grads[0].index_select(0, ctx.back_RX.flatten()).unflatten(0, ctx.back_RX.shape)
+        if ctx.blank_RX1 is not None:
+            grad_RXD = grad_RXD.masked_fill_(ctx.blank_RX1, 0)
+        return (grad_RXD[:, 0] if grad_RXD.shape[1] == 1 else grad_RXD.sum(1)), None, None, None
 
 
 class _Take(torch.autograd.Function):

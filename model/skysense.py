@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +21,9 @@ from model.droppath import image_seeds
 from model.fusion import FrameFusion, Frames
 from model.grids import TokenGrid, finest
 from model.moe.balance import MoEStats
+from model.rows import to_device
 from model.transformer import Block
+from model.validity import HostView
 
 
 @dataclass
@@ -93,24 +96,27 @@ class SkySense(nn.Module):
         merges: Mapping[str, tuple[bool, bool, bool]] | None = None,
         fused_BM: Sequence[Tensor | None] | None = None,
         stages: bool = False,
+        known: Sequence[HostView] | None = None,
     ) -> list[Features]:
         """Features of several views in one pass of the network (see `forward`), the router's sums of all of them on the first.
 
-        The same as one view after the other; expert layers are called once, and their weights read once.
+        The same as one view after the other; expert layers are called once, and their weights read once. known: what
+        the host knows of each view already; without it the host has to wait for it.
         """
-        seeds = [self._seeds(view, seed_B) for view, seed_B in zip(views, seeds)]
-        images, where = [], []
-        for m, name in enumerate(self.cfg.modalities):
-            merge = (merges or {}).get(name) or self.cfg.merges(name)
-            for number, (view, seed_B) in enumerate(zip(views, seeds)):
-                images.append(self._images(m, name, view, seed_B, merge))
-                where.append((number, name))
+        images = self._images(views, [self._seeds(view, seed_B) for view, seed_B in zip(views, seeds)], merges or {})
+        where = [(number, name) for name in self.cfg.modalities for number in range(len(views))]
+        shown = list(fused_BM or [None] * len(views))
+        if known is None:
+            hosts = [None if shown_BM is None else shown_BM.cpu().numpy() for shown_BM in shown]
+        else:
+            hosts = [item.fused_BM for item in known]
+            firsts = [known[number].first[name] for number, name in where]
+            images = [part._replace(host_Nhw=h.reshape(-1, *h.shape[2:])) for part, h in zip(images, firsts)]
         frames: list[dict[str, Frames]] = [{} for _ in views]
-        shown = fused_BM or [None] * len(views)
         after: list[dict[str, list[tuple[Tensor, Tensor]]]] = [{} for _ in views]
         results = self.backbone(images, pyramid=stages)
         for (number, name), tokens in zip(where, results):
-            frames[number][name] = self._frames(views[number], name, tokens, shown[number])
+            frames[number][name] = self._frames(views[number], name, tokens, shown[number], hosts[number])
             if stages:
                 layout = views[number].modalities[name].valid_BTHW.shape[:2]
                 after[number][name] = [(f.unflatten(0, layout), v.unflatten(0, layout)) for f, v in tokens.pyramid]
@@ -124,21 +130,46 @@ class SkySense(nn.Module):
         features[0].moe = results[0].moe
         return features
 
-    def _images(self, m: int, name: str, view: View, seed_B: Tensor | None, merges: tuple[bool, bool, bool]) -> Images:
-        part = view.modalities[name]
-        dates = part.valid_BTHW.shape[1]
-        seed_N = None if seed_B is None else image_seeds(seed_B, m, dates).flatten()
-        gsd_N = part.gsd_B.repeat_interleave(dates)
-        return Images(name, part.x_BTCHW.flatten(0, 1), part.valid_BTHW.flatten(0, 1), gsd_N, seed_N, merges)
+    def _images(
+        self, views: Sequence[View], seeds: Sequence[Tensor | None], merges: Mapping[str, tuple[bool, bool, bool]]
+    ) -> list[Images]:
+        """One set per modality and view, modality by modality. What each image has of its site is gathered for all sets at once."""
+        names = [name for name in self.cfg.modalities for _ in views]
+        parts = [view.modalities[name] for name in self.cfg.modalities for view in views]
+        layouts = [part.valid_BTHW.shape[:2] for part in parts]
+        sites_before = np.cumsum([0, *(len(view.side_m_B) for view in views)])
+        row_before = np.cumsum([0, *(b for b, _ in layouts)])
+        site = [np.repeat(np.arange(b), t) for b, t in layouts]
+        device, counts = parts[0].valid_BTHW.device, [b * t for b, t in layouts]
+        row_N = to_device(np.concatenate([own + at for own, at in zip(site, row_before)]), device)
+        gsd = torch.cat([part.gsd_B for part in parts]).index_select(0, row_N).split(counts)
+        seed: Sequence[Tensor | None] = [None] * len(parts)
+        given = [seed_B for seed_B in seeds if seed_B is not None]
+        if len(given) == len(views):
+            first = np.concatenate([own + sites_before[i % len(views)] for i, own in enumerate(site)])
+            seed_N = torch.cat(given).index_select(0, to_device(first, device))
+            modality_N = np.repeat(np.arange(len(parts)) // len(views), counts)
+            date_N = np.concatenate([np.tile(np.arange(t), b) for b, t in layouts])
+            seed = image_seeds(seed_N, modality_N, date_N).split(counts)
+        return [
+            Images(
+                name, part.x_BTCHW.flatten(0, 1), part.valid_BTHW.flatten(0, 1), gsd_N, seed_N,
+                merges.get(name) or self.cfg.merges(name),
+            )
+            for name, part, gsd_N, seed_N in zip(names, parts, gsd, seed)
+        ]  # fmt: skip
 
-    def _frames(self, view: View, name: str, tokens: Tokens, fused_BM: Tensor | None) -> Frames:
+    def _frames(
+        self, view: View, name: str, tokens: Tokens, fused_BM: Tensor | None, host_BM: np.ndarray | None
+    ) -> Frames:
         part = view.modalities[name]
         layout, canvas = part.valid_BTHW.shape[:2], part.valid_BTHW.shape[2:]
         feat, valid = tokens.feat_NhwD.unflatten(0, layout), tokens.valid_Nhw.unflatten(0, layout)
         grid = TokenGrid((feat.shape[2], feat.shape[3]), (canvas[0], canvas[1]), tokens.stride)
-        shown_B = None if fused_BM is None else fused_BM[:, self.cfg.modalities.index(name)]
+        m = self.cfg.modalities.index(name)
+        shown_B, host_shown = None if fused_BM is None else fused_BM[:, m], None if host_BM is None else host_BM[:, m]
         host = tokens.host_valid.reshape(valid.shape)
-        return Frames(feat, valid, part.doy_BT, grid, host, part.gsd_B, shown_B)
+        return Frames(feat, valid, part.doy_BT, grid, host, part.gsd_B, shown_B, host_shown)
 
     def _seeds(self, view: View, sample_seed_B: Tensor | None) -> Tensor | None:
         if not self.training or self.cfg.drop_path == 0.0:

@@ -5,18 +5,23 @@ Legend: N rows · d bottleneck dim · K prototypes · G groups of one head · L 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from model.batch import View
 from model.geo_context import ContextSums
 from model.heads import HeadTargets, unit_rows
 from model.losses.mgcl import Pairing
 from model.losses.reduce import Reduce
 from model.losses.sinkhorn import memberships, prototype_scaling
 from model.prediction import PredictionScores, PredictionTargets
+from model.rows import Take, plan_take, take, to_device
+from model.validity import HostView, on_host
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,17 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What the student sees of a micro-batch (`model.hiding`): its u, which sensors its fusion sees, bool [B, M] (None: all), and what
+    the host knows of its views, in the student's order.
+    """
+
+    u: View
+    fused_BM: Tensor | None
+    known: list[HostView]
+
+
+@dataclass(frozen=True)
 class TeacherScores:
     """One micro-batch after the teacher's forward: a few hundred bytes per position, whatever the number of prototypes.
 
@@ -35,16 +51,18 @@ class TeacherScores:
         rows: by group, in the student's group order.
         pairings: which tokens of u each modality compares (constants to autograd).
         class_Bhw: class of each fused token of u, -1 where unlabelled or invalid; None without ITA.
-        tokens_L: router tokens that the student will see per layer.
+        tokens_L: float64, router tokens that the student will see per layer.
         context: geo-context of the sites and what it learns; None if off.
+        seen: what the student will see.
     """
 
     rows: dict[str, Rows]
     pairings: dict[str, Pairing]
     class_Bhw: Tensor | None
     tokens_L: Tensor
-    context: ContextSums | None = None
-    prediction: PredictionScores = field(default_factory=PredictionScores)
+    context: ContextSums | None
+    prediction: PredictionScores
+    seen: Seen
 
 
 @dataclass(frozen=True)
@@ -59,7 +77,7 @@ class TeacherTargets:
         samples_seen: of the run so far; the same for all micro-batches of the step.
         reduce: set where the student must meet the other ranks (`balance_load: micro_batch`).
         scale: W·A/N of the prediction terms, by name. prediction: their targets.
-        prototypes_frozen: the student's prototypes do not learn in this step.
+        prototypes_frozen: the student's prototypes do not learn in this step. seen: what the student sees.
     """
 
     heads: dict[str, HeadTargets]
@@ -69,6 +87,7 @@ class TeacherTargets:
     ita_scale: Tensor
     router_tokens_L: Tensor
     parts: int
+    seen: Seen
     samples_seen: int = 0
     reduce: Reduce | None = None
     context_BPF: Tensor | None = None
@@ -98,9 +117,9 @@ def center(
     terms = {name: scale[name] for name in scores[0].prediction.counts}
     groups = {head: [g for g, h in head_of_group.items() if h == head] for head in prototypes}
     heads: list[dict[str, HeadTargets]] = [{} for _ in scores]
-    for head, names in groups.items():
-        members = [_stack(score, names) for score in scores]
-        y_Nd, group_N, valid_N = (torch.cat(column) for column in zip(*members))
+    for head, members in _counted(scores, groups).items():
+        names = groups[head]
+        y_Nd, group_N, valid_N = (_joined(column) for column in zip(*(member[:3] for member in members)))
         if center_bottleneck:
             mean_Gd = group_means(y_Nd, group_N, valid_N, len(names), reduce)
         else:
@@ -113,10 +132,11 @@ def center(
         if memory:
             rows_G = torch.where(scale_G > 0, parts / scale_G.clamp_min(1e-30), 0)
             log_v_GK = remember(log_v_GK, memory[head], rows_G, momentum)
-        for targets, (y, group, valid) in zip(heads, members):
-            weight = scale_G[group] * valid.to(log_v_GK.dtype)
+        weight_N = scale_G.index_select(0, group_N) * valid_N
+        sizes = [len(member.y_Nd) for member in members]
+        for targets, member, z, weight in zip(heads, members, z_Nd.split(sizes), weight_N.split(sizes)):
             targets[head] = HeadTargets(
-                unit_rows(y, group, mean_Gd), group, mean_Gd, weight, prototypes[head], log_v_GK, temperature
+                z, member.group_N, mean_Gd, weight, prototypes[head], log_v_GK, temperature, member.rows, member.host_rows
             )
     return [
         TeacherTargets(
@@ -127,6 +147,7 @@ def center(
             ita_scale,
             router_tokens_L,
             parts,
+            score.seen,
             context_BPF=None if score.context is None else score.context.prototypes_BPF,
             scale=terms,
         )
@@ -163,22 +184,51 @@ def _scales(
     scores: list[TeacherScores], groups: list[str], parts: int, reduce: Reduce
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """W·A/N per group and prediction term, and of labelled tokens, 0 where nothing is valid anywhere; tokens per router layer."""
-    device = scores[0].tokens_L.device
-    labelled = [0 if s.class_Bhw is None else (s.class_Bhw >= 0).sum() for s in scores]
-    rows = [torch.as_tensor(sum(s.rows[name].valid_N.sum() for s in scores), device=device) for name in groups]
-    terms = list(scores[0].prediction.counts)
-    elements = [torch.stack([s.prediction.counts[name] for s in scores]).sum() for name in terms]
-    names = [*groups, *terms]
-    counts = torch.stack(
-        [x.to(torch.float64) for x in (*rows, *elements, torch.as_tensor(sum(labelled), device=device))]
-    )
-    tokens_L = torch.stack([s.tokens_L.to(torch.float64) for s in scores]).sum(0)
-    total = reduce.sum(torch.cat([counts, tokens_L]))
+    names = [*groups, *scores[0].prediction.counts]
+    counts = []
+    for score in scores:
+        rows = [score.rows[name].valid_N.sum(dtype=torch.float64) for name in groups]
+        labelled = (
+            score.tokens_L.new_zeros(())
+            if score.class_Bhw is None
+            else (score.class_Bhw >= 0).sum(dtype=score.tokens_L.dtype)
+        )
+        counts.append(torch.cat([torch.stack([*rows, *score.prediction.counts.values(), labelled]), score.tokens_L]))
+    total = reduce.sum(counts[0] if len(counts) == 1 else torch.stack(counts).sum(0))
     scale = torch.where(total > 0, parts / total.clamp_min(1e-12), 0.0)
     return dict(zip(names, scale)), scale[len(names)], total[len(names) + 1 :]
 
 
-def _stack(score: TeacherScores, names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-    rows = [score.rows[name] for name in names]
-    group_N = torch.cat([torch.full_like(r.valid_N, i, dtype=torch.int64) for i, r in enumerate(rows)])
-    return torch.cat([r.y_Nd for r in rows]), group_N, torch.cat([r.valid_N for r in rows])
+class _Counted(NamedTuple):
+    """Rows of one head in one micro-batch that count (one that does not, if none does: every parameter is part of every graph)."""
+
+    y_Nd: Tensor
+    group_N: Tensor
+    valid_N: Tensor
+    rows: Take
+    host_rows: np.ndarray
+
+
+def _counted(scores: list[TeacherScores], groups: Mapping[str, list[str]]) -> dict[str, list[_Counted]]:
+    """Per head, the rows of every micro-batch. What does not count is not computed, neither here nor by the student, and for that
+    the host has to know it: the step's only wait in the centring.
+    """
+    stacked = [(name, [score.rows[g] for g in members]) for name, members in groups.items() for score in scores]
+    if not stacked:
+        return {}
+    hosts = on_host([torch.cat([row.valid_N for row in rows]) for _, rows in stacked])
+    found: dict[str, list[_Counted]] = {name: [] for name in groups}
+    for (name, rows), valid in zip(stacked, hosts):
+        device = rows[0].y_Nd.device
+        chosen = np.flatnonzero(valid) if valid.any() else np.arange(min(1, len(valid)))
+        group = np.repeat(np.arange(len(rows)), [len(row.valid_N) for row in rows])
+        plan = plan_take(chosen, len(valid), device)
+        y_Nd = take(torch.cat([row.y_Nd for row in rows]), plan)
+        found[name].append(
+            _Counted(y_Nd, to_device(group[chosen], device), to_device(valid[chosen], device), plan, chosen)
+        )
+    return found
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))

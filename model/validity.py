@@ -1,17 +1,32 @@
 """Which tokens are valid, from pixel validity alone: what the model computes on its way, available before it runs (the losses need the
-number of pairs and of routed tokens of a whole step before the student's first forward).
+number of pairs and of routed tokens of a whole step before the student's first forward). The device says which first-stage tokens are
+valid, once per step for all views; everything after that is the host's arithmetic.
 
 Dimension legend: N images · B sites · T dates · H, W pixels · h, w tokens · K mixture-of-experts layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model.batch import View
 from model.config import ModelConfig
+from model.plan import stage_grids
+
+Grids = dict[str, np.ndarray]  # by sensor
+
+
+class HostView(NamedTuple):
+    """What the host knows of a view: `first_tokens`, and which sensors the fusion of a site sees, bool [B, M] (None: all)."""
+
+    first: Grids
+    fused_BM: np.ndarray | None = None
 
 
 def patch_validity(valid_NHW: Tensor, patch: int, min_valid: float) -> Tensor:
@@ -23,40 +38,46 @@ def patch_validity(valid_NHW: Tensor, patch: int, min_valid: float) -> Tensor:
     return cells.sum((2, 4)) > min_valid * patch**2
 
 
-def merge_validity(valid_NHW: Tensor) -> Tensor:
-    """bool [N, ⌈H/2⌉, ⌈W/2⌉]: any of the four is valid."""
-    return patch_validity(valid_NHW, 2, 0.0)
+def on_host(masks: Sequence[Tensor]) -> list[np.ndarray]:
+    """Masks of any shapes as host arrays; the host waits for the device once. On `meta` everything is valid."""
+    flat = torch.cat([mask.flatten() for mask in masks])
+    host = np.ones(flat.shape, bool) if flat.is_meta else flat.cpu().numpy()
+    ends = np.cumsum([mask.numel() for mask in masks])[:-1]
+    return [part.reshape(mask.shape) for part, mask in zip(np.split(host, ends), masks)]
 
 
-def stage_validity(cfg: ModelConfig, modality: str, valid_NHW: Tensor) -> list[Tensor]:
-    """Token validity of one modality in each of the four stages."""
-    stages = [patch_validity(valid_NHW, cfg.patch, cfg.token_min_valid)]
-    for merge in cfg.merges(modality):
-        stages.append(merge_validity(stages[-1]) if merge else stages[-1])
-    return stages
+def first_tokens(cfg: ModelConfig, views: Sequence[View], *more: Tensor) -> tuple[list[Grids], list[np.ndarray]]:
+    """Validity of first-stage tokens in several views, bool [B, T, h, w] per sensor, and `more` masks; one wait for all of them."""
+    masks = []
+    for view in views:
+        for name in cfg.modalities:
+            valid_BTHW = view.modalities[name].valid_BTHW
+            token_Nhw = patch_validity(valid_BTHW.flatten(0, 1), cfg.patch, cfg.token_min_valid)
+            masks.append(token_Nhw.unflatten(0, valid_BTHW.shape[:2]))
+    hosts = on_host([*masks, *more])
+    grids = iter(hosts[: len(masks)])
+    return [{name: next(grids) for name in cfg.modalities} for _ in views], hosts[len(masks) :]
 
 
-def dense_validity(cfg: ModelConfig, view: View) -> dict[str, Tensor]:
-    """`Features.dense_valid` of a view, bool [B, T, h, w] per modality."""
-    found = {}
-    for name in cfg.modalities:
-        valid_BTHW = view.modalities[name].valid_BTHW
-        found[name] = stage_validity(cfg, name, valid_BTHW.flatten(0, 1))[3].unflatten(0, valid_BTHW.shape[:2])
-    return found
+def final_tokens(cfg: ModelConfig, first: Grids) -> Grids:
+    """`Features.dense_valid` on the host, from first-stage tokens."""
+    return {name: stages_of(cfg, name, valid_BThw)[3] for name, valid_BThw in first.items()}
 
 
-def routed_tokens(cfg: ModelConfig, view: View) -> Tensor:
-    """float32 [K]: tokens (prompts included) that each mixture-of-experts layer routes in this view, summed over modalities; in the
+def stages_of(cfg: ModelConfig, name: str, first_BThw: np.ndarray) -> list[np.ndarray]:
+    """Validity of one sensor's tokens in each of the four stages, [B, T, h, w]."""
+    layout = first_BThw.shape[:2]
+    grids = stage_grids(first_BThw.reshape(-1, *first_BThw.shape[2:]), cfg.merges(name))
+    return [grid.reshape(*layout, *grid.shape[1:]) for grid in grids]
+
+
+def routed_tokens(cfg: ModelConfig, first: Grids) -> np.ndarray:
+    """float64 [K]: tokens (prompts included) that each mixture-of-experts layer routes in this view, summed over modalities; in the
     order of `Features.moe`.
     """
-    num_third = cfg.depths[2]
-    per_modality = []
-    for name in cfg.modalities:
-        stages = stage_validity(cfg, name, view.modalities[name].valid_BTHW.flatten(0, 1))
-        counts = [v.sum() + cfg.prompts * v.flatten(1).any(1).sum() for v in stages]
-        layers = [counts[2] if i < num_third else counts[3] for i in sorted(cfg.moe.placed(sum(cfg.depths[2:])))]
-        if layers:
-            per_modality.append(torch.stack(layers).float())
-    if not per_modality:
-        return torch.zeros(0)
-    return torch.cat(per_modality) if cfg.separate else torch.stack(per_modality).sum(0)
+    layers = sorted(cfg.moe.placed(sum(cfg.depths[2:])))
+    counts_MK = np.zeros((len(first), len(layers)))
+    for row_K, (name, valid_BThw) in zip(counts_MK, first.items()):
+        third, last = (v.sum() + cfg.prompts * v.any((2, 3)).sum() for v in stages_of(cfg, name, valid_BThw)[2:])
+        row_K[:] = [third if i < cfg.depths[2] else last for i in layers]
+    return counts_MK.reshape(-1) if cfg.separate else counts_MK.sum(0)

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from model.batch import View
 from model.config import ModelConfig
-from model.fusion import fused_validity
+from model.fusion import fused_tokens
 from model.losses.correspondence import Grid
 from model.losses.mgcl import ViewTokens
+from model.rows import to_device
 from model.skysense import Features
-from model.validity import dense_validity
+from model.validity import Grids, final_tokens
 
 
 class Validity(NamedTuple):
@@ -27,8 +28,12 @@ class Validity(NamedTuple):
     fused_like: str
 
 
-def view_validity(model: ModelConfig, view: View) -> Validity:
-    return Validity(dense_validity(model, view), *fused_validity(model, view))
+def view_validity(model: ModelConfig, view: View, first: Grids) -> Validity:
+    """first: validity of the view's first-stage tokens on the host (`model.validity.first_tokens`)."""
+    final, device = final_tokens(model, first), view.side_m_B.device
+    fused, fused_like = fused_tokens(model, view, final)
+    dense = {name: to_device(valid_BThw, device) for name, valid_BThw in final.items()}
+    return Validity(dense, to_device(fused, device), fused_like)
 
 
 def features_validity(features: Features) -> Validity:

@@ -21,7 +21,8 @@ from cluster.rundir import RunDir
 from model.batch import Batch
 from model.counts import table
 from model.losses.reduce import DistributedReduce
-from model.pretrain import Student, make_teacher
+from model.pretrain import Student
+from model.teacher import make_teacher
 from pipeline import resume
 from pipeline.checkpoint import Saver, store
 from pipeline.config import PretrainConfig

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from cluster.config import load
 from cluster.ranks import Ranks
 from model.losses.reduce import DistributedReduce
-from model.pretrain import Student, make_teacher
+from model.pretrain import Student
+from model.teacher import make_teacher
 from pipeline.config import PretrainConfig
 from pipeline.engine import Engine
 from pipeline.parallel.layout import Layout

@@ -8,8 +8,10 @@ Legend: B sites · T dates · h, w token grid · L = h·w · P chosen positions 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,52 +29,59 @@ class Grid:
     canvas: tuple[int, int]
 
 
-def token_centres(grid: Grid) -> Tensor:
-    """Site metres (east, south) of every token centre: [B, L, 2] float64."""
-    h, w = grid.hw
-    device = grid.affine_B23.device
-    row_L, col_L = torch.meshgrid(
-        torch.arange(h, dtype=torch.float64, device=device), torch.arange(w, dtype=torch.float64, device=device), indexing="ij"
-    )  # fmt: skip
-    pixel_L2 = torch.stack(
-        [(col_L.reshape(-1) + 0.5) * grid.stride[0], (row_L.reshape(-1) + 0.5) * grid.stride[1]], dim=-1
-    )
-    affine_B23 = grid.affine_B23.to(torch.float64)
-    return pixel_L2 @ affine_B23[:, :, :2].transpose(1, 2) + affine_B23[:, None, :, 2]
+@functools.lru_cache(maxsize=64)
+def centre_pixels(grid: tuple[int, int], stride: tuple[float, float], device: torch.device) -> Tensor:
+    """Pixels (x, y) of all token centres on the canvas, float64 [L, 2]; made once."""
+    row_L, col_L = (a.reshape(-1) for a in np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij"))
+    with torch.inference_mode(False):  # what inference makes first, training must be able to use
+        return torch.from_numpy(np.stack([(col_L + 0.5) * stride[0], (row_L + 0.5) * stride[1]], -1)).to(device)
 
 
-def locate(ground_BL2: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """(token_BL2, inside_BL): place of ground points on a grid in token units (column, row; token centres at integers).
+@functools.lru_cache(maxsize=64)
+def _vector(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float64 on the device; sent there once."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float64, device=device)
 
-    inside: the point lies on the grid's canvas. A degenerate affine (all zero, an absent modality) is nowhere.
+
+def locate(u: Grid, v: Grid) -> tuple[Tensor, Tensor]:
+    """(token_BL2, inside_BL): where u's token centres lie on v's grid, in token units (column, row; token centres at integers).
+
+    inside: the point lies on v's canvas. A degenerate affine (all zero, an absent modality) is nowhere. The two affine maps are
+    composed per site, so that tokens cost one map: x_v = A_v⁻¹ (A_u x_u + t_u − t_v).
     """
-    (a_B1, b_B1, tx_B1), (c_B1, d_B1, ty_B1) = (
-        row.unbind(-1) for row in grid.affine_B23.double()[..., None, :].unbind(1)
+    device = u.affine_B23.device
+    (turn_u_B22, shift_u_B21), (turn_v_B22, shift_v_B21) = (
+        grid.affine_B23.to(torch.float64).split([2, 1], dim=-1) for grid in (u, v)
     )
-    det_B1 = a_B1 * d_B1 - b_B1 * c_B1
-    usable_B1 = det_B1.abs() > 1e-12
-    det_B1 = torch.where(usable_B1, det_B1, 1.0)
-    east_BL, south_BL = ground_BL2[..., 0] - tx_B1, ground_BL2[..., 1] - ty_B1
-    x_BL, y_BL = (d_B1 * east_BL - b_B1 * south_BL) / det_B1, (a_B1 * south_BL - c_B1 * east_BL) / det_B1
-    height, width = grid.canvas
-    inside_BL = (x_BL >= 0) & (x_BL <= width) & (y_BL >= 0) & (y_BL <= height) & usable_B1
-    return torch.stack([x_BL / grid.stride[0] - 0.5, y_BL / grid.stride[1] - 0.5], dim=-1), inside_BL
+    (a_B, b_B), (c_B, d_B) = (row_B2.unbind(-1) for row_B2 in turn_v_B22.unbind(-2))
+    adjoint_B22 = torch.stack([d_B, -b_B, -c_B, a_B], -1).unflatten(-1, (2, 2))
+    det_B = a_B * d_B - b_B * c_B
+    usable_B = det_B.abs() > 1e-12
+    inverse_B22 = adjoint_B22 / det_B.masked_fill(~usable_B, 1.0)[:, None, None]
+    turn_B22, shift_B2 = inverse_B22 @ turn_u_B22, (inverse_B22 @ (shift_u_B21 - shift_v_B21))[..., 0]
+    # x and y by hand: elementwise, so that a site's bits do not depend on how many stand beside it
+    from_x_B12, from_y_B12 = (column_B2[:, None] for column_B2 in turn_B22.unbind(-1))
+    x_L1, y_L1 = centre_pixels(u.hw, u.stride, device).split(1, dim=-1)
+    pixel_BL2 = shift_B2[:, None] + from_x_B12 * x_L1 + from_y_B12 * y_L1
+    height, width = v.canvas
+    on_canvas_BL = ((pixel_BL2 >= 0) & (pixel_BL2 <= _vector((width, height), device))).all(-1)
+    return pixel_BL2 / _vector(v.stride, device) - 0.5, on_canvas_BL & usable_B[:, None]
 
 
 def bilinear_taps(token_BL2: Tensor, hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """(index_BL4, weight_BL4): the four tokens round a place and their bilinear weights; the border repeats the edge."""
     h, w = hw
-    x_BL = token_BL2[..., 0].clamp(0, w - 1)
-    y_BL = token_BL2[..., 1].clamp(0, h - 1)
-    x0_BL, y0_BL = x_BL.floor().clamp_max(max(w - 2, 0)), y_BL.floor().clamp_max(max(h - 2, 0))
-    fx_BL, fy_BL = x_BL - x0_BL, y_BL - y0_BL
-    indices, weights = [], []
-    for dy in (0, 1):
-        for dx in (0, 1):
-            row, col = (y0_BL + dy).clamp_max(h - 1), (x0_BL + dx).clamp_max(w - 1)
-            indices.append((row * w + col).to(torch.int64))
-            weights.append((fy_BL if dy else 1 - fy_BL) * (fx_BL if dx else 1 - fx_BL))
-    return torch.stack(indices, dim=-1), torch.stack(weights, dim=-1)
+    device = token_BL2.device
+    zero_2, last_2 = _vector((0.0, 0.0), device), _vector((w - 1.0, h - 1.0), device)
+    token_BL2 = token_BL2.clamp(zero_2, last_2)
+    low_BL2 = token_BL2.floor().minimum(_vector((max(w - 2.0, 0.0), max(h - 2.0, 0.0)), device))
+    share_BL2 = token_BL2 - low_BL2
+    place_BL22 = torch.stack([low_BL2, (low_BL2 + 1).minimum(last_2)], -1)
+    weight_BL22 = torch.stack([1 - share_BL2, share_BL2], -1)
+    (x_BL2, y_BL2), (of_x_BL2, of_y_BL2) = place_BL22.unbind(2), weight_BL22.unbind(2)
+    index_BL22 = y_BL2[..., :, None] * w + x_BL2[..., None, :]
+    return index_BL22.flatten(2).to(torch.int64), (of_y_BL2[..., :, None] * of_x_BL2[..., None, :]).flatten(2)
 
 
 def match_dates(
@@ -84,6 +93,8 @@ def match_dates(
     does to the ground out of the positive pair as far as possible (the predecessor pairs by index). Ties go to the earlier index.
     Unknown days pair by index. ok: u's date is present and v has any.
     """
+    if doy_v_BT.shape[1] == 1:  # nothing to choose from
+        return torch.zeros_like(doy_u_BT, dtype=torch.int64), present_u_BT & present_v_BT
     gap_BTT = (doy_u_BT[:, :, None].to(torch.int32) - doy_v_BT[:, None, :].to(torch.int32)).abs() % DAYS
     gap_BTT = torch.minimum(gap_BTT, DAYS - gap_BTT)
     index_u, index_v = (torch.arange(n, device=gap_BTT.device) for n in (doy_u_BT.shape[1], doy_v_BT.shape[1]))

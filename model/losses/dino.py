@@ -24,8 +24,8 @@ def target_log_probabilities(
     z_ND: Tensor, prototypes_KD: Tensor, log_v_GK: Tensor, group_N: Tensor, temperature: float
 ) -> Tensor:
     """log q_NK of the teacher's distribution q = softmax_k(z·w_k / τ + log v_gk); see `sinkhorn.prototype_scaling`."""
-    score_NK = (z_ND @ prototypes_KD.T).to(log_v_GK.dtype) / temperature
-    return torch.log_softmax(score_NK + log_v_GK[group_N], dim=-1)
+    scaling_NK = log_v_GK.index_select(0, group_N)
+    return torch.log_softmax(scaling_NK.add_(((z_ND / temperature) @ prototypes_KD.T).to(log_v_GK.dtype)), dim=-1)
 
 
 def prototype_cross_entropy(
@@ -65,31 +65,40 @@ class _FusedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         dtype = work_dtype(student_ND)
         weight_N = weight_N.to(dtype)
-        ce_N = torch.zeros(student_ND.shape[0], device=student_ND.device, dtype=dtype)
-        entropy_N = torch.zeros_like(ce_N)
-        best_N = torch.zeros(student_ND.shape[0], device=student_ND.device, dtype=torch.int64)
-        grad_ND = torch.zeros_like(student_ND)
-        grad_KD = torch.zeros_like(student_prototypes_KD, dtype=dtype)
+        sharp_ND = student_ND / student_temperature
+        found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        grad_KD: Tensor | None = None
         for start in range(0, student_ND.shape[0], chunk):
             part = slice(start, start + chunk)
-            logit_nK = (student_ND[part] @ student_prototypes_KD.T).to(dtype) / student_temperature
-            best_N[part] = logit_nK.argmax(dim=-1)
+            logit_nK = (sharp_ND[part] @ student_prototypes_KD.T).to(dtype)
+            best_n = logit_nK.argmax(dim=-1)
             logp_nK = torch.log_softmax(logit_nK, dim=-1)
             logq_nK = target_log_probabilities(
                 teacher_ND[part], teacher_prototypes_KD, log_v_GK, group_N[part], temperature
             )
             q_nK = logq_nK.exp()
-            entropy_N[part] = -(q_nK * logq_nK).sum(dim=-1)
-            ce_N[part] = -(q_nK * logp_nK).sum(dim=-1)
-            delta_nK = (logp_nK.exp() - q_nK) * (weight_N[part, None] / student_temperature)
-            grad_ND[part] = delta_nK.to(student_prototypes_KD.dtype) @ student_prototypes_KD
-            grad_KD += delta_nK.T @ student_ND[part].to(dtype)
-        ctx.save_for_backward(grad_ND, grad_KD.to(student_prototypes_KD.dtype))
+            entropy_n, ce_n = -_row_dot(q_nK, logq_nK), -_row_dot(q_nK, logp_nK)
+            # ∂ce/∂logits, in the place of log p
+            delta_nK = logp_nK.exp_().sub_(q_nK).mul_((weight_N[part] / student_temperature)[:, None])
+            found.append((ce_n, entropy_n, best_n, delta_nK.to(student_prototypes_KD.dtype) @ student_prototypes_KD))
+            more_KD = delta_nK.T @ student_ND[part].to(dtype)
+            grad_KD = more_KD if grad_KD is None else grad_KD.add_(more_KD)
+        if grad_KD is None:  # no rows
+            grad_KD = torch.zeros_like(student_prototypes_KD, dtype=dtype)
+            found.append((weight_N, weight_N, group_N, torch.zeros_like(student_ND)))
+        ce_N, entropy_N, best_N, grad_ND = found[0] if len(found) == 1 else map(torch.cat, zip(*found))
+        ctx.save_for_backward(grad_ND.to(student_ND.dtype), grad_KD.to(student_prototypes_KD.dtype))
         ctx.mark_non_differentiable(ce_N, entropy_N, best_N)
-        return (weight_N * ce_N).sum(), ce_N, entropy_N, best_N
+        ctx.set_materialize_grads(False)
+        return torch.dot(weight_N, ce_N), ce_N, entropy_N, best_N
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         upstream = grad_outputs[0]
         grad_ND, grad_KD = ctx.saved_tensors
         return upstream.to(grad_ND.dtype) * grad_ND, upstream.to(grad_KD.dtype) * grad_KD, *([None] * 8)
+
+
+def _row_dot(a_NK: Tensor, b_NK: Tensor) -> Tensor:
+    """Σ_k a_nk b_nk of every row, in one pass."""
+    return torch.bmm(a_NK[:, None], b_NK[..., None])[:, 0, 0]

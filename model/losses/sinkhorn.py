@@ -13,7 +13,9 @@ from torch import Tensor
 from model.losses.reduce import Reduce
 
 CHUNK_NUMBERS = 1 << 25  # rows × prototypes held at a time: 128 MiB in float32
+MASKED = -1e4  # added to log weights that shall be zero
 TINY = 1e-30  # a prototype nobody is near: its scaling stays finite (reached only below temperature 0.03)
+LARGE = 80.0  # exp of it is finite in float32
 
 
 def prototype_scaling(
@@ -24,8 +26,8 @@ def prototype_scaling(
 
     Sinkhorn-Knopp on exp(z·w/τ) as in DINOv2 (arXiv 2304.07193, section 4; SwAV, arXiv 2006.09882): each iteration
     first gives every prototype the same total over all valid rows of all ranks and micro-batches, then every row total 1.
-    Kept as scaling vectors in the log domain: scores are recomputed in chunks of rows and never stored, so a step keeps
-    D numbers per row, not K. z and prototypes are unit vectors, so |z·w/τ| <= 1/τ. `iterations` = 0: no centring.
+    Only scaling vectors are kept: scores are made again in chunks of rows where they do not fit one (CHUNK_NUMBERS), so a step
+    keeps D numbers per row, not K. z and prototypes are unit vectors, so |z·w/τ| <= 1/τ. `iterations` = 0: no centring.
 
     Args:
         valid_N: bool; invalid rows take no part.
@@ -33,19 +35,32 @@ def prototype_scaling(
         chunk: rows at a time; None: as many as CHUNK_NUMBERS allows.
     """
     chunk = chunk or chunk_rows(prototypes_KD.shape[0])
-    log_v_GK = torch.zeros(num_groups, prototypes_KD.shape[0], device=z_ND.device, dtype=work_dtype(z_ND))
-    member_GN = memberships(group_N, num_groups, valid_N).to(log_v_GK.dtype)
+    dtype = work_dtype(z_ND)
+    log_v_GK = torch.zeros(num_groups, prototypes_KD.shape[0], device=z_ND.device, dtype=dtype)
+    if not iterations:
+        return log_v_GK
+    member_GN = memberships(group_N, num_groups, valid_N).to(dtype)
+    sharp_ND, group_1N = z_ND / temperature, group_N[None]
+    parts = [slice(start, start + chunk) for start in range(0, z_ND.shape[0], chunk)]
+
+    def kernel(part: slice) -> Tensor:
+        return (sharp_ND[part] @ prototypes_KD.T).to(dtype).sub_(1.0 / temperature).exp_()
+
+    kept_nK = kernel(parts[0]) if len(parts) == 1 else None
     for iteration in range(iterations):
-        total_GK = torch.zeros_like(log_v_GK)
-        for start in range(0, z_ND.shape[0], chunk):
-            part = slice(start, start + chunk)
-            score_nK = (z_ND[part] @ prototypes_KD.T).to(log_v_GK.dtype) / temperature
-            if iteration == 0:
-                mass_nK = torch.exp(score_nK - 1.0 / temperature)
-            else:
-                mass_nK = torch.softmax(score_nK + log_v_GK[group_N[part]], dim=-1)
-            total_GK += member_GN[:, part] @ mass_nK
-        log_v_GK = log_v_GK - torch.log(reduce.sum(total_GK).clamp_min(TINY))
+        total_GK = torch.zeros_like(log_v_GK) if len(parts) != 1 else None
+        v_GK = log_v_GK.clamp_max(LARGE).exp()
+        for part in parts:
+            # Sinkhorn's scaling form: two thin products over the rows' kernel, no matrix of its size is written again
+            kernel_nK = kernel(part) if kept_nK is None else kept_nK
+            weight_Gn = member_GN[:, part]
+            if iteration:
+                row_1n = (v_GK @ kernel_nK.T).gather(0, group_1N[:, part])
+                weight_Gn = weight_Gn / row_1n.clamp_min(TINY)
+            column_GK = weight_Gn @ kernel_nK
+            total_GK = column_GK if total_GK is None else total_GK.add_(column_GK)
+        assert total_GK is not None
+        log_v_GK = -torch.log(reduce.sum(total_GK).clamp_min(TINY))
         log_v_GK = log_v_GK - log_v_GK.mean(dim=-1, keepdim=True)  # a row's softmax does not see a constant
     return log_v_GK
 
@@ -69,19 +84,21 @@ def cluster_weights(
     of C runs of consecutive positions; then, `iterations` times, cosine scores / `temperature` are balanced (equal mass
     per cluster, total 1 per position, three Sinkhorn rounds) and centres move to the weighted means. Soft weights, because
     a hard choice can flip on rounding and would break equality between layouts. An image with fewer than C valid
-    positions has no objects (all weights 0).
+    positions has no objects (all weights 0). x must be finite also where it is not valid.
     """
     usable_I = valid_IP.sum(dim=-1) >= clusters
     valid_IP1 = (valid_IP & usable_I[:, None]).to(work_dtype(x_IPD))[..., None]
-    x_IPD = F.normalize(torch.where(valid_IP[..., None], x_IPD, 0).to(valid_IP1.dtype), dim=-1)
+    bias_IP1 = (1 - valid_IP1) * MASKED
+    x_IPD = F.normalize(x_IPD.to(valid_IP1.dtype), dim=-1)
+    sharp_IPD = x_IPD / temperature
     weight_IPC = _seeds(valid_IP1, clusters)
     for _ in range(iterations):
         centre_ICD = F.normalize(weight_IPC.transpose(1, 2) @ x_IPD, dim=-1)
-        mass_IPC = torch.softmax(x_IPD @ centre_ICD.transpose(1, 2) / temperature, dim=-1) * valid_IP1
+        # in the log domain one kernel is a balancing; rows that do not count are put out of the clusters' sums each time
+        score_IPC = torch.log_softmax(sharp_IPD @ centre_ICD.transpose(1, 2), dim=2)
         for _ in range(3):
-            mass_IPC = mass_IPC / mass_IPC.sum(dim=1, keepdim=True).clamp_min(TINY)
-            mass_IPC = mass_IPC / mass_IPC.sum(dim=2, keepdim=True).clamp_min(TINY)
-        weight_IPC = mass_IPC / mass_IPC.sum(dim=1, keepdim=True).clamp_min(TINY)
+            score_IPC = torch.log_softmax(torch.log_softmax(score_IPC + bias_IP1, dim=1), dim=2)
+        weight_IPC = torch.softmax(score_IPC + bias_IP1, dim=1) * valid_IP1
     return weight_IPC
 
 

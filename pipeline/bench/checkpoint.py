@@ -31,7 +31,8 @@ def main(args: argparse.Namespace) -> int:
     from cluster.ranks import Ranks
     from data_prep.schema import MODALITIES
     from model.losses.reduce import SingleProcess
-    from model.pretrain import Student, make_teacher
+    from model.pretrain import Student
+    from model.teacher import make_teacher
     from pipeline.checkpoint import Saver, open_checkpoint, restore
     from pipeline.checkpoint.load import open_files
     from pipeline.checkpoint.save import snapshot

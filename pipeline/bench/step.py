@@ -48,7 +48,8 @@ def main(args: argparse.Namespace) -> int:
     from cluster.ranks import Ranks
     from model.counts import table
     from model.losses.reduce import SingleProcess
-    from model.pretrain import Student, make_teacher
+    from model.pretrain import Student
+    from model.teacher import make_teacher
     from pipeline.bench.operations import Operations
     from pipeline.config import PretrainConfig
     from pipeline.engine import Engine

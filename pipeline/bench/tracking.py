@@ -137,7 +137,8 @@ class Trainer:
         from cluster.config import load
         from cluster.ranks import Ranks
         from model.losses.reduce import SingleProcess
-        from model.pretrain import Student, make_teacher
+        from model.pretrain import Student
+        from model.teacher import make_teacher
         from pipeline.bench.loader_data import make_set
         from pipeline.config import PretrainConfig
         from pipeline.launch import free_port

@@ -62,7 +62,8 @@ def built(config: PretrainConfig, rank: int, world: int, per_node: int) -> dict[
     Returns: `rank`; `pieces`, `planned_pieces` [[name, start, size], …]; `state_bytes`, `planned_state_bytes` of masters,
     moments and averages; `parameters` the rank computes with; `groups`: ranks in the group of each master.
     """
-    from model.pretrain import Student, make_teacher
+    from model.pretrain import Student
+    from model.teacher import make_teacher
     from pipeline.engine import Engine
 
     ranks = Ranks(rank, world, rank % per_node, per_node)

@@ -17,7 +17,8 @@ import torch
 from cluster.config import from_dict, to_dict
 from model.config import ModelConfig, MoEConfig, ObjectiveConfig
 from model.losses.reduce import SingleProcess
-from model.pretrain import Student, make_teacher
+from model.pretrain import Student
+from model.teacher import make_teacher
 from tests.synthetic_batch import STATISTICS, make_batch
 
 FOLDER = Path(__file__).parent

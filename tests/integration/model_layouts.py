@@ -9,7 +9,8 @@ import torch
 from cluster.config import from_dict
 from cluster.ranks import Ranks
 from model.losses.reduce import DistributedReduce
-from model.pretrain import Student, make_teacher
+from model.pretrain import Student
+from model.teacher import make_teacher
 from pipeline.config import PretrainConfig
 from pipeline.engine import Engine
 from pipeline.parallel.layout import Layout

@@ -9,7 +9,8 @@ import torch
 from cluster.config import load
 from model import activations, plan
 from model.losses.reduce import SingleProcess
-from model.pretrain import Student, make_teacher
+from model.pretrain import Student
+from model.teacher import make_teacher
 from pipeline.config import PretrainConfig
 from tests.synthetic_batch import STATISTICS, make_batch
 

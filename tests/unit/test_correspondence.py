@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.losses.correspondence import Grid, bilinear_taps, choose_positions, locate, match_dates, token_centres
+from model.losses.correspondence import Grid, bilinear_taps, choose_positions, locate, match_dates
 from model.losses.mgcl import ViewTokens, pair_views, pool_student
 from model.view_tokens import view_affine
 from pipeline.reader import geometry
@@ -21,6 +21,12 @@ def grid_of(crop: geometry.Crop, pixels: int, stride: int = 1) -> Grid:
     affine = torch.from_numpy(geometry.affine(crop, pixels, crop.side_m / pixels))[None]
     tokens = -(-pixels // stride)
     return Grid(affine, (tokens, tokens), (float(stride), float(stride)), (pixels, pixels))
+
+
+def token_centres(grid: Grid) -> torch.Tensor:
+    """Site metres (east, south) of every token centre, [B, L, 2], one map after the other: the definition."""
+    pixels = [((j + 0.5) * grid.stride[0], (i + 0.5) * grid.stride[1], 1.0) for i in range(grid.hw[0]) for j in range(grid.hw[1])]  # fmt: skip
+    return torch.tensor(pixels, dtype=torch.float64) @ grid.affine_B23.double().transpose(1, 2)
 
 
 def canvas_of(site: np.ndarray, crop: geometry.Crop, pixels: int) -> np.ndarray:
@@ -42,7 +48,7 @@ def test_a_unique_pixel_value_finds_itself(xu, yu, turn_u, xv, yv, turn_v, size_
     u = geometry.Crop(xu, yu, size_u * 10.0, turn_u)
     v = geometry.Crop(xv, yv, size_v * 10.0, turn_v)
     values_u, values_v = canvas_of(site, u, size_u), canvas_of(site, v, size_v)
-    token, inside = locate(token_centres(grid_of(u, size_u)), grid_of(v, size_v))
+    token, inside = locate(grid_of(u, size_u), grid_of(v, size_v))
     taps, weights = bilinear_taps(token, (size_v, size_v))
     nearest = taps.gather(-1, weights.argmax(-1, keepdim=True))[0, :, 0].numpy()
     shown_in_v = np.isin(values_u, values_v[values_v >= 0]) & (values_u >= 0)
@@ -74,7 +80,7 @@ def test_bilinear_pairs_reproduce_the_ground(xu, yu, turn_u, xv, yv, turn_v, sid
         torch.ones(1, 1, h, w, dtype=torch.bool), torch.ones(1, 1, dtype=torch.int16), grid_v, features
     )
     pairing, pooled = pair_views(tokens_u, tokens_v, torch.zeros(1, dtype=torch.int64), 10_000, 2)
-    token, _ = locate(ground_u, grid_v)
+    token, _ = locate(grid_u, grid_v)
     interior = ((token >= 0) & (token <= torch.tensor([w - 1.0, h - 1.0]))).all(-1)[0]
     inside_v = [
         v.x0_m <= float(g[0]) <= v.x0_m + v.side_m and v.y0_m <= float(g[1]) <= v.y0_m + v.side_m for g in ground_u[0]

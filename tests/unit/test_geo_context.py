@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from model.geo_context import GeoContext, assign, region_of
 from model.losses.reduce import SingleProcess
 from model.objective_plan import count_parameters
-from model.pretrain import Student, make_teacher
+from model.pretrain import Student
+from model.teacher import make_teacher
 from tests.synthetic_batch import STATISTICS, make_batch, split
 from tests.thread_ranks import run_ranks
 from tests.unit.test_pretrain import MODEL, OBJECTIVE

@@ -18,7 +18,8 @@ from model.losses.reduce import SingleProcess
 from model.losses.router import router_terms
 from model.losses.sinkhorn import cluster_weights, prototype_scaling
 from model.moe.balance import MoEStats
-from model.pretrain import Student, make_teacher
+from model.pretrain import Student
+from model.teacher import make_teacher
 from model.view_tokens import view_affine
 from tests.synthetic_batch import STATISTICS, make_batch
 from tests.thread_ranks import run_ranks

@@ -244,7 +244,7 @@ def test_drop_path_belongs_to_the_sample() -> None:
 
 
 def test_drop_path_rate_and_independence() -> None:
-    seeds = image_seeds(torch.arange(4000), 1, 2).flatten()
+    seeds = image_seeds(torch.arange(4000).repeat_interleave(2), np.full(8000, 1), np.arange(8000) % 2)
     kept = keep_factors(seeds, [0.3] * 6).flatten(0, 1).T
     assert abs(float((kept == 0).float().mean()) - 0.3) < 0.01
     assert torch.equal(kept.unique(), torch.tensor([0.0, 1 / 0.7]))

@@ -12,7 +12,8 @@ import torch
 from model.config import ModelConfig, MoEConfig, ObjectiveConfig
 from model.losses.reduce import SingleProcess
 from model.objective_plan import count_parameters
-from model.pretrain import Student, make_teacher
+from model.pretrain import Student
+from model.teacher import make_teacher
 from tests.synthetic_batch import STATISTICS, make_batch, split
 from tests.thread_ranks import ThreadReduce, run_ranks
 
