@@ -148,6 +148,10 @@ bench: setup ## benchmarks, ratios side by side, written to bench_out/report.txt
 	  $(PY) -m pipeline bench checkpoint pipeline/runs/tiny.yaml; \
 	  $(PY) -m pipeline bench tracking; } | tee bench_out/report.txt
 
+.PHONY: gpu
+gpu: $(if $(GPU_PY),,setup) ## what only a GPU can show: its tests and benchmarks, one report in gpu_out; without one it says so (GPU_PY=python3: no set-up)
+	$(or $(GPU_PY),$(PY)) -m pipeline bench gpu --out gpu_out
+
 .PHONY: format
 format: setup ## rewrite formatting
 	$(VENV)/bin/ruff format .
@@ -155,4 +159,4 @@ format: setup ## rewrite formatting
 
 .PHONY: clean
 clean: ## remove what demo and bench wrote
-	rm -rf $(DEMO) bench_out faults_out
+	rm -rf $(DEMO) bench_out faults_out gpu_out

@@ -213,13 +213,12 @@ def _unpack(
 ) -> list[Tokens]:
     """All tokens of all grids to one result per set."""
     found = []
-    at = [0] * (len(maps) + 1)
-    for images, valid in zip(plan.sets, plan.valid):
-        levels = []
-        for s, rows in enumerate([*maps, final_RD]):
-            grid = valid[min(s, 3)] if maps else valid[3]
-            levels.append(rows[at[s] : at[s] + grid.size].unflatten(0, grid.shape))
-            at[s] += grid.size
+    stages = [*range(4), 3] if maps else [3]
+    tables = [
+        rows.split([valid[s].size for valid in plan.valid]) for s, rows in zip(stages, [*maps, final_RD], strict=True)
+    ]
+    for images, valid, *parts in zip(plan.sets, plan.valid, *tables):
+        levels = [part.unflatten(0, valid[s].shape) for s, part in zip(stages, parts)]
         masks = [torch.from_numpy(v).to(final_RD.device, non_blocking=True) for v in (valid if maps else valid[3:])]
         stride = cfg.patch * 2 ** sum(images.merges)
         found.append(Tokens(levels[-1], masks[-1], stride, moe, valid[3], list(zip(levels[:-1], masks))))

@@ -107,10 +107,7 @@ class CellFusion(nn.Module):
     def plan_of(self, views: Sequence[dict[str, Frames]], dtype: torch.dtype) -> CellPlan:
         first = next(iter(views[0].values()))
         seen = [
-            {
-                name: Seen(item.host_valid, item.grid, item.host_shown) for name, item in view.items()
-            }
-            for view in views
+            {name: Seen(item.host_valid, item.grid, item.host_shown) for name, item in view.items()} for view in views
         ]
         return plan_cells(seen, self.cfg.query_side, first.feat_BThwD.device, dtype)
 
@@ -118,13 +115,10 @@ class CellFusion(nn.Module):
         """Adds to every token the embedding of its date's day of the year."""
         doy_I = torch.cat([item.doy_BT.flatten() for item in frames]).long().clamp(0, NUM_DAYS - 1)
         day_IF = self.day(doy_I).to(x_NF.dtype)
-        parts, at = [], 0
-        for item, day in zip(frames, day_IF.split([item.doy_BT.numel() for item in frames])):
-            tokens = item.feat_BThwD[0, 0].shape[0] * item.feat_BThwD[0, 0].shape[1]
-            rows = slice(at, at + len(day) * tokens)
-            parts.append((x_NF[rows].unflatten(0, (len(day), tokens)) + day[:, None]).flatten(0, 1))
-            at = rows.stop
-        return torch.cat(parts)
+        dates, tokens = ([n(item) for item in frames] for n in (_num_dates, _num_tokens))
+        rows = x_NF.split([d * t for d, t in zip(dates, tokens)])
+        parts = zip(rows, dates, tokens, day_IF.split(dates))
+        return torch.cat([(x.unflatten(0, (d, t)) + day[:, None]).flatten(0, 1) for x, d, t, day in parts])
 
     def _rotary(self, views: Sequence[dict[str, Frames]], plan: CellPlan) -> tuple[Tensor, Tensor]:
         """Places in metres: all sensors of a view show the same ground, a share of which is a place on all of them."""
@@ -156,6 +150,14 @@ def used_places(view: dict[str, Frames]) -> dict[str, np.ndarray]:
         shown[name] = there[name] if item.host_shown is None else there[name] & item.host_shown[:, None, None]
     any_Byx = np.any(list(shown.values()), axis=0)
     return {name: np.where(any_Byx, shown[name], there[name]) for name in view}
+
+
+def _num_dates(item: Frames) -> int:
+    return item.doy_BT.numel()
+
+
+def _num_tokens(item: Frames) -> int:
+    return item.host_valid.shape[2] * item.host_valid.shape[3]
 
 
 def _places(item: Frames) -> tuple[int, int, int]:

@@ -41,7 +41,8 @@ def _normalise(name: str, m: ModalityView, statistics: Mapping[str, Mapping[str,
             f"the shard set's manifest has no statistics of {name}; rebuild it, or drop {name} from model.modalities"
         )
     mean, std = (
-        _column(name, statistics[name][key], least, m.x_BTCHW.device) for key, least in (("mean", -math.inf), ("std", MIN_STD))
+        _column(name, statistics[name][key], least, m.x_BTCHW.device)
+        for key, least in (("mean", -math.inf), ("std", MIN_STD))
     )
     x_BTCHW = (m.x_BTCHW.float() - mean) / std
     x_BTCHW = torch.where(m.valid_BTHW[:, :, None], x_BTCHW.clamp(-CLIP, CLIP), 0.0)

@@ -34,10 +34,8 @@ class AdaptivePatchMerging(nn.Module):
     def forward(self, x_RC: Tensor, transition: Transition) -> Tensor:
         """Rows of the next stage. Of a merged token's four neighbours the invalid ones (odd edges included) contribute nothing."""
         rows_XC = take(x_RC, transition.take)
-        outs, at = [], 0
-        for merge, count in transition.parts:
-            part = rows_XC[at : at + count]
-            at += count
+        outs = []
+        for (merge, _), part in zip(transition.parts, rows_XC.split([count for _, count in transition.parts])):
             outs.append(
                 self.reduction(part.view(-1, self.reduction.in_features))
                 if merge

@@ -139,6 +139,7 @@ class Network(nn.Module):
     def head(self, group: str) -> ProjectionHead:
         return self.all_heads()[self.head_of_group[group]]
 
+
 def group_name(space: str, level: str, local: bool) -> str:
     """Rows that are centred together: one space, one granularity, of u or of the local views."""
     return f"{space}/{level}{LOCAL if local else ''}"

@@ -148,9 +148,7 @@ class Student(Network):
                 target, groups = targets.heads[name], targets.groups[name]
                 levels = [g.split("/")[1] for g in groups if not g.endswith(LOCAL)]
                 rows_ND = torch.cat([getattr(pooled, level) for level in levels])
-                ok_N = torch.cat(
-                    [(ok[level] & (level in self.objective.cross_levels)).flatten() for level in levels]
-                )
+                ok_N = torch.cat([(ok[level] & (level in self.objective.cross_levels)).flatten() for level in levels])
                 aim = _of_first(target, len(rows_ND), ok_N)
                 total = total + head(rows_ND, aim, self.objective.student_temperature, targets.prototypes_frozen).loss
             assert isinstance(total, Tensor)

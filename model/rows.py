@@ -102,7 +102,10 @@ def plan_spread(row: np.ndarray, num_rows: int, device: torch.device) -> Spread:
     back = order[at] if len(row) else np.zeros_like(at)
     whole = len(row) == num_rows and bool((row == np.arange(num_rows)).all())
     return Spread(
-        to_device(row, device), to_device(back, device), to_device(blank[..., None], device) if blank.any() else None, whole
+        to_device(row, device),
+        to_device(back, device),
+        to_device(blank[..., None], device) if blank.any() else None,
+        whole,
     )
 
 

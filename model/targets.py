@@ -136,7 +136,15 @@ def center(
         sizes = [len(member.y_Nd) for member in members]
         for targets, member, z, weight in zip(heads, members, z_Nd.split(sizes), weight_N.split(sizes)):
             targets[head] = HeadTargets(
-                z, member.group_N, mean_Gd, weight, prototypes[head], log_v_GK, temperature, member.rows, member.host_rows
+                z,
+                member.group_N,
+                mean_Gd,
+                weight,
+                prototypes[head],
+                log_v_GK,
+                temperature,
+                member.rows,
+                member.host_rows,
             )
     return [
         TeacherTargets(

@@ -35,11 +35,9 @@ class Attention(nn.Module):
         qk_TAH, v_TAH = qkv_TAH.split([2 * self.heads, self.heads], dim=1)
         if rotary is not None:
             qk_TAH = rotate(qk_TAH, rotary)
-        outs, at = [], 0
-        for bucket in buckets:
-            rows = slice(at, at + bucket.count * bucket.length)
-            at = rows.stop
-            qk, v = (t[rows].unflatten(0, (bucket.count, bucket.length)).transpose(1, 2) for t in (qk_TAH, v_TAH))
+        outs, sizes = [], [bucket.count * bucket.length for bucket in buckets]
+        for bucket, qk, v in zip(buckets, qk_TAH.split(sizes), v_TAH.split(sizes)):
+            qk, v = (t.unflatten(0, (bucket.count, bucket.length)).transpose(1, 2) for t in (qk, v))
             q, k = qk.split(self.heads, dim=1)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bucket.bias_N1JJ)
             outs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
@@ -56,12 +54,12 @@ class Attention(nn.Module):
             k_TAH = rotate(k_TAH, rotary)
             cos, sin = (first_slots(t, buckets, num_queries) for t in rotary)
             q_TAH = rotate(q_TAH, (cos, sin))
-        outs, at, at_q = [], 0, 0
-        for bucket in buckets:
-            rows, rows_q = bucket.count * bucket.length, bucket.count * num_queries
-            k, v = (t[at : at + rows].unflatten(0, (bucket.count, -1)).transpose(1, 2) for t in (k_TAH, v_TAH))
-            q = q_TAH[at_q : at_q + rows_q].unflatten(0, (bucket.count, -1)).transpose(1, 2)
-            at, at_q = at + rows, at_q + rows_q
+        outs, sizes = [], [bucket.count * bucket.length for bucket in buckets]
+        parts = zip(
+            buckets, q_TAH.split([b.count * num_queries for b in buckets]), k_TAH.split(sizes), v_TAH.split(sizes)
+        )
+        for bucket, *qkv in parts:
+            q, k, v = (t.unflatten(0, (bucket.count, -1)).transpose(1, 2) for t in qkv)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bucket.bias_N1JJ)
             outs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
         return self.proj(outs[0] if len(outs) == 1 else torch.cat(outs))
@@ -69,11 +67,8 @@ class Attention(nn.Module):
 
 def first_slots(x_TD: Tensor, buckets: tuple[Bucket, ...], num: int) -> Tensor:
     """Rows of the first `num` slots of every sequence, in order."""
-    outs, at = [], 0
-    for bucket in buckets:
-        rows = bucket.count * bucket.length
-        outs.append(x_TD[at : at + rows].unflatten(0, (bucket.count, -1))[:, :num].flatten(0, 1))
-        at += rows
+    parts = x_TD.split([bucket.count * bucket.length for bucket in buckets])
+    outs = [part.unflatten(0, (b.count, -1))[:, :num].flatten(0, 1) for b, part in zip(buckets, parts)]
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 

@@ -22,7 +22,10 @@ COMMANDS = {
     "text-embeddings": ("pipeline.commands.text_embeddings", "vectors of class names, for image-text alignment"),
     "sync": ("pipeline.commands.sync", "bring MLflow level with a run directory"),
     "layout": ("pipeline.commands.layout", "engines of chosen ranks of a large world, built here, against the plan"),
-    "bench": ("pipeline.commands.bench", "loader, step, moe, checkpoint, tracking: figures beside the alternatives"),
+    "bench": (
+        "pipeline.commands.bench",
+        "loader, step, moe, checkpoint, tracking, gpu: figures beside the alternatives",
+    ),
 }
 
 if __name__ == "__main__":

@@ -94,7 +94,9 @@ def pair_views(
     weight_BTL4 = weight_BTL4 / total_BTL.clamp_min(MIN_TAP_WEIGHT)[..., None]
     index_BTP4 = index_BTP[..., None].expand(*index_BTP.shape, 4)
     features_BThwD = torch.where(v.valid_BThw[..., None], v.features_BThwD, 0)
-    pixel_BTPD = _gather_bilinear(features_BThwD, torch.gather(tap_BTL4, 2, index_BTP4), torch.gather(weight_BTL4, 2, index_BTP4))
+    pixel_BTPD = _gather_bilinear(
+        features_BThwD, torch.gather(tap_BTL4, 2, index_BTP4), torch.gather(weight_BTL4, 2, index_BTP4)
+    )
 
     P = index_BTP.shape[2]
     object_IPC = cluster_weights(pixel_BTPD.reshape(B * T, P, -1), valid_BTP.reshape(B * T, P), clusters, iterations)
@@ -129,9 +131,7 @@ def _gather_bilinear(features_BThwD: Tensor, tap_BTP4: Tensor, weight_BTP4: Tens
     first_B = torch.arange(0, sites * tokens, tokens, device=tap_BTP4.device)
     index_X4 = (tap_BTP4 + first_B[:, None, None, None]).flatten(0, 2)
     weight_X4 = weight_BTP4.to(rows_XD.dtype).flatten(0, 2)
-    return F.embedding_bag(index_X4, rows_XD, mode="sum", per_sample_weights=weight_X4).unflatten(
-        0, tap_BTP4.shape[:3]
-    )
+    return F.embedding_bag(index_X4, rows_XD, mode="sum", per_sample_weights=weight_X4).unflatten(0, tap_BTP4.shape[:3])
 
 
 def _image_mean(features_BThwD: Tensor, valid_BThw: Tensor) -> Tensor:

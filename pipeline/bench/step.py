@@ -6,14 +6,14 @@ dispatches and how often the host would wait for an accelerator: figures that no
 
 examples:
   python -m pipeline bench step pipeline/runs/demo.yaml data.url=demo_out/shards parallel.ep=1
-  python -m pipeline bench step pipeline/runs/demo.yaml data.url=demo_out/shards parallel.ep=1 --operations --ladder --json
+  python -m pipeline bench step pipeline/runs/demo.yaml --simulated --operations --ladder --json
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,94 +22,158 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--operations", action="store_true", help="also operations and host synchronisations of a step")
     parser.add_argument("--ladder", action="store_true", help="only the plain loop, one row per optimisation")
+    parser.add_argument("--simulated", action="store_true", help="a batch made in memory instead of one of data.url")
     parser.add_argument("--json", action="store_true")
 
 
-# name → overrides: what each row changes against the one that is used
-LADDER: dict[str, list[str]] = {
-    "as_configured": [],
-    "fusion_frames": ["model.fusion.kind=frames"],
-    "experts_loop": ["model.moe.grouped=false"],
-    "experts_grouped": ["model.moe.grouped=true"],
-    "checkpointing": ["model.activation_checkpointing=true"],
+class Rung(NamedTuple):
+    """What a row of the ladder changes against the step as configured: keys of the config, and settings of `model.plan`."""
+
+    overrides: tuple[str, ...] = ()
+    packing: tuple[tuple[str, int], ...] = ()
+
+
+LADDER: dict[str, Rung] = {
+    "as_configured": Rung(),
+    "fusion_frames": Rung(("model.fusion.kind=frames",)),
+    "no_short_way": Rung(("model.fusion.skip=false",)),
+    "experts_loop": Rung(("model.moe.grouped=false",)),
+    "experts_grouped": Rung(("model.moe.grouped=true",)),
+    "checkpointing": Rung(("model.activation_checkpointing=true",)),
+    "exact_buckets": Rung(packing=(("PADDED_SLOTS", 0), ("PADDED_SCORES", 0), ("MAX_BUCKETS", 1_000_000))),
+    "one_bucket": Rung(packing=(("MAX_BUCKETS", 1), ("PADDED_SLOTS", 1 << 40))),
+    "windows_by_mask": Rung(packing=(("MASKED_SCORES", 0),)),
+    "compiled": Rung(("train.compile=true",)),
 }
 
 
 def main(args: argparse.Namespace) -> int:
-    from dataclasses import replace
-
     import torch
 
     from pipeline.parallel.processes import choose_accelerator
 
     choose_accelerator()
+    from dataclasses import replace
+
     from cluster.cli import print_json
     from cluster.config import load
     from cluster.ranks import Ranks
-    from model.counts import table
-    from model.losses.reduce import SingleProcess
-    from model.pretrain import Student
-    from model.teacher import make_teacher
-    from pipeline.bench.operations import Operations
     from pipeline.config import PretrainConfig
-    from pipeline.engine import Engine
     from pipeline.launch import free_port
-    from pipeline.parallel.layout import Layout
-    from pipeline.parallel.processes import finish, start
-    from pipeline.reader.reader import Reader
-    from pipeline.steplog import peak_flops
+    from pipeline.parallel.processes import finish, set_matmul_precision, start
 
     config = load(PretrainConfig, args.config, args.overrides)
     config = replace(config, parallel=replace(config.parallel, ep=1))
     ranks = Ranks(port=free_port())
-    Layout.of(config, ranks)
-    device = start(ranks, 600.0)
-    reader = Reader(config.data, config.model, seed=0, batch_per_rank=config.train.batch)
-    statistics = {name: bands.to_dict() for name, bands in reader.statistics.items()}
-    batch = next(iter(reader)).to(device)
-    flops = table(config)["flops_per_sample"]["train"]
-    peak = peak_flops(device, config.train.precision)
-    figures: dict[str, dict[str, float]] = {}
+    if args.ladder:  # one process without a group, and without DeepSpeed
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        set_matmul_precision(device.type == "cuda")
+    else:
+        device = start(ranks, 600.0)
+    figures = Figures(args, config, device)
+    figures.ladder() if args.ladder else figures.stages(ranks)
+    if args.json:
+        print_json({"step": figures.rows})
+    if not args.ladder:
+        finish()
+    return 0
 
-    def report(name: str, step: Any, useful: float = flops) -> None:
+
+class Figures:
+    """The rows of one call: the batch they share, and what was found."""
+
+    def __init__(self, args: argparse.Namespace, config: Any, device: Any) -> None:
+        from pipeline.bench.simulated import STATISTICS, batch_of
+        from pipeline.steplog import peak_flops
+
+        self.args, self.config, self.device = args, config, device
+        self.peak = peak_flops(device, config.train.precision)
+        self.rows: dict[str, dict[str, float]] = {}
+        self.statistics: Any = STATISTICS
+        self.classes: list[str] | None = None
+        if args.simulated:
+            self.batch = batch_of(config, config.train.batch, missing=0.2).to(device)
+            return
+        from pipeline.reader.reader import Reader
+
+        reader = Reader(config.data, config.model, seed=0, batch_per_rank=config.train.batch)
+        self.statistics = {name: bands.to_dict() for name, bands in reader.statistics.items()}
+        self.batch, self.classes = next(iter(reader)).to(device), reader.classes
+
+    def ladder(self) -> None:
+        """One row per optimisation, each against the first: the loss of the first step says what it leaves unchanged."""
+        from cluster.config import load
+        from model import plan
+        from pipeline.config import PretrainConfig
+
+        for name, rung in LADDER.items():
+            run = load(PretrainConfig, self.args.config, [*self.args.overrides, *rung.overrides])
+            usual = {key: getattr(plan, key) for key, _ in rung.packing}
+            try:
+                for key, value in rung.packing:
+                    setattr(plan, key, value)
+                self._plain(name, run)
+            finally:
+                for key, value in usual.items():
+                    setattr(plan, key, value)
+
+    def stages(self, ranks: Any) -> None:
+        """The plain loop, then the engine by ZeRO stage."""
+        from dataclasses import replace
+
+        from model.losses.reduce import SingleProcess
+        from model.teacher import make_teacher
+        from pipeline.engine import Engine
+        from pipeline.parallel.layout import Layout
+
+        self._plain("plain_torch", self.config)
+        for stage in (0, 1, 2, 3):
+            if self.config.train.precision == "bf16" and stage == 0:
+                continue
+            run = replace(self.config, parallel=replace(self.config.parallel, zero_stage=stage))
+            model, layout = self._student(run), Layout.of(run, ranks)
+            engine = Engine(model, make_teacher(model), run, layout, self.device, SingleProcess())
+            size = layout.micro_batch
+            parts = [self.batch.part(i, i + size) for i in range(0, layout.batch_per_rank, size)]
+            self._report(f"zero_{stage}", lambda: engine.step(parts, 0, diagnose=False).loss, run)  # noqa: B023  (called here and now)
+            engine.deepspeed.destroy()
+
+    def _student(self, run: Any) -> Any:
+        import torch
+
+        from model.pretrain import Student
+
+        torch.manual_seed(0)
+        return Student(run.model, run.objective, self.statistics, self.classes)
+
+    def _plain(self, name: str, run: Any) -> None:
+        from model.teacher import make_teacher
+
+        model = self._student(run).to(self.device)
+        teacher = make_teacher(model)
+        if run.train.compile:
+            for each in (model, teacher):
+                each.skysense.compile_blocks()
+        self._report(name, _plain(model, teacher, self.batch), run)
+
+    def _report(self, name: str, step: Any, run: Any) -> None:
+        from model.counts import table
+        from pipeline.bench.operations import Operations
+
         loss = step()
-        seconds = _best(step, args.steps)
-        rate = config.train.batch / seconds
-        figures[name] = {"step_s": seconds, "samples_per_s": rate, "mfu": rate * useful / peak, "loss": loss}
+        seconds, busy = _best(step, self.args.steps)
+        rate = self.config.train.batch / seconds
+        mfu = rate * table(run)["flops_per_sample"]["train"] / self.peak
+        self.rows[name] = {"step_s": seconds, "cpu_s": busy, "samples_per_s": rate, "mfu": mfu, "loss": loss}
         line = (
-            f"{name:<16}{seconds:>9.3f} s/step{rate:>10.2f} samples/s{rate * useful / peak:>8.1%} MFU  loss {loss:.5f}"
+            f"{name:<16}{seconds:>9.3f} s/step{busy:>9.3f} CPU s{rate:>10.2f} samples/s{mfu:>8.1%} MFU  loss {loss:.5f}"
         )
-        if args.operations:
+        if self.args.operations:
             with Operations() as found:
                 step()
-            figures[name] |= {"operations": found.count, "synchronisations": found.synchronisations}
+            self.rows[name] |= {"operations": found.count, "synchronisations": found.synchronisations}
             line += f"{found.count:>8} operations{found.synchronisations:>5} synchronisations"
         print(line, flush=True)
-
-    def student(run: PretrainConfig = config) -> Any:
-        torch.manual_seed(0)
-        return Student(run.model, run.objective, statistics, reader.classes)
-
-    for name, overrides in LADDER.items() if args.ladder else [("plain_torch", [])]:
-        run = replace(load(PretrainConfig, args.config, [*args.overrides, *overrides]), parallel=config.parallel)
-        model = student(run).to(device)
-        report(name, _plain(model, make_teacher(model), batch), table(run)["flops_per_sample"]["train"])
-    if args.ladder:
-        if args.json:
-            print_json({"step": figures})
-        finish()
-    for stage in (0, 1, 2, 3):
-        if config.train.precision == "bf16" and stage == 0:
-            continue
-        run = replace(config, parallel=replace(config.parallel, zero_stage=stage))
-        model, layout = student(), Layout.of(run, ranks)
-        engine = Engine(model, make_teacher(model), run, layout, device, SingleProcess())
-        parts = [batch.part(i, i + layout.micro_batch) for i in range(0, layout.batch_per_rank, layout.micro_batch)]
-        report(f"zero_{stage}", lambda: engine.step(parts, 0, diagnose=False).loss)  # noqa: B023  (called here and now)
-        engine.deepspeed.destroy()
-    if args.json:
-        print_json({"step": figures})
-    finish()
 
 
 def _plain(student: Any, teacher: Any, batch: Any) -> Any:
@@ -136,14 +200,16 @@ def _plain(student: Any, teacher: Any, batch: Any) -> Any:
     return step
 
 
-def _best(step: Any, steps: int) -> float:
+def _best(step: Any, steps: int) -> tuple[float, float]:
+    """Seconds of the best of several steps, and of this process's CPU time in the best: on a machine that others use too, the second
+    is the steadier."""
     import torch
 
-    best = float("inf")
+    best, busy = float("inf"), float("inf")
     for _ in range(steps + 1):
-        began = time.perf_counter()
+        began, began_busy = time.perf_counter(), time.process_time()
         step()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-    return best
+        best, busy = min(best, time.perf_counter() - began), min(busy, time.process_time() - began_busy)
+    return best, busy
