@@ -21,6 +21,7 @@ from model.merging import AdaptivePatchMerging
 from model.moe.balance import MoEStats
 from model.plan import ImageSet, Stage, TrunkPlan, plan_trunk, present
 from model.positions import LearnedPosition, rotary_table
+from model.precision import autocast_dtype
 from model.prompts import Prompts
 from model.rows import take
 from model.swin import SwinBlock
@@ -128,11 +129,7 @@ class Backbone(nn.Module):
             grids = on_host([patch_validity(p.valid_NHW, self.cfg.patch, self.cfg.token_min_valid) for p in images])
         sets = [ImageSet(p.modality, grid, p.merges) for p, grid in zip(images, grids)]
         weight = self.norm.weight
-        dtype = (
-            torch.get_autocast_dtype(weight.device.type)
-            if torch.is_autocast_enabled(weight.device.type)
-            else weight.dtype
-        )
+        dtype = autocast_dtype(weight.device) or weight.dtype
         return plan_trunk(self.cfg, sets, images[0].valid_NHW.device, dtype)
 
     def _tokenize(self, images: Sequence[Images], plan: TrunkPlan) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from model.droppath import drop
 from model.plan import MASKED, WindowPlan
+from model.precision import no_autocast
 from model.rows import take
 from model.windows import bias_coordinates
 
@@ -36,7 +37,7 @@ class PositionBias(nn.Module):
         """[R, A], float32 at least: the biases of all (2w-1)² offsets, which the windows of a call pick from."""
         weight = self.hidden.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        with torch.autocast(weight.device.type, enabled=False):
+        with no_autocast(weight.device):
             offsets_R2 = coordinates(self.window, weight.device).to(dtype)
             h = F.linear(offsets_R2, weight.to(dtype), self.hidden.bias.to(dtype))
             return 16.0 * torch.sigmoid(F.linear(F.relu(h), self.out.weight.to(dtype))) - 8.0

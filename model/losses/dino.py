@@ -93,8 +93,10 @@ class _FusedCrossEntropy(torch.autograd.Function):
         return torch.dot(weight_N, ce_N), ce_N, entropy_N, best_N
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
         upstream = grad_outputs[0]
+        if upstream is None:  # not part of what is differentiated
+            return (None,) * 10
         grad_ND, grad_KD = ctx.saved_tensors
         return upstream.to(grad_ND.dtype) * grad_ND, upstream.to(grad_KD.dtype) * grad_KD, *([None] * 8)
 

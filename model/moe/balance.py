@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from model.moe.router import Routing
+from model.precision import no_autocast
 
 
 class MoEStats(NamedTuple):
@@ -42,7 +43,7 @@ def routing_stats(routing: Routing, member_TM: Tensor) -> MoEStats:
     """Sums of one routing decision, in the router's precision: one product with the tokens' one-hot modality."""
     logits_TE, probs_TE, _, expert_TK = routing
     num_experts, dtype = logits_TE.shape[-1], probs_TE.dtype
-    with torch.autocast(probs_TE.device.type, enabled=False):
+    with no_autocast(probs_TE.device):
         member_MT = member_TM.to(dtype).T
         z_T1 = logits_TE.logsumexp(-1, keepdim=True).square()
         prob_ME, z_M1 = (member_MT @ torch.cat([probs_TE, z_T1], 1)).split([num_experts, 1], 1)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.precision import autocast_dtype, no_autocast
+
 
 class Experts(nn.Module):
     """E two-layer GELU networks; row ranges of the input belong to consecutive experts.
@@ -45,9 +47,7 @@ def can_group(x_TD: Tensor) -> bool:
     """Where torch's grouped matrix product is a kernel of its own: bfloat16, rows of whole 16 bytes (hidden dims are multiples of
     the row's).
     """
-    bf16 = x_TD.dtype == torch.bfloat16 or (
-        torch.is_autocast_enabled(x_TD.device.type) and torch.get_autocast_dtype(x_TD.device.type) == torch.bfloat16
-    )
+    bf16 = torch.bfloat16 in (x_TD.dtype, autocast_dtype(x_TD.device))
     return bf16 and x_TD.shape[-1] % 8 == 0 and hasattr(F, "grouped_mm")
 
 
@@ -71,14 +71,14 @@ def experts_grouped(
     x_TD: Tensor, counts_E: Tensor, w1_EDF: Tensor, b1_EF: Tensor, w2_EFD: Tensor, b2_ED: Tensor
 ) -> Tensor:
     """The same with `grouped_mm`: two kernels whatever the number of experts, no synchronisation with the host."""
-    dtype = torch.get_autocast_dtype(x_TD.device.type) if torch.is_autocast_enabled(x_TD.device.type) else x_TD.dtype
+    dtype = autocast_dtype(x_TD.device) or x_TD.dtype
     ends_E = counts_E.cumsum(0).to(torch.int32)
     num_rows = x_TD.shape[0]
     if not num_rows:  # no kernel takes an empty product; the graph still reaches every parameter, with zero gradient
         nothing = w1_EDF.sum() + b1_EF.sum() + w2_EFD.sum() + b2_ED.sum()
         return x_TD.to(dtype) + (0.0 * nothing).to(dtype)
     member_TE = members(ends_E, num_rows, dtype)
-    with torch.autocast(x_TD.device.type, enabled=False):
+    with no_autocast(x_TD.device):
         h_TF = F.gelu(F.grouped_mm(x_TD.to(dtype), w1_EDF.to(dtype), offs=ends_E) + member_TE @ b1_EF.to(dtype))
         return F.grouped_mm(h_TF, w2_EFD.to(dtype), offs=ends_E) + member_TE @ b2_ED.to(dtype)
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.precision import no_autocast
+
 
 class Routing(NamedTuple):
     """What the router decided for T tokens.
@@ -41,7 +43,7 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Routing:
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with no_autocast(x_TD.device):
             logits_TE = F.linear(x_TD.to(dtype), self.weight_ED.to(dtype))
             return route(logits_TE, self.top_k)
 
