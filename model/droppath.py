@@ -35,9 +35,9 @@ def image_seeds(seed_N: Tensor, modality_N: np.ndarray, date_N: np.ndarray) -> T
     """int64 [N] of images, from the seed of each one's site, its modality and its date. What the host knows it hashes."""
     device, salt = seed_N.device, modality_N.astype(np.int64) + 1
     salt_2N = to_device(np.stack([salt, np.full_like(salt, 0x51)]), device)
-    date_N = to_device(mix(date_N.astype(np.int64), 0x77), device)
+    mixed_N = to_device(mix(date_N.astype(np.int64), 0x77), device)
     low_N, high_N = mix(torch.stack([seed_N, seed_N >> 32]) & _LOW32, salt_2N)
-    return mix(low_N ^ high_N ^ date_N, 0x1F)
+    return mix(low_N ^ high_N ^ mixed_N, 0x1F)
 
 
 def keep_factors(seed_N: Tensor, rates: Sequence[float], branches: int = 2) -> Tensor:

@@ -158,13 +158,13 @@ def step(args: argparse.Namespace, report: Report) -> None:
         kept["loss"], kept["metrics"] = student(batch, kept["target"])
 
     def update() -> None:
-        parameters = list(student.parameters())
+        parameters: list[torch.Tensor] = list(student.parameters())
         for master, parameter in zip(masters, parameters):
-            master.grad = parameter.grad.float()
+            master.grad = None if parameter.grad is None else parameter.grad.float()
         optimizer.step()
         with torch.no_grad():
             torch._foreach_copy_(parameters, masters)
-            torch._foreach_lerp_(list(teacher.parameters()), parameters, 0.01)
+            torch._foreach_lerp_([*teacher.parameters()], parameters, 0.01)
         student.zero_grad()
         student.finish_step(reduce)
 

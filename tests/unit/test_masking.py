@@ -13,9 +13,10 @@ from torch import Tensor
 from model.backbone import Backbone, Images
 from model.batch import ModalityView, View
 from model.config import FusionConfig, ModelConfig, MoEConfig
-from model.fusion import cell_under, fused_validity
+from model.fusion import cell_under
 from model.skysense import Features, SkySense
-from model.validity import dense_validity, routed_tokens
+from model.validity import first_tokens, routed_tokens
+from model.view_tokens import view_validity
 from tests.model_views import random_view, randomise
 
 CONFIGS = {
@@ -191,13 +192,14 @@ def test_validity_and_routed_tokens_are_known_before_the_model_runs(kind: str) -
     view = random_validity(random_view(2, hr=(40, 56), series=(10, 14)), 5, frozenset({"s1"}))
     with torch.no_grad():
         features = model(view)
-    for name, valid in dense_validity(model.cfg, view).items():
+    [first], _ = first_tokens(model.cfg, [view])
+    validity = view_validity(model.cfg, view, first)
+    assert validity.dense.keys() == features.dense_valid.keys()
+    for name, valid in validity.dense.items():
         assert torch.equal(valid, features.dense_valid[name])
-    fused, like = fused_validity(model.cfg, view)
-    assert torch.equal(fused, features.fused_valid)
-    assert like == features.fused_like
-    routed = routed_tokens(model.cfg, view)
-    assert torch.equal(routed, torch.tensor([float(s.tokens_M.sum()) for s in features.moe]))
+    assert torch.equal(validity.fused, features.fused_valid)
+    assert validity.fused_like == features.fused_like
+    assert routed_tokens(model.cfg, first).tolist() == [float(s.tokens_M.sum()) for s in features.moe]
 
 
 @given(st.integers(1, 64), st.integers(1, 200), st.integers(1, 8))

@@ -15,7 +15,7 @@ from model.batch import View
 from model.config import ModelConfig
 from model.moe.balance import add_stats
 from model.plan import lengths_to_buckets, plan_windows
-from model.rows import plan_take, take
+from model.rows import plan_spread, plan_take, spread, take
 from model.skysense import Features
 from tests.model_views import random_view
 from tests.unit.test_masking import CONFIGS, build, random_validity
@@ -114,3 +114,18 @@ def test_sets_of_one_modality_must_be_neighbours() -> None:
     sets = [ImageSet(name, np.ones((1, 2, 2), bool), (False,) * 3) for name in ("hr", "s2", "hr")]
     with pytest.raises(ValueError, match="neighbours"):
         plan_trunk(ModelConfig(size="debug"), sets, CPU, torch.float32)
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 10**6), st.integers(1, 9), st.integers(0, 20))
+def test_spread_copies_rows_and_gathers_their_gradient(seed: int, rows: int, places: int) -> None:
+    """Against indexing, whose gradient autograd knows; rows that no place wants get none."""
+    row = np.random.default_rng(seed).integers(0, rows, places)
+    x = torch.randn(rows, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    got, wanted = spread(ours, plan_spread(row, rows, CPU)), theirs[torch.from_numpy(row)]
+    assert torch.equal(got, wanted)
+    weight = torch.arange(1.0, wanted.numel() + 1, dtype=torch.float64).view_as(wanted)
+    (got * weight).sum().backward()
+    (wanted * weight).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
