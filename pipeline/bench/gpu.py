@@ -222,7 +222,7 @@ def _seconds(function: Any) -> float:
 
 def ladder(args: argparse.Namespace, report: Report) -> None:
     """`bench step --ladder --operations` on a smaller run, in a process of its own."""
-    command = [sys.executable, "-m", "pipeline", "bench", "step", args.ladder_config, "--simulated", "--ladder", "--operations",
+    command = [sys.executable, "-m", "pipeline", "bench", "step", args.ladder_config, "--simulated", "--ladder", "--operations", "--compiled",
                "--json", "objective.ita_embeddings=null", "train.batch=32"]  # fmt: skip
     _child("ladder", command, report)
 

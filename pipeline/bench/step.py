@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--operations", action="store_true", help="also operations and host synchronisations of a step")
     parser.add_argument("--ladder", action="store_true", help="only the plain loop, one row per optimisation")
+    parser.add_argument(
+        "--compiled", action="store_true", help="the ladder's row with torch.compile too (minutes on a CPU)"
+    )
     parser.add_argument("--simulated", action="store_true", help="a batch made in memory instead of one of data.url")
     parser.add_argument("--json", action="store_true")
 
@@ -107,6 +110,8 @@ class Figures:
         from pipeline.config import PretrainConfig
 
         for name, rung in LADDER.items():
+            if name == "compiled" and not self.args.compiled:
+                continue
             run = load(PretrainConfig, self.args.config, [*self.args.overrides, *rung.overrides])
             usual = {key: getattr(plan, key) for key, _ in rung.packing}
             try:
