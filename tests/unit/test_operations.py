@@ -37,7 +37,7 @@ def step(overrides: list[str]) -> Operations:
 
 @pytest.mark.parametrize("overrides", [["model.drop_path=0.2"]], ids=str)
 def test_a_step_is_few_operations_and_fewer_waits(overrides: list[str]) -> None:
-    """A third of the 11,495 of one call per view and sensor, when the host waited 117 times. Measured: OPS operations, WAITS waits."""
+    """A third of the 11,495 of one call per view and sensor, when the host waited 117 times. Measured: 3,783 and 8."""
     found = step(overrides)
     assert found.synchronisations <= 12, found.waits
     assert found.count <= 11_495 // 3, found.names.most_common(20)
