@@ -122,6 +122,8 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        if not grads[0].shape[0]:  # no place at all
+            return grads[0].new_zeros(ctx.back_RX.shape[0], grads[0].shape[1]), None, None, None
         grad_RXD = grads[0].index_select(0, ctx.back_RX.flatten()).unflatten(0, ctx.back_RX.shape)
         if ctx.blank_RX1 is not None:
             grad_RXD = grad_RXD.masked_fill_(ctx.blank_RX1, 0)

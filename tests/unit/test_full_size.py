@@ -22,7 +22,7 @@ def test_a_full_size_step_asks_the_device_nothing(checkpointing: str) -> None:
     overrides = [*OVERRIDES, f"model.activation_checkpointing={checkpointing}"]
     config = load(PretrainConfig, "pipeline/runs/skysense_v2.yaml", overrides)
     with torch.device("meta"):
-        student = Student(config.model, config.objective, STATISTICS).train()
+        student = Student(config.model, config.objective, STATISTICS).train().bfloat16()
     teacher = make_teacher(student)
     assert sum(p.numel() for p in student.parameters()) > 2.3e9
     batch = batch_of(config, 1).to("meta")
