@@ -112,7 +112,7 @@ check: setup ## format, lint, types, imports, unit tests
 
 .PHONY: test
 test: check ## all tests that run on this machine: check, then the integration tier
-	$(PY) -m pytest tests/integration
+	$(PY) -m pytest tests/integration -n 2 --dist loadfile
 
 .PHONY: references
 references: setup ## metrics and file formats of `evaluate` against torchmetrics, pycocotools and tacoreader, which only these tests need

@@ -162,8 +162,12 @@ def test_an_unknown_partition_leaves_nothing(slurm: SlurmCluster, tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=[kind.name for kind in KINDS])
+# crash loops to their end last longer than a test may: `make faults` has them
+SHORT = [kind for kind in KINDS if "crash loops" not in kind.name]
+
+
+@pytest.mark.parametrize("kind", SHORT, ids=[kind.name for kind in SHORT])
 def test_one_injection_of_each_fault_of_slurm_itself(slurm: SlurmCluster, tmp_path: Path, kind: Kind) -> None:
-    """Nodes and controllers that die, runs submitted or sent twice, crash loops: the kinds of `make faults`, one of each."""
+    """Nodes and controllers that die, runs submitted or sent twice: the kinds of `make faults`, one of each."""
     result = kind.inject(Case(random.Random(kind.name), tmp_path, SimpleNamespace(slurm=slurm)))
     assert (result.lost, result.doubled, result.wrong) == (0, 0, 0), result
