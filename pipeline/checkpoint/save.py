@@ -146,6 +146,7 @@ class Saver:
         try:
             self._write_part(self.url, self._notes, step, turn, tensors, pieces)
             if self.rank == 0:
+                self._withdraw_if_overtaken(step)
                 self._commit(step, turn, facts)
         except Exception as error:
             log.warning("checkpoint of step %d: %s", step, error)
@@ -172,6 +173,14 @@ class Saver:
             notes.put(self.rank, step, turn, {"error": f"{type(error).__name__}: {error}"})
             raise
         notes.put(self.rank, step, turn, note)
+
+    def _withdraw_if_overtaken(self, step: int) -> None:
+        """A start that was frozen while it wrote its file leaves none in its successor's folder: the name is its own by its token."""
+        try:
+            self._check()
+        except Exception:
+            storage.remove(storage.join(store.step_url(self.url, step), store.file_name(self.rank, self._token)))
+            raise
 
     def _commit(self, step: int, turn: int, facts: dict[str, Any]) -> None:
         manifest = {**facts, **_index(self._notes.gather(step, turn))}
