@@ -27,13 +27,14 @@ from typing import Any
 from cluster import storage
 from cluster.errors import RunFailure, UsageError
 from cluster.progress import Progress
-from data_prep import merge, parts, planfile
+from data_prep import merge, parts, planfile, planslices
 from data_prep.commit import FULL, check_written, commit, storage_failure, sweep, temporary
 from data_prep.config import BuildConfig, GridConfig
 from data_prep.executors import Executor, run_units
 from data_prep.parts import State
 from data_prep.plan import PlannedShard, make_plan, read_catalogs
-from data_prep.planfile import ShardRef, StoredPlan
+from data_prep.planfile import StoredPlan
+from data_prep.planslices import ShardRef
 from data_prep.prepare.spares import Spares, read_with_spares
 from data_prep.removed import read_removed, skipped_keys
 from data_prep.sample import SampleError
@@ -171,7 +172,7 @@ def _make_plan(config: BuildConfig, inputs: str) -> StoredPlan:
 
     def write() -> None:
         for number, group in enumerate(groups):
-            planfile.write_records(planfile.records_folder(url, plan.fingerprint), number, group)
+            planslices.write_records(planslices.records_folder(url, plan.fingerprint), number, group)
 
     return claim(url, plan, config, write)
 
@@ -214,7 +215,7 @@ def claim(url: str, plan: StoredPlan, config: BuildConfig, write: Callable[[], N
             return plan
     except OSError as error:
         raise storage_failure(url, error) from None
-    storage.remove(planfile.records_folder(url, plan.fingerprint), recursive=True)
+    storage.remove(planslices.records_folder(url, plan.fingerprint), recursive=True)
     raise UsageError(
         f"{url} holds a build of another catalog or config (plan {holder}, this one is {plan.fingerprint}); choose another "
         "output.url, or remove that folder first"

@@ -24,7 +24,8 @@ from data_prep import planfile
 from data_prep.config import BuildConfig
 from data_prep.geo import Grid
 from data_prep.plan import PlannedShard, make_plan, read_catalogs
-from data_prep.planfile import ShardRef, StoredPlan
+from data_prep.planfile import StoredPlan
+from data_prep.planslices import ShardRef
 from data_prep.resample import Kind, needed_window
 from data_prep.schema import MODALITIES
 from data_prep.sources.evidence import WHOLE_PIXELS

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from cluster import storage
 from cluster.errors import UsageError
-from data_prep import parts, planfile
+from data_prep import parts, planfile, planslices
 from data_prep.build import Outcome, build_plan
 from data_prep.config import BuildConfig
 from data_prep.executors import Executor
@@ -157,7 +157,7 @@ def _listed(config: BuildConfig, plan: StoredPlan, held: Held, inputs: str) -> t
 
     def write() -> None:
         for number, group in enumerate(groups):
-            planfile.write_records(planfile.records_folder(config.output.url, mark), number, group)
+            planslices.write_records(planslices.records_folder(config.output.url, mark), number, group)
 
     return StoredPlan(tuple(slices), mark, whole.faults, whole.report, "", inputs), write
 
@@ -192,9 +192,9 @@ def _prepared(config: BuildConfig, plan: StoredPlan, held: Held, inputs: str) ->
     mark = digest.hexdigest()[:16]
 
     def write() -> None:
-        folder = planfile.records_folder(config.output.url, mark)
+        folder = planslices.records_folder(config.output.url, mark)
         for number in sorted({its.source for its in found.slices}):
-            planfile.write_chosen(folder, number, chosen[number])
+            planslices.write_chosen(folder, number, chosen[number])
 
     counts = {name: sum(its[i] for its in left_out.values()) for i, name in enumerate(("held", "removed"))}
     planned = {"planned": found.num_sites, **found.report.get("sites", {}), **counts}
@@ -230,5 +230,5 @@ def drop_unfinished(url: str, dry_run: bool = False) -> list[str]:
         for suffix in parts.SUFFIXES:
             storage.remove(parts.part_url(url, name, suffix))
         storage.remove(storage.join(url, name))
-    storage.remove(planfile.records_folder(url, last.fingerprint), recursive=True)
+    storage.remove(planslices.records_folder(url, last.fingerprint), recursive=True)
     return names

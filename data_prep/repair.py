@@ -29,7 +29,7 @@ def repair(url: str, say: Callable[[str], None]) -> list[str]:
     Raises RunFailure if nothing intact is left.
     """
     old = _json(url, MANIFEST)
-    plan = _json(url, f"{merge.PARTS}/plan.json")
+    plan = _json(url, f"{merge.PARTS}/{planfile.PLAN}")
     listed = {shard["name"]: shard for shard in old.get("shards", []) if isinstance(shard, dict) and "name" in shard}
     tars = [name for name in storage.list_names(url) if name.endswith(".tar")]
     names = list(dict.fromkeys([*plan.get("shards", []), *listed])) or list(tars)
@@ -213,7 +213,7 @@ def _restore_plan(url: str, names: list[str], fingerprint: str, config: BuildCon
         "plan": fingerprint, "shards": names, "report": {key: old[key] for key in ("sites", "splits") if key in old},
         "faults": [], "config": settings.to_dict(config),
     }  # fmt: skip
-    storage.write_atomic(storage.join(url, merge.PARTS, "plan.json"), merge.dump(content))
+    storage.write_atomic(storage.join(url, merge.PARTS, planfile.PLAN), merge.dump(content))
 
 
 def _old_faults(url: str, name: str) -> list[dict[str, Any]]:

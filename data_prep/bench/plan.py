@@ -159,7 +159,7 @@ def read_slice(folder: str, number: int) -> dict[str, float]:
     """The slice as a build's task reads it: the plan, then one slice with every asset of its sites."""
     import resource
 
-    from data_prep import planfile
+    from data_prep import planfile, planslices
 
     own = config(folder, number)
     start = time.perf_counter()
@@ -167,7 +167,7 @@ def read_slice(folder: str, number: int) -> dict[str, float]:
     planned, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     cpu = time.process_time()
     piece = max(plan.slices, key=lambda its: sum(its.sites))
-    opened = planfile.open_slice(planfile.ShardRef(plan.prepared, True, piece, 0), own)
+    opened = planslices.open_slice(planslices.ShardRef(plan.prepared, True, piece, 0), own)
     first = opened.shard(0)
     read = time.perf_counter()
     return {
