@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.config import ModelConfig, MoEConfig, ObjectiveConfig
+from model.config import LEAST_CENTRED, ModelConfig, MoEConfig, ObjectiveConfig
 from model.decoder import QueryDecoder
 from model.losses import qsacl
 from model.losses.dino import prototype_cross_entropy, target_log_probabilities, teacher_temperature
@@ -43,6 +43,36 @@ def sinkhorn_by_the_book(score: np.ndarray, temperature: float, iterations: int)
         q = q / q.sum(axis=1, keepdims=True) / num_prototypes
         q = q / q.sum(axis=0, keepdims=True) / rows
     return (q * rows).T
+
+
+def test_float32_centres_down_to_the_least_temperature() -> None:
+    """The hardest rows: all in one narrow cone, and prototypes on every side of it, half of them opposite."""
+    centre = unit(1, 4)
+    z = F.normalize(centre + 0.025 * unit(256, 4, seed=1), dim=-1)
+    prototypes = torch.cat([unit(128, 4, seed=2), F.normalize(0.025 * unit(128, 4, seed=3) - centre, dim=-1)])
+    group, valid = torch.zeros(256, dtype=torch.int64), torch.ones(256, dtype=torch.bool)
+
+    def targets(z: torch.Tensor, prototypes: torch.Tensor, temperature: float) -> torch.Tensor:
+        log_v = prototype_scaling(z, prototypes, group, valid, 1, temperature, 3, SingleProcess())
+        return target_log_probabilities(z, prototypes, log_v, group, temperature).exp()
+
+    def error(temperature: float) -> float:
+        exact = torch.from_numpy(sinkhorn_by_the_book((z @ prototypes.T).numpy(), temperature, 3))
+        return float((targets(z.float(), prototypes.float(), temperature) - exact).abs().max())
+
+    assert error(LEAST_CENTRED) < 1e-4
+    assert error(0.6 * LEAST_CENTRED) > 0.1  # what the limit is there for
+
+
+def test_a_temperature_that_sinkhorn_cannot_hold_is_refused() -> None:
+    for limits in ((0.02, 0.07), (0.07, 0.02)):
+        with pytest.raises(
+            ValueError, match=r"teacher_temperature=.* must not go below 0\.025 with centering=sinkhorn"
+        ):
+            ObjectiveConfig(teacher_temperature=limits)
+        ObjectiveConfig(teacher_temperature=limits, centering="softmax")
+        ObjectiveConfig(teacher_temperature=limits, sinkhorn_iterations=0)
+    ObjectiveConfig(teacher_temperature=(LEAST_CENTRED, LEAST_CENTRED))
 
 
 @pytest.mark.parametrize("iterations", [1, 3])
