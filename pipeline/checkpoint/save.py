@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cluster import storage
-from cluster.errors import RunFailure
+from cluster.errors import Fenced, RunFailure
 from cluster.lease import Lease
 from pipeline.checkpoint import store
 from pipeline.checkpoint.tensors import write_tensors
@@ -175,10 +175,11 @@ class Saver:
         notes.put(self.rank, step, turn, note)
 
     def _withdraw_if_overtaken(self, step: int) -> None:
-        """A start that was frozen while it wrote its file leaves none in its successor's folder: the name is its own by its token."""
+        """A start that was frozen while it wrote its file leaves none in its successor's folder: the name is its own by its token.
+        A storage that cannot be asked proves no successor: the file stays, as after any other failed save."""
         try:
             self._check()
-        except Exception:
+        except Fenced:
             storage.remove(storage.join(store.step_url(self.url, step), store.file_name(self.rank, self._token)))
             raise
 

@@ -9,7 +9,7 @@ import uuid
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from cluster import storage
 from cluster.errors import Fenced, RunFailure, UsageError
 from cluster.lease import Lease
-from pipeline.checkpoint import plan, store, tensors
+from pipeline.checkpoint import plan, save, store, tensors
 from pipeline.checkpoint.load import consolidated, open_files
+from pipeline.checkpoint.save import Saver
 from pipeline.checkpoint.tensors import DTYPES, TensorFile, file_digest, write_tensors
 from pipeline.config import CheckpointConfig
 
@@ -294,20 +295,51 @@ def test_an_overtaken_start_cannot_bring_its_commit_to_an_end(
     assert not list(Path(url).rglob("*.b.*"))
 
 
+def no_engine() -> Any:
+    """What a save asks of an engine, of a model without parameters to own."""
+    module = torch.nn.Linear(1, 1)
+    return SimpleNamespace(
+        state=SimpleNamespace(pieces=[], adam_step=1), layout=SimpleNamespace(ep=1, zero_stage=2), student=module,
+        teacher=SimpleNamespace(module=module),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("overtaken", [True, False])
+def test_an_overtaken_start_leaves_no_file_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overtaken: bool
+) -> None:
+    """It is frozen while it writes its file, and goes on: where a later start has come, the file goes. A look at the lease that fails
+    for another reason proves no later start, and takes nothing away."""
+    url, lease = f"{tmp_path}/checkpoints", Lease.acquire(str(tmp_path))
+    saver = Saver(url, CheckpointConfig(), 0, 1, lambda: None, lease=lease)
+
+    def frozen(place: str, held: dict[str, torch.Tensor]) -> dict[str, Any]:
+        facts = write_tensors(place, held)
+        if overtaken:
+            Lease.acquire(str(tmp_path))
+        else:
+            monkeypatch.setattr(saver, "_check", away)
+        return facts
+
+    def away() -> None:
+        raise OSError("the storage does not answer")
+
+    monkeypatch.setattr(save, "write_tensors", frozen)
+    saver.save(no_engine(), 5, 40, {})
+    with pytest.raises(Fenced if overtaken else RunFailure, match="a later start" if overtaken else "does not answer"):
+        saver.wait()
+    assert store.committed(url) == []
+    assert [path.suffix for path in Path(url).rglob("*") if path.is_file()] == ([] if overtaken else [".safetensors"])
+
+
 def test_a_fenced_writer_commits_nothing(tmp_path: Path) -> None:
     """A start of the run that a later one has taken over from may write files, but no checkpoint appears."""
-    from pipeline.checkpoint.save import Saver
 
     def fenced() -> None:
         raise RunFailure("a later start of this run writes here now")
 
-    module = torch.nn.Linear(1, 1)
-    engine = SimpleNamespace(
-        state=SimpleNamespace(pieces=[], adam_step=1), layout=SimpleNamespace(ep=1, zero_stage=2), student=module,
-        teacher=SimpleNamespace(module=module),
-    )  # fmt: skip
     saver = Saver(str(tmp_path), CheckpointConfig(), 0, 1, fenced)
-    saver.save(cast(Any, engine), 5, 40, {})
+    saver.save(no_engine(), 5, 40, {})
     with pytest.raises(RunFailure, match="a later start"):
         saver.wait()
     assert store.committed(str(tmp_path)) == []
