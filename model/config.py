@@ -91,7 +91,7 @@ class FusionConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The backbone (method.md section 2) and fusion (section 3).
+    """The backbone and fusion (SkySense V2, arXiv 2507.13812; fusion: SkySense, arXiv 2312.10115).
 
     patch: pixels per token side. window: tokens per window side (stages 1-2; stages 3-4 if `attention` is window).
     merge: per modality, whether the grid is halved at each of the three transitions. prompts: learnable tokens per
@@ -227,7 +227,7 @@ LEAST_CENTRED = 0.025
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Loss terms (method.md section 4, and ours); weight 0 switches a term off, with its heads.
+    """Loss terms (SkySense V2, arXiv 2507.13812, and ours); weight 0 switches a term off, with its heads.
 
     The paper's terms:
         mgcl_weight, mgcl_levels (granularities), pixel_pairs: at most so many positions per image; object_clusters: per image.

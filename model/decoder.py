@@ -30,7 +30,7 @@ class Attention(nn.Module):
 
 
 class QueryDecoder(nn.Module):
-    """m learnable queries and one pre-norm decoder layer: self-attention, cross-attention, FFN ×4 (method.md 4.2).
+    """m learnable queries and one pre-norm decoder layer: self-attention, cross-attention, FFN ×4 (arXiv 2507.13812).
 
     No positions in the memory: a query gathers what is there, not where (ours; the paper does not say).
     """

@@ -16,7 +16,7 @@ from pipeline.config import OptimizerConfig
 from pipeline.parallel.pieces import Group
 
 # What is decayed: matrices that multiply activations. All else is a scale, an offset, or a learned vector that stands for itself
-# (prompt, query, day, position table): decay would pull what it says to zero (method.md section 4).
+# (prompt, query, day, position table): decay would pull what it says to zero.
 MATRICES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (nn.Linear, ("weight",)), (nn.Conv2d, ("weight",)), (Prototypes, ("weight",)), (Router, ("weight_ED",)),
     (Experts, ("w1_EDF", "w2_EFD")),

@@ -1,4 +1,4 @@
-"""ITA, dense image-text alignment (method.md 4.3): fused tokens against text embeddings of class names.
+"""ITA, dense image-text alignment (arXiv 2507.13812): fused tokens against text embeddings of class names.
 
 Legend: B sites · H, W class canvas · h, w fused token grid · C classes · E embedding dim.
 """

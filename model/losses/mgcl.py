@@ -1,4 +1,4 @@
-"""MGCL, multi-granularity contrastive learning (method.md 4.1): which features of u and v are compared.
+"""MGCL, multi-granularity contrastive learning (arXiv 2507.13812): which features of u and v are compared.
 
 For each modality and for the fused features, three granularities, summed; each averaged over space and dates:
 

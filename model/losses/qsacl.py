@@ -1,4 +1,4 @@
-"""QSACL, query-based semantic aggregation (method.md 4.2): which query outputs of which views are compared.
+"""QSACL, query-based semantic aggregation (arXiv 2507.13812): which query outputs of which views are compared.
 
     L = 1/(2m) Σ_i [ L_CL(z_i^g, z_i^l') + L_CL(z_i^l, z_i^g') ],   primes: teacher, i: query index
 

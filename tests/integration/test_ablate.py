@@ -1,5 +1,5 @@
 """`python -m pipeline ablate` from outside: two settings times three seeds, killed twice and continued, as one process after another on
-this machine and as a job array on a real SLURM; either way one report with group means, noise floor and verdict (issue 18, shows 1).
+this machine and as a job array on a real SLURM; either way one report with group means, noise floor and verdict.
 """
 
 from __future__ import annotations

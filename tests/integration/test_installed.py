@@ -1,5 +1,5 @@
 """`pip install .` in an environment of torch, numpy and safetensors only: it loads an export, embeds a site, and its features are those
-of the checkout (issue 18, shows 4).
+of the checkout.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """The comparison's page and the tour in headless Chromium: no message on the console, no request outside, curves that zoom, runs that can be
-switched off (issue 18, shows 3). Screenshots go to $GEOLOOM_SCREENSHOTS where that is set.
+switched off. Screenshots go to $GEOLOOM_SCREENSHOTS where that is set.
 """
 
 from __future__ import annotations

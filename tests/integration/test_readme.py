@@ -1,4 +1,4 @@
-"""README's commands typed in README's order, on a small scale: the demo, one's own data, training, comparing (issue 18, shows 4).
+"""README's commands typed in README's order, on a small scale: the demo, one's own data, training, comparing.
 
 What a command is given instead of README's placeholders and sizes stands in `smaller`; commands that are only parsed
 (`tests/unit/test_readme.py`) stand in PARSED_ONLY, each with its reason. `pipeline ablate` and `cluster submit` run for real in

@@ -1,4 +1,4 @@
-"""The whole way on a real SLURM of two nodes: an array build, training, and every way to be interrupted (issue 6, shows 1-3).
+"""The whole way on a real SLURM of two nodes: an array build, training, and every way to be interrupted.
 
 One uninterrupted run on this machine is the reference. Jobs of the same layout must end in the same weights, bit by bit,
 whatever happened to them on the way.

@@ -20,7 +20,7 @@ from pipeline.variants import read_list, shipped, split_values
 from tests.data_folder import REPOSITORY
 
 SHIPPED = ("tiny", "skysense_v2")
-# what the paper varied (method.md section 5), and the one key that does it here
+# what the paper varied (arXiv 2507.13812), and the one key that does it here
 KEYS = {
     "experts": "model.moe.experts", "placement": "model.moe.placement", "prompts": "model.prompts",
     "attention": "model.attention", "qsacl": "objective.qsacl_weight", "ita": "objective.ita_weight",

@@ -37,7 +37,7 @@ def size(module: torch.nn.Module) -> int:
 
 
 def test_published_counts_of_skysense_v2() -> None:
-    """method.md section 2, of the model built on meta and not only of the formulas."""
+    """The paper's figures (arXiv 2507.13812), of the model built on meta and not only of the formulas."""
     model = on_meta(FULL)
     dense = on_meta(replace(FULL, moe=MoEConfig(experts=0)))
     tokenizers = size(model.backbone.tokenizers)
@@ -177,7 +177,7 @@ def test_table_has_the_agreed_shape() -> None:
     assert flops["fusion_share"] <= 0.25
     frames = PretrainConfig(model=replace(FULL, fusion=FusionConfig(kind="frames")))
     before = counts.table(frames)["flops_per_sample"]["fusion"]
-    assert before == pytest.approx(4.8e12, rel=0.05)  # method.md section 3: about 5 TFLOP at 256 x 32
+    assert before == pytest.approx(4.8e12, rel=0.05)  # about 5 TFLOP at 256 x 32
     assert flops["backbone_by_modality"]["hr"] == pytest.approx(1.3e12, rel=0.02)  # and 1.3 for an hr crop of 512
     assert counts.parameters(FULL, ObjectiveConfig())["heads"] > 0
 
