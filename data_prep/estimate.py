@@ -29,13 +29,12 @@ from data_prep.planslices import ShardRef
 from data_prep.resample import Kind, needed_window
 from data_prep.schema import MODALITIES
 from data_prep.sources.evidence import WHOLE_PIXELS
-from data_prep.sources.raster import most_open
+from data_prep.sources.raster import BLOCK_CACHE_MB, most_open
 from data_prep.sources.read import target_grid
 from data_prep.sources.records import Asset, SiteRecord
 from data_prep.sources.traffic import JUDGED, Cost
 
 COUNTED_SLICES = 4  # of a plan with more of them, so many are counted through
-CACHE_BYTES = 192e6  # GDAL's block cache, as `sources.raster` sets it
 PART_BYTES = 8 << 20  # of an upload
 TAR_END = 1024
 Files = dict[str, tuple[int, int, int]]
@@ -111,15 +110,11 @@ def _plan(config: BuildConfig) -> tuple[StoredPlan, dict[str, PlannedShard]]:
         return held, {}
     if config.prepare.url:
         return planfile.plan_prepared(config, ""), {}
-    whole = make_plan(*_records(config))
+    records, unplaced = read_catalogs(config)
+    whole = make_plan(records, config, unplaced)
     slices, _ = planfile.slices_of(whole)
     plan = StoredPlan(tuple(slices), whole.fingerprint, whole.faults, whole.report)
     return plan, {shard.name: shard for shard in whole.shards}
-
-
-def _records(config: BuildConfig) -> tuple[Any, BuildConfig, Any]:
-    records, faults = read_catalogs(config)
-    return records, config, faults
 
 
 def _loaded(
@@ -243,7 +238,7 @@ class _Process:
                 count += 1
                 self._cache[key] = size
                 self._cached += size
-                while self._cached > CACHE_BYTES:
+                while self._cached > BLOCK_CACHE_MB << 20:
                     self._cached -= self._cache.popitem(last=False)[1]
             if count:
                 missing.append(count)

@@ -256,8 +256,8 @@ class ObjectiveConfig:
         centering: teacher targets balanced over the whole step (sinkhorn), or sharpened only (softmax; for ablation).
         centering_momentum: of the running average of Sinkhorn's scaling that groups with fewer rows than prototypes use; 0 = each
         step by itself. center_bottleneck: take the teacher's mean bottleneck vector off both sides, per group and step.
-        teacher_temperature: from, to; over teacher_warmup of the run (a share up to 1, or samples above it); with sinkhorn at
-        least LEAST_CENTRED.
+        teacher_temperature: from, to; over teacher_warmup of the run (a share up to 1, or samples above it).
+        With sinkhorn at least LEAST_CENTRED.
         ema_half_life: the teacher averages over this share of the samples seen so far (power-function EMA, arXiv 2312.02696), at
         least ema_samples[0] and at most ema_samples[1] samples; 0: by `ema_momentum` per step, cosine from start to end (paper).
     balance_load: expert loads in the balance loss are those of the previous step (exact under any split into ranks and

@@ -36,7 +36,8 @@ MAX_OPEN = 1024
 # Nothing but pixels: a VRT (whatever its name) would read the files that it names. COGs are GTiff's to read.
 DRIVERS = {".jp2": "JP2OpenJPEG", ".j2k": "JP2OpenJPEG", ".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 # GDAL's block cache defaults to 5 % of the machine's memory, per process; this holds one row of blocks of a Sentinel-2 tile.
-os.environ.setdefault("GDAL_CACHEMAX", "192")
+BLOCK_CACHE_MB = 192
+os.environ.setdefault("GDAL_CACHEMAX", str(BLOCK_CACHE_MB))
 IDENTITY = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION")
 SMALL_PX = 512  # a mask is looked at this large to tell what its numbers mean
 # `raster_grid` refuses a file without a georeference in one line, and patches are allowed to have none
