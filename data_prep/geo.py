@@ -85,6 +85,15 @@ def grid_over(crs: str, bounds: Bounds, gsd: float, gsd_y: float | None = None) 
     return Grid(crs, ((xmax - xmin) / width, 0.0, xmin, 0.0, -(ymax - ymin) / height, ymax), width, height)
 
 
+def centred_grid(crs: str, lon: float, lat: float, shape: tuple[int, int], gsd_m: float) -> Grid:
+    """The north-up grid of `shape` (height, width) around a place (degrees), its edges on multiples of `gsd_m` of the CRS (metres): up to
+    half a pixel off the middle. Raises pyproj.exceptions.CRSError; OverflowError for a place that the CRS does not reach."""
+    x, y = transformer("EPSG:4326", crs).transform(lon, lat)
+    height, width = shape
+    left, top = (round(edge / gsd_m) * gsd_m for edge in (x - width * gsd_m / 2, y + height * gsd_m / 2))
+    return Grid(crs, (gsd_m, 0.0, left, 0.0, -gsd_m, top), width, height)
+
+
 @functools.lru_cache(maxsize=256)
 def crs_of(text: str) -> pyproj.CRS:
     """Parses a CRS. Raises pyproj.exceptions.CRSError."""

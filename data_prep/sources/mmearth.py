@@ -23,7 +23,7 @@ import numpy as np
 from cluster.errors import UsageError
 from cluster.storage import join, list_names, read_bytes
 from data_prep.config import QualityConfig
-from data_prep.geo import Grid, Window, crs_name, transformer
+from data_prep.geo import Grid, Window, centred_grid, crs_name
 from data_prep.sources.cube import Cube, DateInfo, Layer
 from data_prep.sources.guard import Hostile, hdf5_dataset
 from data_prep.sources.items import AssetFields, make_item
@@ -116,12 +116,11 @@ def item(url: str, site: tuple[str, ...]) -> dict[str, Any]:
 
 def _grid(info: dict[str, Any], shape: tuple[int, ...], name: str) -> Grid:
     try:
-        crs = crs_name(str(info["CRS"]))
-        x, y = transformer("EPSG:4326", crs).transform(float(info["lon"]), float(info["lat"]))
-        left, top = (round((v + sign * shape[-1] * GSD_M / 2) / GSD_M) * GSD_M for v, sign in ((x, -1), (y, 1)))
+        return centred_grid(
+            crs_name(str(info["CRS"])), float(info["lon"]), float(info["lat"]), (shape[-2], shape[-1]), GSD_M
+        )
     except Exception as error:  # pyproj has its own errors for a CRS that is none
         raise SourceFault(name, f"CRS, lat and lon give no place: {first_line(error)}") from None
-    return Grid(crs, (GSD_M, 0.0, left, 0.0, -GSD_M, top), shape[-1], shape[-2])
 
 
 def _array(file: Any, member: str, name: str) -> Any:

@@ -24,7 +24,7 @@ import numpy as np
 from cluster.errors import UsageError
 from cluster.storage import join, list_names
 from data_prep.config import QualityConfig
-from data_prep.geo import Grid, Window, transformer, utm_code
+from data_prep.geo import Grid, Window, centred_grid, utm_code
 from data_prep.sources.cube import Cube, DateInfo, Layer
 from data_prep.sources.guard import Hostile, hdf5_dataset
 from data_prep.sources.items import AssetFields, make_item
@@ -99,10 +99,7 @@ def _grid(lat: float, lon: float, shape: tuple[int, ...], series: str, name: str
     """A sample's pixels around the middle of its tile, on the 10 m lattice of the zone."""
     if len(shape) != 4 or not shape[0] or shape[0] != shape[1]:
         raise SourceFault(name, f"{series} has shape {shape}, wanted [H, W, T, C] with H = W")
-    crs = utm_code(lon, lat)
-    x, y = transformer("EPSG:4326", crs).transform(lon, lat)
-    left, top = (round((v + sign * shape[0] * GSD_M / 2) / GSD_M) * GSD_M for v, sign in ((x, -1), (y, 1)))
-    return Grid(crs, (GSD_M, 0.0, left, 0.0, -GSD_M, top), shape[1], shape[0])
+    return centred_grid(utm_code(lon, lat), lon, lat, (shape[0], shape[1]), GSD_M)
 
 
 def stamps(file: Any, series: str, name: str) -> list[str]:
