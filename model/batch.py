@@ -51,6 +51,10 @@ class View:
     classes_BHW: Tensor | None
     side_m_B: Tensor
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> View:
+        """The same view with every tensor on `device`."""
+        return _map(self, lambda t: t.to(device, non_blocking=non_blocking))
+
 
 @dataclass
 class Batch:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cluster.errors import UsageError
 from cluster.lease import Lease
-from model.batch import View, _map
+from model.batch import View
 from model.pretrained import Pretrained
 from model.skysense import SkySense
 from pipeline.config import PretrainConfig
@@ -149,16 +149,15 @@ def describe_items(
     """What each describer says of the items, shared out over all ranks, gathered on every one.
 
     Images of one size go through together. Every rank makes the same number of forward passes, its last ones with nothing valid in
-    them if the others have more: experts may lie on other ranks, and their collectives must meet.
+    them if the others have more: experts may lie on other ranks, and their collectives must meet. How many those are comes out of the
+    images' sizes, so the ranks agree pass by pass, and each image is read once.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     groups = _groups(watched.items[rank::world])
-    passes = int(agree_max(float(len(groups)), device))
     parts: list[list[dict[str, Tensor]]] = [[] for _ in describers]
     with torch.no_grad():
-        for k in range(passes):
-            samples = [item.read() for item in groups[k]] if k < len(groups) else []
-            seen = _map(_view(model, watched.row, samples), lambda t: t.to(device))
+        while agree_max(float(bool(samples := next(groups, []))), device):
+            seen = _view(model, watched.row, samples).to(device)
             for described, describe in zip(parts, describers):
                 found = describe(seen, None, 0)
                 described.append({name: value[: len(samples)] for name, value in found.items()})
@@ -176,14 +175,18 @@ def _view(model: Pretrained, row: Row, samples: list[Sample]) -> View:
     return make_batch(model, row.only((bands.sensor,)), [Sample({bands.sensor: blank}, 0, inside=(0, 0))]).views[0]
 
 
-def _groups(items: Sequence[Item]) -> list[list[Item]]:
-    """Runs of at most BATCH consecutive items whose images are of one size. Pixels are read twice, and never held together."""
-    groups: list[list[Item]] = []
-    before: object = None
+def _groups(items: Sequence[Item]) -> Iterator[list[Sample]]:
+    """Runs of at most BATCH consecutive items whose images are of one size, read when they are asked for."""
+    group: list[Sample] = []
     for item in items:
-        shapes = {name: images.shape for name, images in item.read().images.items()}
-        if shapes != before or len(groups[-1]) == BATCH:
-            groups.append([])
-        groups[-1].append(item)
-        before = shapes
-    return groups
+        sample = item.read()
+        if group and (len(group) == BATCH or _shapes(sample) != _shapes(group[0])):
+            yield group
+            group = []
+        group.append(sample)
+    if group:
+        yield group
+
+
+def _shapes(sample: Sample) -> dict[str, tuple[int, ...]]:
+    return {name: images.shape for name, images in sample.images.items()}

@@ -128,7 +128,7 @@ def extract(
             sites = [read(row) for row in chunk]
             blank = SiteArrays("", "", (0, 0, 0, 0), (0.0, 0.0, view.series_px * 10.0, view.series_px * 10.0), {}, "")
             raw = view_of_sites([*sites, *[blank] * (batch - len(sites))], view, modalities, raster)
-            seen = normalise(_map(raw, lambda t: t.to(device)), statistics)
+            seen = normalise(raw.to(device), statistics)
             for described, describe in zip(parts, describers):
                 described.append(describe(seen, seen.classes_BHW if raster is not None else None, num_pixels))
             advance(len(sites))

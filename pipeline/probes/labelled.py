@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from cluster.errors import UsageError
 from cluster.progress import progress
-from model.batch import ModalityView, View, _map
+from model.batch import ModalityView, View
 from model.pretrained import Pretrained
 from pipeline.config import ViewConfig
 from pipeline.probes.features import FUSED, pooled_moments, tokens_of
@@ -105,7 +105,7 @@ def train_on_labels(
             for step in range(steps):
                 picked = next(order)
                 view = stacked([_drawn(views.get(i), source.training_view, rng) for i in picked])
-                loss = _loss(network, heads, _to(view, device), labels_S[picked].to(device), step < frozen)
+                loss = _loss(network, heads, view.to(device), labels_S[picked].to(device), step < frozen)
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.lr * group["share"] * _schedule(step, steps)
                 optimizer.zero_grad()
@@ -144,7 +144,7 @@ def _examined(network: Pretrained, heads: Heads, source: Source, views: _Views, 
     right = {name: np.zeros(len(sites), np.uint8) for name in heads.each}
     for start in range(0, len(sites), 32):
         chunk = list(sites[start : start + 32])
-        pooled, present = _pooled(network, _to(stacked([views.get(i) for i in chunk]), device))
+        pooled, present = _pooled(network, stacked([views.get(i) for i in chunk]).to(device))
         for name, scores in heads(pooled, present).items():
             there = start + np.flatnonzero(present[name].cpu().numpy())
             tested[name][there] = True
@@ -234,7 +234,3 @@ def _endless(train: Sequence[int], batch: int, rng: np.random.Generator) -> Iter
 def _schedule(step: int, steps: int) -> float:
     warmup = max(1, steps // 20)
     return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
-
-
-def _to(view: View, device: str) -> View:
-    return _map(view, lambda t: t.to(device))

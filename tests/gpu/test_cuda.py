@@ -40,12 +40,6 @@ def _exact() -> Any:
     torch.cuda.set_sync_debug_mode("default")
 
 
-def on(device: torch.device, view: Any) -> Any:
-    from model.batch import _map
-
-    return _map(view, lambda t: t.to(device))
-
-
 @pytest.mark.parametrize("kind", ["cell", "frames"])
 def test_features_and_gradients_equal_the_cpu_s(kind: str) -> None:
     torch.manual_seed(0)
@@ -53,7 +47,7 @@ def test_features_and_gradients_equal_the_cpu_s(kind: str) -> None:
     here = SkySense(cfg).train()
     there = copy.deepcopy(here).to(CUDA)
     view, seeds = random_view(2, hr=64, series=16), torch.tensor([3, 4])
-    a, b = here(view, seeds), there(on(CUDA, view), seeds.to(CUDA))
+    a, b = here(view, seeds), there(view.to(CUDA), seeds.to(CUDA))
     torch.testing.assert_close(b.fused.cpu(), a.fused, rtol=1e-4, atol=1e-4)
     a.fused.square().sum().backward()
     b.fused.square().sum().backward()
@@ -132,7 +126,7 @@ def test_compiled_blocks_equal_eager_ones() -> None:
     plain = SkySense(replace(DEBUG, drop_path=0.0)).to(CUDA).train()
     compiled = copy.deepcopy(plain)
     compiled.compile_blocks()
-    view = on(CUDA, random_view(2, hr=64, series=16))
+    view = random_view(2, hr=64, series=16).to(CUDA)
     a, b = plain(view), compiled(view)
     torch.testing.assert_close(b.fused, a.fused, rtol=1e-4, atol=1e-4)
 

@@ -1,5 +1,6 @@
 """`probe.outside`: a run watched on rows of `evaluate`, beside the same baselines as its own labels; what cannot be is refused first."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from pipeline.compare.load import load_runs
 from pipeline.compare.paired import pair
 from pipeline.compare.verdict import judge
 from pipeline.config import PretrainConfig, ProbeConfig
+from pipeline.evaluate import in_loop
 from pipeline.evaluate.in_loop import Watched, describe_items, plan_watched, watch
+from pipeline.evaluate.items import Item, Sample
 from pipeline.evaluate.registry import ROWS, row_named
 from pipeline.probes.outcomes import list_offline, read_outcomes, url_of
 from pipeline.probes.pixels import describe_pixels
@@ -84,6 +87,26 @@ def test_images_of_several_sizes_are_described_as_one_by_one(folder: Path) -> No
     for i in (0, len(watched.items) - 1):
         (alone,) = describe_items([describe_pixels], model, replace(watched, items=watched.items[i : i + 1]), "cpu")
         torch.testing.assert_close(together.pooled["hr"][i], alone.pooled["hr"][0])
+
+
+def test_images_are_read_once_per_round(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, watched = planned(folder)
+    monkeypatch.setattr(in_loop, "BATCH", 3)
+    reads: Counter[str] = Counter()
+
+    def counted(item: Item) -> Item:
+        def read() -> Sample:
+            reads[item.key] += 1
+            return item.read()
+
+        return replace(item, read=read)
+
+    asked = replace(watched, items=tuple(counted(item) for item in watched.items))
+    (found,) = describe_items([describe_pixels], tiny_model(), asked, "cpu")
+    assert reads == dict.fromkeys((item.key for item in watched.items), 1)
+    monkeypatch.undo()
+    (whole,) = describe_items([describe_pixels], tiny_model(), watched, "cpu")
+    torch.testing.assert_close(found.pooled["hr"], whole.pooled["hr"])
 
 
 def test_what_is_looked_at_is_part_of_the_split_and_nested_in_the_number(folder: Path) -> None:
