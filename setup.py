@@ -1,7 +1,8 @@
 """Builds the installed package `geoloom`: the reader of exported backbones, and of our boxes only the modules that it imports.
 
 The boxes are called cluster, data_prep and model in a checkout: names nobody may take in somebody else's environment. They are installed
-as `geoloom.cluster` and so on, their imports rewritten. What is needed is found by reading the imports, from `model.encoder` on.
+as `geoloom.cluster` and so on, their imports rewritten; `model/installed.py` becomes the package's own `__init__.py`. What is needed is
+found by reading the imports, from there on.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-START = ("model.encoder", "model.pretrained")
+FRONT = "model.installed"  # what `import geoloom` gives
 BOXES = ("cluster", "data_prep", "model")
 IMPORT = re.compile(rf"^(\s*from )((?:{'|'.join(BOXES)})(?:\.\w+)* import )", re.MULTILINE)
 
 
-def modules_needed(start: tuple[str, ...] = START) -> list[str]:
-    """Names of our modules that `start` imports, directly or not, packages included, sorted."""
+def modules_needed(start: str = FRONT) -> list[str]:
+    """`start` and our modules that it imports, directly or not, packages included, sorted."""
     found: set[str] = set()
-    waiting = list(start)
+    waiting = [start]
     while waiting:
         name = waiting.pop()
         if name in found or not (path := source_of(name)).exists():
@@ -48,12 +49,12 @@ def rewritten(text: str) -> str:
 
 
 class BuildReader(build_py):
-    """Adds the rewritten modules to what is built."""
+    """Builds the rewritten modules, and no folder as it lies."""
 
     def run(self) -> None:
-        super().run()
         for name in modules_needed():
-            target = Path(self.build_lib, "geoloom", source_of(name).relative_to(ROOT))
+            place = "__init__.py" if name == FRONT else source_of(name).relative_to(ROOT)
+            target = Path(self.build_lib, "geoloom", place)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(rewritten(source_of(name).read_text(encoding="utf-8")), encoding="utf-8")
 

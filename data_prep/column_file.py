@@ -13,8 +13,10 @@ import hashlib
 import itertools
 import json
 import mmap
+import os
 import struct
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -106,19 +108,50 @@ def _header(entries: Mapping[str, Any], crcs: Mapping[str, int]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def map_file(path: str | Path, entry: Mapping[str, Any], wanted: Iterable[str] | None = None) -> Columns | None:
+class Mapped(Columns):
+    """Columns that are views of a mapped file, and change if somebody writes into it; `check` tells.
+
+    The mapped file itself is looked at, not what its path leads to now: a file that another one has replaced (by a rename, as every
+    command of ours replaces files) stays as it was for those who have it mapped.
+    """
+
+    def __init__(self, columns: Columns, path: str | Path, fd: int, seen: tuple[int, int]) -> None:
+        super().__init__(columns)
+        self._path, self._fd, self._seen = path, fd, seen
+        weakref.finalize(self, os.close, fd)
+
+    def check(self) -> None:
+        """Raises WrongColumns if the file was written into since it was opened. One `fstat`."""
+        if _state(self._fd) != self._seen:
+            raise WrongColumns(f"{self._path} was written over where it lies, while it was mapped")
+
+
+def _state(fd: int) -> tuple[int, int]:
+    """What changes when a file is written to or cut, and not when its name is taken by another."""
+    facts = os.fstat(fd)
+    return facts.st_size, facts.st_mtime_ns
+
+
+def map_file(path: str | Path, entry: Mapping[str, Any], wanted: Iterable[str] | None = None) -> Mapped | None:
     """The columns of a local file, read-only views of its map; None if another version of geoloom wrote it in another form.
 
     entry: what the manifest says of the file. wanted: prefixes of the names to take (all by default); only those are checked.
 
     Raises WrongColumns for a file that is missing or is not the one of the entry, byte by byte.
     """
-    try:
-        with open(path, "rb") as file:
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-        raise WrongColumns(f"it cannot be read: {error}") from None
-    return parse(np.frombuffer(memory, np.uint8), entry, wanted)
+    with contextlib.ExitStack() as opened:
+        try:
+            fd = os.open(path, os.O_RDONLY)
+            opened.callback(os.close, fd)
+            seen = _state(fd)
+            memory = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+            raise WrongColumns(f"it cannot be read: {error}") from None
+        columns = parse(np.frombuffer(memory, np.uint8), entry, wanted)
+        if columns is None:
+            return None
+        opened.pop_all()  # stays open for `check`, as long as the columns live
+        return Mapped(columns, path, fd, seen)
 
 
 def parse(data: np.ndarray, entry: Mapping[str, Any], wanted: Iterable[str] | None = None) -> Columns | None:

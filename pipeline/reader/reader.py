@@ -231,6 +231,7 @@ class Reader:
         buffers = None if bounds is None else self._free_buffers()
         if bounds is None or buffers is None:
             return False
+        self.table.check()  # of a file that was cut, reading further than it goes would end the process (SIGBUS)
         if self._submitted == 0:
             self._fetcher.follow(self._rows_ahead(self._open_stream()))
         first, last, end = bounds
@@ -284,6 +285,8 @@ class Reader:
                 future.result()
         except CancelledError:
             self._ahead.clear()
+        finally:
+            self.table.check()  # before what came of it, batch or error, is believed
         if not self._ahead:
             raise RunFailure("the reader was closed")
         self._ahead.popleft()

@@ -4,7 +4,7 @@ A set carries its columns in the form they are mapped (`data_prep.column_file`):
 and nothing is made. From object storage they are fetched once per node; of a set without them (an older build) and of several
 sets together they are made once per node. With 65 dates of s2 and 50 of s1 a sample has about 0.9 kB: 21.5 million samples are
 19 GB of the node's page cache, where 8 ranks with their own copies would need 150 GB. Sets of fewer than SHARED_FROM samples
-(90 MB) that would have to be fetched or made are held by each process alone and leave no file.
+(90 MB) are held by each process alone, wherever they lie: they leave no file, and nobody can write into what is read.
 
 An entry is a folder with the file and `facts.json`, under `data.cache_dir`/index, or a folder of the user's own in the system's
 temporary directory. Its name is a hash of all that decides its content, so nothing in it can be stale. It appears whole
@@ -92,7 +92,7 @@ def _carried(
     place: str, entry: dict[str, Any], large: bool, wanted: Sequence[str] | None, cache_dir: str | None
 ) -> Columns | None:
     """The file that travels with the set; None: in another form. Raises WrongColumns."""
-    if storage.is_local(place):
+    if storage.is_local(place) and large:
         return column_file.map_file(storage.local_path(place), entry, wanted)
 
     def fetch(stream: BinaryIO) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cluster.errors import UsageError
+from cluster.errors import RunFailure, UsageError
+from data_prep.column_file import Mapped, WrongColumns
 from data_prep.columns import Columns, absent
 from data_prep.shards import ShardSet
 from pipeline.config import DataConfig
@@ -152,6 +153,18 @@ class Table:
     def num_bytes(self) -> int:
         """Memory of all columns, shared with other processes or not."""
         return sum(column.nbytes for column in self.columns.values())
+
+    def check(self) -> None:
+        """Raises RunFailure if the file behind the columns was written over in place: what is read from it is no longer the set that
+        was opened."""
+        if isinstance(self.columns, Mapped):
+            try:
+                self.columns.check()
+            except WrongColumns as error:
+                raise RunFailure(
+                    f"{error}: this run reads from it and cannot go on. Put a new file in the place of an old one by a rename; start "
+                    "again to read what is there now"
+                ) from None
 
     def facts(self, row: int, modalities: Sequence[str]) -> SiteFacts:
         """What `views.plan` needs of a row; absent modalities are left out."""

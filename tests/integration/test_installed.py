@@ -64,7 +64,7 @@ def link_environment(folder: Path) -> list[str]:
 
 def test_the_reader_needs_three_packages(tmp_path: Path) -> None:
     source = tmp_path / "source"  # pip leaves build/ beside what it builds
-    for name in ("cluster", "data_prep", "model", "packaging"):
+    for name in ("cluster", "data_prep", "model"):
         shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source / name)

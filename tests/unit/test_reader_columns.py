@@ -15,17 +15,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from cluster import storage
-from cluster.errors import UsageError
+from cluster.errors import RunFailure, UsageError
 from data_prep import column_file, index
 from data_prep.column_file import COLUMNS
 from data_prep.repair import repair
 from data_prep.shards import ShardSet
 from data_prep.verify import verify
-from pipeline.config import DataConfig
+from model.config import ModelConfig
+from pipeline.config import DataConfig, ViewConfig
 from pipeline.reader import shared
 from pipeline.reader import table as tables
+from pipeline.reader.buffers import tensors
+from pipeline.reader.reader import Reader
 from tests.sites import make_site, write_shard_set
 from tests.unit.test_reader_table import ALL, bytes_of, changed, plain, samples, shards
 
@@ -113,6 +117,54 @@ def test_several_sets_are_joined_once_per_node(shards, old, sharing):
         alone = tables.load(data, ALL)
     assert bytes_of(table) == bytes_of(alone)
     assert samples(table) == samples(alone) == plain(shards, DataConfig(url=str(shards))) * 2
+
+
+def own_reader(folder: Path, threads: int) -> Reader:
+    """Small views over a copy of the set, batches of two."""
+    views = {"views_global": ViewConfig(16, 8, 2, 1), "views_local": ViewConfig(8, 4, 1, 1)}
+    return Reader(DataConfig(url=str(folder), threads=threads, **views), ModelConfig(), seed=1, batch_per_rank=2)
+
+
+@pytest.fixture
+def running(shards, sharing, tmp_path) -> Path:
+    """A copy of the set whose columns a reader maps; they are older than anything that is written later."""
+    folder = tmp_path / "set"
+    shutil.copytree(shards, folder)
+    os.utime(folder / COLUMNS, (0, 0))
+    return folder
+
+
+@pytest.mark.parametrize(("harm", "threads"), [("zeros", 0), ("zeros", 2), ("cut", 0), ("empty", 0)])
+def test_columns_that_are_written_over_under_a_reader_end_it_by_name(running, harm, threads):
+    """Finding: mapped bytes change under the reader: other pixels, IndexError, or the end of the process where the file got shorter."""
+    with own_reader(running, threads) as reader:
+        next(reader)
+        {"zeros": zeros, "cut": cut, "empty": empty}[harm](running / COLUMNS)
+        with pytest.raises(RunFailure, match=f"{running / COLUMNS} was written over where it lies"):
+            next(reader)
+
+
+def test_columns_that_are_replaced_beside_a_reader_do_not_disturb_it(running):
+    with own_reader(running, 2) as reader, own_reader(running, 0) as undisturbed:
+        assert reader.table.columns.keys() == undisturbed.table.columns.keys()
+        for step in range(8):
+            mine, right = next(reader), next(undisturbed)
+            assert mine.keys == right.keys
+            assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(tensors(mine), tensors(right)))
+            if step == 2:
+                (running / "other").write_bytes(bytes((running / COLUMNS).stat().st_size))
+                os.replace(running / "other", running / COLUMNS)
+
+
+def test_columns_of_a_small_set_are_nobody_elses(shards, sharing, tmp_path, monkeypatch):
+    monkeypatch.setattr(shared, "SHARED_FROM", 10**9)
+    folder = tmp_path / "set"
+    shutil.copytree(shards, folder)
+    table = tables.load(shared_data(folder, sharing), ALL)
+    assert not is_mapped(table)
+    cut(folder / COLUMNS)
+    table.check()
+    assert samples(table) == plain(shards, DataConfig(url=str(shards)))
 
 
 def _digest(url: str, cache: str, start, out) -> None:
