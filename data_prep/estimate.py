@@ -3,7 +3,7 @@
 A sample of the plan's sites is really read and encoded, in a process of its own, in the order in which a build would: what opening a file
 takes (once per process) is told from what a site takes. Both are then multiplied by how often they happen over the whole plan, which
 follows from the plan alone: a process opens a file once, and a block of it that still lies in the block cache is not fetched again.
-Of a large plan some slices are counted through and stand for the others.
+Of a large plan some runs of neighbouring slices are counted through and stand for the others (neighbours, because sites share files).
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ from data_prep.planfile import StoredPlan
 from data_prep.planslices import ShardRef
 from data_prep.resample import Kind, needed_window
 from data_prep.schema import MODALITIES
-from data_prep.sources.evidence import WHOLE_PIXELS
+from data_prep.sources.evidence import WHOLE_PIXELS, spread
 from data_prep.sources.raster import BLOCK_CACHE_MB, most_open
 from data_prep.sources.read import target_grid
 from data_prep.sources.records import Asset, SiteRecord
 from data_prep.sources.traffic import JUDGED, Cost
 
-COUNTED_SLICES = 4  # of a plan with more of them, so many are counted through
+COUNTED_SITES = 20_000  # a plan with more of them is not counted through, but this many in COUNTED_RUNS pieces
+COUNTED_RUNS = 4
+SAMPLED_SLICES = 4  # the sites that are really read come from so many slices
 PART_BYTES = 8 << 20  # of an upload
 TAR_END = 1024
 Files = dict[str, tuple[int, int, int]]
@@ -61,16 +63,24 @@ class Sample:
 
 @dataclass
 class Drivers:
-    """How often what costs happens: files opened, by modality; runs of blocks that are fetched, and their bytes before compression."""
+    """How often what costs happens.
+
+    Attributes:
+        opens: files opened, by modality. loaded: bytes of the blocks that are fetched, before compression.
+        runs: of blocks that lie one after the other in a file and are fetched by one request.
+        uncounted: of these, all but one of each read: GDAL fetches the runs of one read side by side and counts one request for them.
+    """
 
     opens: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     runs: float = 0
+    uncounted: float = 0
     loaded: float = 0
 
     def add(self, other: Drivers, times: float = 1.0) -> None:
         for name, count in other.opens.items():
             self.opens[name] += count * times
         self.runs += other.runs * times
+        self.uncounted += other.uncounted * times
         self.loaded += other.loaded * times
 
 
@@ -126,17 +136,22 @@ def _loaded(
         yield shards[name] if name in shards else ref.load(config)
 
 
-def _counted(plan: StoredPlan) -> list[int]:
-    """Slices that stand for the plan: all, or some that are spread over it."""
+def _counted(plan: StoredPlan) -> list[list[int]]:
+    """Slices that stand for the plan: all as one run, or COUNTED_RUNS runs of neighbours that are spread over it."""
     number = len(plan.slices)
-    if number <= COUNTED_SLICES:
-        return list(range(number))
-    return sorted({round((i + 0.5) * number / COUNTED_SLICES - 0.5) for i in range(COUNTED_SLICES)})
+    length = number * COUNTED_SITES // max(plan.num_sites, 1) // COUNTED_RUNS
+    if plan.num_sites <= COUNTED_SITES or number <= COUNTED_RUNS * max(length, 1):
+        return [list(range(number))]
+    length = max(length, 1)
+    starts = [round(i * (number - length) / (COUNTED_RUNS - 1)) for i in range(COUNTED_RUNS)]
+    return [list(range(start, start + length)) for start in starts]
 
 
 def _sampled(config: BuildConfig, plan: StoredPlan, shards: dict[str, PlannedShard], sites: int) -> PlannedShard:
-    """The first sites of each counted slice, in the order of a build, as one shard."""
-    numbers, found, spares = _counted(plan), list[SiteRecord](), dict[str, Any]()
+    """The first sites of some counted slices, in the order of a build, as one shard."""
+    counted = list(itertools.chain.from_iterable(_counted(plan)))
+    numbers = [counted[i] for i in spread(len(counted), SAMPLED_SLICES)]
+    found, spares = list[SiteRecord](), dict[str, Any]()
     for left, number in zip(range(len(numbers), 0, -1), numbers):
         wanted = len(found) + math.ceil((sites - len(found)) / left)
         for shard in _loaded(config, plan, shards, number):
@@ -150,20 +165,28 @@ def _sampled(config: BuildConfig, plan: StoredPlan, shards: dict[str, PlannedSha
 def _over_plan(
     config: BuildConfig, plan: StoredPlan, shards: dict[str, PlannedShard], files: Files, workers: int, tasks: int
 ) -> Drivers:  # fmt: skip
-    """What the whole build does: the counted slices' shards dealt to processes as they come, scaled to all sites."""
-    counted, found, done = _counted(plan), Drivers(), 0
+    """What the whole build does: the counted slices' shards dealt to processes as they come. What is not counted costs per site what
+    the second half of each counted run did, when files that all sites share were open."""
     processes = {task: [_Process(config, files) for _ in range(workers)] for task in range(tasks)}
+    found, steady = Drivers(), Drivers()
     turn: Counter[int] = Counter()
-    for number in counted:
-        task = number % tasks
-        for shard in _loaded(config, plan, shards, number):
-            process = processes[task][turn[task] % workers]
-            turn[task] += 1
-            done += len(shard.records)
-            for record in shard.records:
-                process.read(record)
-    for its in itertools.chain.from_iterable(processes.values()):
-        found.add(its.found, plan.num_sites / max(done, 1))
+    done = late = 0
+    for run in _counted(plan):
+        half, seen = sum(sum(plan.slices[number].sites) for number in run) / 2, 0
+        for number in run:
+            task = number % tasks
+            for shard in _loaded(config, plan, shards, number):
+                process = processes[task][turn[task] % workers]
+                turn[task] += 1
+                for record in shard.records:
+                    process.read(record)
+                    cost, seen = process.taken(), seen + 1
+                    found.add(cost)
+                    if seen > half:
+                        steady.add(cost)
+                        late += 1
+        done += seen
+    found.add(steady, (plan.num_sites - done) / max(late, 1))
     return found
 
 
@@ -191,12 +214,18 @@ class _Process:
                 self.found.loaded += size
                 continue
             if first and _is_judged_whole(asset, grid):
-                self._fetch(asset, (0, grid.height, 0, grid.width), (block_h, block_w), size)
+                self._fetch(asset, (0, grid.height, 0, grid.width), grid, (block_h, block_w), size)
             window = self._window(record, asset, grid)
             if window is not None:
-                for missing in self._fetch(asset, window, (block_h, block_w), size):
-                    self.found.runs += 1
-                    self.found.loaded += missing * size
+                runs = self._fetch(asset, window, grid, (block_h, block_w), size)
+                self.found.runs += len(runs)
+                self.found.uncounted += max(len(runs) - 1, 0)
+                self.found.loaded += sum(runs) * size
+
+    def taken(self) -> Drivers:
+        """What was found since the last call."""
+        found, self.found = self.found, Drivers()
+        return found
 
     def _opened(self, asset: Asset) -> bool:
         """Opens a file that is not open; whether that is for the first time."""
@@ -224,25 +253,29 @@ class _Process:
             self._windows[key] = needed_window(grid, target, kind)
         return self._windows[key]
 
-    def _fetch(self, asset: Asset, window: Any, block: tuple[int, int], size: int) -> list[int]:
-        """Blocks that are not in the cache, per row of blocks; they are afterwards."""
+    def _fetch(self, asset: Asset, window: Any, grid: Grid, block: tuple[int, int], size: int) -> list[int]:
+        """Blocks that are not in the cache, as lengths of runs that follow one another in the file; they are in it afterwards."""
         row0, row1, col0, col1 = window
-        missing: list[int] = []
+        across = -(-grid.width // block[1])
+        runs: list[int] = []
+        last = -2
         for row in range(row0 // block[0], (row1 - 1) // block[0] + 1):
-            count = 0
             for column in range(col0 // block[1], (col1 - 1) // block[1] + 1):
                 key = (asset.href, self._open[asset.href], row, column)
                 if key in self._cache:
                     self._cache.move_to_end(key)
                     continue
-                count += 1
+                place = row * across + column
+                if place == last + 1:
+                    runs[-1] += 1
+                else:
+                    runs.append(1)
+                last = place
                 self._cache[key] = size
                 self._cached += size
                 while self._cached > BLOCK_CACHE_MB << 20:
                     self._cached -= self._cache.popitem(last=False)[1]
-            if count:
-                missing.append(count)
-        return missing
+        return runs
 
 
 def _is_judged_whole(asset: Asset, grid: Grid) -> bool:
@@ -257,7 +290,7 @@ def _figures(
     """The sample's costs times how often they happen in all."""
     times = plan.num_sites / sites
     by_site = few.runs == 0  # nothing was told apart: every site costs what a sampled one does
-    requests = sample.rest.requests * (times if by_site else whole.runs / few.runs)
+    requests = (sample.rest.requests + few.uncounted) * (times if by_site else whole.runs / few.runs)
     size = sample.rest.bytes * (times if by_site else whole.loaded / few.loaded)
     opening_s = 0.0
     for name, cost in sample.opened.items():

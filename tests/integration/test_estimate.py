@@ -27,11 +27,11 @@ def near(found: float, truth: float) -> bool:
     return abs(found - truth) <= 0.1 * truth
 
 
-@pytest.mark.parametrize("side_m", [1280.0, 2560.0])
-def test_bytes_and_requests_are_those_of_the_build(tmp_path, side_m):
-    """36 or 144 sites share blocks and files; nine of them are read beforehand."""
+@pytest.mark.parametrize(("side_m", "patch"), [(640.0, BLOCK), (1280.0, BLOCK), (2560.0, BLOCK), (2560.0, 64)])
+def test_bytes_and_requests_are_those_of_the_build(tmp_path, side_m, patch):
+    """529, 121 or 25 sites share blocks (of 450 kB, or 14 kB where a patch repeats) and files; nine of them are read beforehand."""
     with RangeServer(tmp_path) as server:
-        url = scene(tmp_path, server.url, 2, BANDS, patch=BLOCK)
+        url = scene(tmp_path, server.url, 2, BANDS, patch=patch)
         config = BuildConfig(
             source=SourceConfig((url,)), output=OutputConfig(str(tmp_path / "set")), grid=GridConfig(side_m=side_m, tile=True),
             shards=ShardsConfig(max_samples=12), workers=1,
@@ -79,3 +79,20 @@ def test_submit_still_learns_the_config(tmp_path):
     figures, _ = run("build", "data_prep/runs/demo.yaml", "--resolve", "--json")
     assert figures["resolved"]["output"]["url"] == "demo_out/shards"
     assert json.dumps(figures["fingerprint"])
+
+
+def test_of_a_large_plan_some_runs_of_slices_stand_for_all(tmp_path, monkeypatch):
+    """Files that every site shares are opened once, however many sites are not counted."""
+    with RangeServer(tmp_path) as server:
+        url = scene(tmp_path, server.url, 2, BANDS, patch=BLOCK)
+        config = BuildConfig(
+            source=SourceConfig((url,)), output=OutputConfig(str(tmp_path / "set")), grid=GridConfig(side_m=640.0, tile=True),
+            shards=ShardsConfig(max_samples=12),
+        )  # fmt: skip
+        whole = estimate(config, 9, 1, 1, Prices())
+        monkeypatch.setattr("data_prep.estimate.COUNTED_SITES", whole["sites"] // 2)
+        half = estimate(config, 9, 1, 1, Prices())
+        assert half["files_opened"] == whole["files_opened"] == 40
+        assert half["sites"] == whole["sites"]
+        assert near(half["written_bytes"], whole["written_bytes"])
+        assert whole["read_requests"] <= half["read_requests"] <= 1.5 * whole["read_requests"]
