@@ -110,11 +110,11 @@ def replaced_under_a_reader(case: Case) -> Result:
             found += [(key, digest) for batch in delivered(reader) for _, key, digest in batch]
             bad = dict(reader.faults.quarantined)
     except (RunFailure, UsageError, OSError) as error:
-        return Result(wrong=sum(truth[key] != digest for key, digest in found), seen=str(error))
+        return Result(wrong=sum(truth.get(key) != digest for key, digest in found), seen=str(error))
     good = {key: digest for key, digest in found if key not in bad}
     seen = next((f"{key}: {why}" for key, why in bad.items()), "nothing: what was open went on being read")
     return Result(
-        len(set(truth) - set(good) - set(bad)), 0, sum(truth[key] != digest for key, digest in good.items()), seen
+        len(set(truth) - set(good) - set(bad)), 0, sum(truth.get(key) != digest for key, digest in good.items()), seen
     )
 
 
