@@ -54,8 +54,10 @@ class Lease:
     @staticmethod
     def acquire(url: str) -> Lease:
         """Takes the directory over from whoever has it. From now on an earlier holder's `check` and `write` raise."""
+        number = 0
         for _ in range(ATTEMPTS):
-            record = {**identity(), "epoch": newest_epoch(url) + 1, "token": uuid.uuid4().hex, "time": time.time()}
+            number = max(newest_epoch(url), number) + 1  # a listing may lag behind: not the same number twice
+            record = {**identity(), "epoch": number, "token": uuid.uuid4().hex, "time": time.time()}
             name = _record_url(url, record["epoch"])
             data = (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
             if storage.create(name, data):

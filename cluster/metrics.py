@@ -3,12 +3,14 @@
 On a file system they stand in one file, `metrics.jsonl`. An object store cannot append, so there each start of the run writes
 segments, every SEGMENT_S seconds one new object with the lines since the last:
 
-    metrics/START-FROM-FIRST-LAST.jsonl     START: which start of the run; FROM: the step it continued after;
+    metrics/START-FROM-FIRST-LAST.jsonl     START: which start of the run, by its lease; FROM: the step it continued after;
                                             FIRST to LAST: which of its segments these are
 
 GATHER segments are gathered into one, so that every line is written twice in all and a long run leaves hundreds of objects, not
 tens of thousands. Reading takes the starts in order: one that continued after FROM drops what earlier starts logged beyond
-it. So nothing has to be removed on a resume, and what a start writes that has been cut off and does not know it counts nothing.
+it. So nothing has to be removed on a resume, and what a start writes that has been cut off and does not know it counts nothing:
+its number is that of its lease, so it never comes after its successor's, also where it was frozen before it wrote its first
+segment.
 `metrics.jsonl` beside them (of an older version, or made by `python -m pipeline sync`) counts as the first start of all.
 """
 
@@ -30,6 +32,8 @@ from cluster.errors import RunFailure
 FILE, FOLDER = "metrics.jsonl", "metrics"
 SEGMENT_S = 60.0
 GATHER = 64
+LEASED = 100_000
+"""Starts with a lease are numbered from here: after those of versions that counted them."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 15.0  # between attempts while the storage is away
 SYNC_S, CLOSE_S = 600.0, 60.0  # how long a checkpoint and the end of a run wait for it
 _SEGMENT = re.compile(r"(\d{6})-(\d{10})-(\d{8})-(\d{8})\.jsonl$")
@@ -52,17 +56,26 @@ class Writer(Protocol):
 
 
 def open_writer(
-    url: str, step: int, guard: Callable[[], None] = lambda: None, replace: Callable[[bytes], None] | None = None
+    url: str,
+    step: int,
+    guard: Callable[[], None] = lambda: None,
+    replace: Callable[[bytes], None] | None = None,
+    epoch: int | None = None,
 ) -> Writer:
     """Continues the metrics of the run at `url` after `step`: later lines no longer count.
 
     guard: called before an object store is written to, from another thread; raises RunFailure to stop writing for good.
     replace: writes the file of a file system anew, for who holds the directory (`cluster.lease`); later lines are appended to
     that very file, so that those of a start that has lost the directory go nowhere.
+    epoch: number of the lease under which this start writes; None: without one (a tool beside the run).
     """
     if storage.is_local(url):
         return FileWriter(url, [line for number, line in read_lines(url) if number <= step], replace)
-    return SegmentWriter(url, _new_start(url, step), step, guard)
+    if epoch is None:
+        return SegmentWriter(url, _new_start(url, step), step, guard)
+    start = LEASED + epoch
+    storage.create(segment_url(url, start, step, 0, 0), b"")  # there already: this very call, tried twice
+    return SegmentWriter(url, start, step, guard)
 
 
 def read_lines(url: str) -> list[Line]:

@@ -64,11 +64,16 @@ class RunDir:
         this they would stand twice.
         """
         self.close()
+        self.check_claim()
         found = metrics.read_lines(self.url)
         self._abandoned = {number: line for number, line in found if number > step}
         self._last_step = step
         self._writer = metrics.open_writer(
-            self.url, step, self.check_claim, functools.partial(self.write, metrics.FILE)
+            self.url,
+            step,
+            self.check_claim,
+            functools.partial(self.write, metrics.FILE),
+            None if self.lease is None else self.lease.epoch,
         )
 
     def append_metrics(self, figures: Mapping[str, Any]) -> dict[str, Any]:

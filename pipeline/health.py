@@ -25,7 +25,7 @@ from cluster.rundir import RunDir
 
 PHASES = ("start", "data", "teacher", "student", "update", "log", "probe", "save", "end")
 PATIENCE, SLOW_PHASES = 10, ("start", "probe", "save", "end")  # these may take so many times longer than the rest
-ALARM, ANSWER_S = "stalled", 10.0
+ALARM, RAISED, ANSWER_S = "stalled", "raised", 10.0
 log = logging.getLogger(__name__)
 
 
@@ -91,7 +91,7 @@ def interval_s(timeout_s: float) -> float:
 def collective_timeout_s(timeout_s: float) -> float:
     """Time limit of collectives beside a watch of `timeout_s`: the watch speaks first, in every phase and also where nobody answers
     it. A collective that gave up before would end the rank without naming anybody."""
-    return PATIENCE * timeout_s + 5 * interval_s(timeout_s) + 2 * ANSWER_S
+    return PATIENCE * timeout_s + 5 * interval_s(timeout_s) + 3 * ANSWER_S
 
 
 class Heartbeat:
@@ -161,7 +161,10 @@ class Heartbeat:
             self._store.set(f"beat/{self.ranks.rank}", json.dumps([self.step, PHASES.index(self.phase), self._count]))
 
     def _end(self, waited: float) -> None:
-        answer = within(4 * self._interval + ANSWER_S, self._who_lags)
+        # the alarm first: a store that does not take it answers nothing else, and who waits need not wait for more
+        answer = within(ANSWER_S, self._raise_alarm)
+        if answer == RAISED:
+            answer = within(4 * self._interval + ANSWER_S, self._who_lags)
         lag = answer or "rank 0, which keeps everybody's place, does not answer: it is stopped, or its node is gone"
         if self._over.is_set():
             return
@@ -172,9 +175,12 @@ class Heartbeat:
             record_failure(self.rundir.logs_url, self.ranks.rank, self.step, RunFailure(message), self.rundir.lease)
         os._exit(1)
 
-    def _who_lags(self) -> str:
+    def _raise_alarm(self) -> str:
         if self._store is not None:
             self._store.set(ALARM, "1")
+        return RAISED
+
+    def _who_lags(self) -> str:
         before = self._read_all()
         time.sleep(2.5 * self._interval)
         self._publish()

@@ -115,6 +115,7 @@ def continue_run(engine: Any, urls: list[str], strict: bool, rank: int) -> Check
     Raises:
         AgreedFailure: checkpoints stand here but none is whole; starting over silently would hide that.
     """
+    fault = ""
     for url in urls:
         checkpoint, fault = _look(url, rank)
         if checkpoint is not None:
@@ -129,7 +130,8 @@ def continue_run(engine: Any, urls: list[str], strict: bool, rank: int) -> Check
             log.warning("%s; the checkpoint before it is used", fault)
     if urls:
         raise AgreedFailure(
-            f"none of the {len(urls)} checkpoints is whole, the newest being {urls[0]}; remove them to start over"
+            f"none of the {len(urls)} checkpoints could be loaded, the newest being {urls[0]} ({fault}); start again if its storage "
+            "was away, or remove them to start over"
         )
     return None
 

@@ -223,6 +223,7 @@ def build(config: PretrainConfig, ranks: Ranks, resume_from: str) -> Run:
 
 def open_run(config: PretrainConfig, rundir: RunDir, layout: Layout, reader: Reader, step: int) -> Tracker:
     """First rank: the run directory's files and the tracker, continued where the run continues."""
+    rundir.check_claim()
     logs.clear_failures(rundir.logs_url)
     rundir.write_resolved(config)
     rundir.start_metrics(step)

@@ -12,7 +12,9 @@ import json
 import os
 import re
 import shlex
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from cluster import logs, storage
 from cluster.cli import private_files
@@ -24,7 +26,9 @@ from cluster.slurm.commands import call_patiently, job_fields
 from cluster.slurm.requeue import Attempt, Decision, decide, is_ended_by_slurm, read_attempts, record_attempt
 
 PATIENCE_S = float(os.environ.get("GEOLOOM_SLURM_PATIENCE_S", "1800"))
-"""How long a controller that is away is waited for before a start that should go back into the queue is given up."""
+"""How long a controller, or the run directory's storage, that is away is waited for before a start that should go back into the
+queue is given up."""
+T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +47,8 @@ def main(args: argparse.Namespace) -> int:
     run = RunDir(record["run_dir"])
     job = os.environ.get("SLURM_JOB_ID", "")  # the same in every start; under it the lease and failures are recorded
     called = args.job or job
-    attempt, earlier = read_attempt(run, args.job_dir, job, args.code, args.asked_to_stop), read_attempts(args.job_dir)
+    attempt = patiently(lambda: read_attempt(run, args.job_dir, job, args.code, args.asked_to_stop))
+    earlier = read_attempts(args.job_dir)
     record_attempt(args.job_dir, attempt, None)  # before the controller is asked: it may be away
     successor = overtaker(run, attempt)
     decision = decide(
@@ -51,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
         earlier,
         is_ended_by_slurm(ask(called)),
         record.get("max_requeues"),
-        total_steps(run),
+        patiently(lambda: total_steps(run)),
         in_words(successor),
     )
     record_attempt(args.job_dir, attempt, decision, (successor or {}).get("job"), again=True)
@@ -89,6 +94,25 @@ def ask(job: str) -> dict[str, str]:
         return {}
 
 
+def patiently(look: Callable[[], T]) -> T:
+    """What `look` finds in the run directory: again and again while its storage is away, for up to PATIENCE_S. What ended the
+    ranks may be that very outage, and a start that is given up here does not come back.
+
+    Raises:
+        OSError, RunFailure: still away then.
+    """
+    until, wait_s = time.monotonic() + PATIENCE_S, 1.0
+    while True:
+        try:
+            return look()
+        except (OSError, RunFailure) as away:
+            if isinstance(away, PermissionError) or time.monotonic() + wait_s > until:
+                raise
+            say(f"the run directory cannot be read ({' '.join(str(away).split())}); asking again in {wait_s:.0f} s")
+        time.sleep(wait_s)
+        wait_s = min(2 * wait_s, 30.0)
+
+
 def say(text: str) -> None:
     print(text, flush=True)
 
@@ -96,7 +120,7 @@ def say(text: str) -> None:
 def overtaker(run: RunDir, attempt: Attempt) -> dict[str, Any] | None:
     """The lease's record of who took the run directory over from this start; None if nobody did, or nobody can say."""
     try:
-        return overtaken(run.url, attempt.job, attempt.restart)
+        return patiently(lambda: overtaken(run.url, attempt.job, attempt.restart))
     except (OSError, RunFailure) as problem:
         say(f"who holds {run.url} cannot be read: {problem}")
         return None

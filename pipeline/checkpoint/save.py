@@ -96,10 +96,10 @@ class Saver:
         self._error: Exception | None = None
         if rank == 0:
             # before the token goes out: with it the others may start to write
-            store.clear_leftovers(url, write=self._put)
+            store.clear_leftovers(url, write=self._put, check=self._check)
             if copies:
                 with _only_said("clearing up", copies):
-                    store.clear_leftovers(copies)
+                    store.clear_leftovers(copies, check=self._check)
         self._token = _shared_token(world)
         kv = _own_store(world)
         self._notes, self._turn = Notes(kv, self._token, world), 0
@@ -192,9 +192,9 @@ class Saver:
 
     def _clear(self, url: str, step: int) -> None:
         """Removes older checkpoints, and what a start that was cut off has uploaded since."""
-        self._check()  # what an overtaken start takes for old may be what its successor stands on
-        store.retain(url, self.config.keep_last, self.config.keep_every)
-        store.clear_leftovers(url, before=step)
+        # what an overtaken start takes for old may be what its successor stands on
+        store.retain(url, self.config.keep_last, self.config.keep_every, self._check)
+        store.clear_leftovers(url, before=step, check=self._check)
 
 
 @contextlib.contextmanager

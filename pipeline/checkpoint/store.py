@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 import shutil
@@ -15,6 +16,8 @@ from cluster.errors import RunFailure, UsageError
 
 FORMAT = 1
 MANIFEST, LATEST = "manifest.json", "LATEST"
+SEAL = "digest"
+"""Key of the manifest's own checksum: tensors have theirs in it, but step, position in the data and layout stand nowhere else."""
 STEP = re.compile(r"step-(\d{8,})$")
 _RANK = re.compile(r"rank-\d{5,}\.\w+\.safetensors$")
 
@@ -58,6 +61,9 @@ def open_checkpoint(url: str) -> Checkpoint:
     """The checkpoint in the folder `url`. Raises RunFailure where it is none or its manifest is not whole."""
     try:
         manifest = json.loads(storage.read_bytes(storage.join(url, MANIFEST)))
+        seal = manifest.pop(SEAL, None)  # of a version that wrote none: nothing to compare
+        if seal is not None and seal != _digest(manifest):
+            raise ValueError("it is not as it was written")
         if manifest["format"] != FORMAT:
             raise RunFailure(f"{url}: checkpoint format {manifest['format']} is not the {FORMAT} this version reads")
         checkpoint = Checkpoint(url, manifest)
@@ -67,6 +73,16 @@ def open_checkpoint(url: str) -> Checkpoint:
     except (ValueError, KeyError, TypeError) as error:
         raise RunFailure(f"{url}: {MANIFEST} is damaged ({type(error).__name__}: {error})") from None
     return checkpoint
+
+
+def _sealed(manifest: Mapping[str, Any]) -> bytes:
+    """A manifest as it is written, with its digest."""
+    tree = json.loads(json.dumps(manifest, allow_nan=False))  # as a reader has it: lists, keys that are strings
+    return json.dumps({**tree, SEAL: _digest(tree)}).encode()
+
+
+def _digest(tree: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def committed(checkpoints_url: str) -> list[str]:
@@ -129,7 +145,7 @@ def commit(checkpoints_url: str, step: int, manifest: Mapping[str, Any], write: 
     """
     final = step_url(checkpoints_url, step)
     found = check_sizes(Checkpoint(final, manifest))
-    write(storage.join(final, MANIFEST), json.dumps(manifest, allow_nan=False).encode())
+    write(storage.join(final, MANIFEST), _sealed(manifest))
     if storage.is_local(checkpoints_url):
         storage.fsync_folder(storage.local_path(checkpoints_url))  # the folder's own name
     write(storage.join(checkpoints_url, LATEST), f"{folder_name(step)}\n".encode())
@@ -152,7 +168,12 @@ def file_name(rank: int, token: str) -> str:
     return f"rank-{rank:05d}.{token}.safetensors"
 
 
-def clear_leftovers(checkpoints_url: str, before: int | None = None, write: Write = storage.write_atomic) -> None:
+def clear_leftovers(
+    checkpoints_url: str,
+    before: int | None = None,
+    write: Write = storage.write_atomic,
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Removes what killed writers left: called by the first rank when a run starts (no rank writes yet), and after each
     commit with `before`, its step: saves of this start come one after another, so a step folder before that one without a
     manifest is no save under way. One listing.
@@ -160,6 +181,9 @@ def clear_leftovers(checkpoints_url: str, before: int | None = None, write: Writ
     When a run starts, a predecessor that has been overtaken may still be about to commit. The files that it has written go; a
     manifest of its that lands later then names nothing. Beside a checkpoint of the same step it would replace that one: so this
     is written once more, with another version, and the late write fails (`Lease`).
+
+    check: raises where another start has taken over, asked before anything goes: to an overtaken start what its successor is
+    writing looks left over.
     """
     folders: dict[str, list[str]] = {}
     for path in storage.list_tree(checkpoints_url):
@@ -168,24 +192,32 @@ def clear_leftovers(checkpoints_url: str, before: int | None = None, write: Writ
     for folder, names in folders.items():
         match, url = STEP.match(folder), storage.join(checkpoints_url, folder)
         if match and MANIFEST not in names and (before is None or int(match[1]) < before):
-            remove(url)
+            check()
+            if not storage.exists(storage.join(url, MANIFEST)):  # a listing may lag behind what was committed
+                remove(url)
         elif match and before is None and len({name.split(".")[1] for name in names if _RANK.match(name)}) > 1:
+            manifest = None
             with contextlib.suppress(RunFailure):  # not whole: told by those who read it
                 manifest = dict(open_checkpoint(url).manifest)
+            if manifest is not None:
                 manifest["renewed"] = manifest.get("renewed", 0) + 1
-                write(storage.join(url, MANIFEST), json.dumps(manifest, allow_nan=False).encode())
+                write(storage.join(url, MANIFEST), _sealed(manifest))
                 strays = [name for name in names if name != MANIFEST and name not in manifest["files"]]
+                check()
                 storage.remove_all([storage.join(url, name) for name in strays])
         elif folder.startswith(".writing-") and before is None:  # of a version that renamed folders
             remove(url)
 
 
-def retain(checkpoints_url: str, keep_last: int, keep_every: int) -> list[str]:
-    """Removes all but the newest `keep_last` and every `keep_every`-th step; returns what it removed."""
+def retain(
+    checkpoints_url: str, keep_last: int, keep_every: int, check: Callable[[], None] = lambda: None
+) -> list[str]:
+    """Removes all but the newest `keep_last` and every `keep_every`-th step; returns what it removed. check: as above."""
     removed = []
     for url in committed(checkpoints_url)[max(keep_last, 1) :]:
         step = int(storage.name(url).rpartition("-")[2])
         if not keep_every or step % keep_every:
+            check()
             remove(url)
             removed.append(url)
     return removed

@@ -3,8 +3,12 @@ written or is named as unreadable; a checkpoint is loaded as it was saved or ref
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +16,7 @@ import torch
 
 from cluster import storage
 from cluster.errors import RunFailure, UsageError
+from cluster.lease import Lease
 from model.config import ModelConfig
 from pipeline.checkpoint import store
 from pipeline.checkpoint.load import consolidated
@@ -20,6 +25,7 @@ from pipeline.reader.faults import RetryPolicy
 from pipeline.reader.reader import Reader
 from tests.fault_proxy import FaultProxy
 from tests.faults.campaign import Case, Kind, Result
+from tests.faults.runs import ended, fork
 from tests.unit.test_reader import delivered, settings_of
 
 IN_ORDER = {"block_samples": 1}  # many small requests, so that many can be harmed
@@ -137,12 +143,24 @@ def on_the_way(case: Case, fault: str) -> Result:
     )
 
 
-def make_checkpoint(url: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A committed checkpoint of two parameters in two files; returns its teacher's weights."""
+FACTS = {
+    "format": store.FORMAT, "step": 5, "samples": 40, "adam_step": 5, "device_hours": 0.25,
+    "reader": {"schema": 1, "samples": 40, "epoch": 2, "position": 4, "seed": 7},
+}  # fmt: skip
+"""What a checkpoint's manifest says that no tensor depends on: where the run goes on."""
+
+
+def weights_of(seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = {"backbone.a": (4, 8), "backbone.b": (40,)}
-    whole = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    work = store.step_url(url, 5)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def make_checkpoint(url: str, step: int = 5, write: store.Write = storage.write_atomic) -> dict[str, torch.Tensor]:
+    """A committed checkpoint of two parameters in two files, their values by its step; returns its teacher's weights."""
+    whole = weights_of(step)
+    shapes = {name: tuple(value.shape) for name, value in whole.items()}
+    work = store.step_url(url, step)
     storage.make_folder(work)
     parameters: dict[str, dict[str, object]] = {
         name: {"shape": list(shape), "pieces": []} for name, shape in shapes.items()
@@ -156,9 +174,61 @@ def make_checkpoint(url: str, seed: int = 0) -> dict[str, torch.Tensor]:
             tensors[f"teacher/{name}@{rank * half}"] = value.flatten()[rank * half : (rank + 1) * half].clone()
             parameters[name]["pieces"].append([rank * half, half, file])  # type: ignore[attr-defined]
         files[file] = write_tensors(storage.join(work, file), tensors)
-    manifest = {"format": store.FORMAT, "step": 5, "samples": 40, "parameters": parameters, "files": files}
-    store.commit(url, 5, manifest)
+    store.commit(url, step, {**FACTS, "step": step, "parameters": parameters, "files": files}, write)
     return whole
+
+
+def killed_in_a_save(case: Case, s3: bool = False, lags: bool = False) -> Result:
+    """Saves one after another, killed at random moments; each start clears up first and goes on after the newest."""
+    url, told = (case.shared.s3_prefix() if s3 else str(case.folder / "run")), case.folder / "told"
+    checkpoints = storage.join(url, "checkpoints")
+
+    def save() -> int:
+        if lags:
+            lag_behind(case, checkpoints)
+        lease = Lease.acquire(url)
+        store.clear_leftovers(checkpoints, write=lease.write, check=lease.check)
+        found = store.committed(checkpoints)
+        newest = store.open_checkpoint(found[0]).step if found else 0
+        for step in range(newest + 1, newest + 1000):
+            make_checkpoint(checkpoints, step, lease.write)
+            with open(told, "a") as file:
+                file.write(f"{step}\n")
+            store.retain(checkpoints, 2, 0, lease.check)
+            store.clear_leftovers(checkpoints, before=step, check=lease.check)
+        return 1
+
+    lost = wrong = newest = 0
+    for _ in range(4):
+        child = fork(save)
+        time.sleep(0.05 + case.rng.random() * (1.5 if s3 else 0.15))
+        os.kill(child, signal.SIGKILL)
+        assert ended(child) == -signal.SIGKILL
+        promised = int(told.read_text().split()[-1]) if told.exists() else 0
+        found = store.committed(checkpoints)
+        newest = store.open_checkpoint(found[0]).step if found else 0
+        lost += max(promised - newest, 0)
+        if found:
+            weights, _ = consolidated(found[0])
+            wrong += sum(not torch.equal(weights[name], value) for name, value in weights_of(newest).items())
+    return Result(lost, 0, wrong, f"nothing; goes on from step {newest}")
+
+
+def lag_behind(case: Case, checkpoints: str) -> None:
+    """From now on listings of this process are up to half a second old."""
+    real, held = storage.list_tree, [(time.monotonic(), storage.list_tree(checkpoints))]
+
+    def look() -> None:
+        while True:
+            with contextlib.suppress(Exception):
+                held.append((time.monotonic(), real(checkpoints)))
+            time.sleep(0.02)
+
+    def stale(url: str) -> list[str]:
+        return case.rng.choice([names for at, names in held[-200:] if at > time.monotonic() - 0.5] or [real(url)])
+
+    threading.Thread(target=look, daemon=True).start()
+    storage.list_tree = stale
 
 
 def load_harmed(case: Case, harm: Harm) -> Result:
@@ -166,11 +236,12 @@ def load_harmed(case: Case, harm: Harm) -> Result:
     whole = make_checkpoint(url)
     harm(case, Path(url, "step-00000005"))
     try:
-        weights, _ = consolidated(url)
+        weights, checkpoint = consolidated(url)
     except (RunFailure, UsageError) as error:
         return Result(seen=str(error))
+    wrong = sum(not torch.equal(weights[name], value) for name, value in whole.items())
     return Result(
-        wrong=sum(not torch.equal(weights[name], value) for name, value in whole.items()),
+        wrong=wrong + sum(checkpoint.manifest.get(name) != value for name, value in FACTS.items()),
         seen="nothing: loaded as saved",
     )
 
@@ -196,6 +267,9 @@ def loading(name: str, count: int, harm: Harm) -> Kind:
 
 
 KINDS = [
+    Kind("killed in a save or commit", "what was committed stands, and is loaded as saved", 10, killed_in_a_save),
+    Kind("killed in a save or commit, on S3", "what was committed stands, and is loaded as saved", 4, lambda case: killed_in_a_save(case, True), cost_s=6),
+    Kind("S3 lists late, while saves are killed", "what was committed stands, and is loaded as saved", 4, lambda case: killed_in_a_save(case, True, True), cost_s=6),
     reading("bits of a shard flipped", 20, one(flip)),
     reading("a shard cut short", 12, one(cut)),
     reading("a shard missing", 8, one(gone)),
@@ -205,10 +279,12 @@ KINDS = [
     reading("the index cut short", 8, at("index.parquet", cut)),
     reading("bits of the manifest flipped", 16, at("manifest.json", flip)),
     reading("the manifest cut short", 8, at("manifest.json", cut)),
-    reading("index or manifest missing", 4, lambda case, folder: gone(case, folder / case.rng.choice(["index.parquet", "manifest.json"]))),
+    reading("bits of the mapped index flipped", 12, at("columns.safetensors", flip)),
+    reading("the mapped index cut short", 6, at("columns.safetensors", cut)),
+    reading("index or manifest missing", 6, lambda case, folder: gone(case, folder / case.rng.choice(["index.parquet", "columns.safetensors", "manifest.json"]))),
     Kind("a set replaced under a reader", "no sample of the other set passes for one of ours", 8, replaced_under_a_reader),
     *[
-        Kind(f"S3 answers {fault}", "every sample as written", 5, lambda case, fault=fault: on_the_way(case, fault))
+        Kind(f"S3 answers {fault}", "every sample as written", 5, lambda case, fault=fault: on_the_way(case, fault), cost_s=3)
         for fault in ("429", "500", "503", "reset", "truncated", "cut_head", "wrong", "stall")
     ],
     loading("bits of a checkpoint's tensors flipped", 16, file_of(flip)),

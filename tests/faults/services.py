@@ -179,8 +179,8 @@ def crash_loop(case: Case) -> Result:
 KINDS = [
     Kind("tracking store fails before a call", "each step once, same values", 20, lambda case: flaky_store(case, False)),
     Kind("tracking store fails after a call was done", "each step once, same values", 20, lambda case: flaky_store(case, True)),
-    Kind("MLflow server killed and restarted", "training waits for nothing; each step once", 2, lambda case: mlflow_disturbed(case, restart), SERVER_S),
-    Kind("MLflow server stops answering", "training waits for nothing; each step once", 3, lambda case: mlflow_disturbed(case, freeze), SERVER_S),
+    Kind("MLflow server killed and restarted", "training waits for nothing; each step once", 2, lambda case: mlflow_disturbed(case, restart), SERVER_S, 30),
+    Kind("MLflow server stops answering", "training waits for nothing; each step once", 3, lambda case: mlflow_disturbed(case, freeze), SERVER_S, 5),
     Kind("SLURM controller away at a requeue", "asked again; back into the queue, one attempt recorded", 16, controller_away),
     Kind("starts that fail again and again (200)", "without progress ended within 20, with progress never", 24, crash_loop),
 ]  # fmt: skip

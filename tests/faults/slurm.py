@@ -163,11 +163,11 @@ def command_line(process: int) -> bytes:
 
 
 KINDS = [
-    Kind("SLURM: a node dies", "requeued; each step once", 3, node_dies, LIMIT_S),
-    Kind("SLURM: controller killed under a run", "each step once", 2, controller_dies, LIMIT_S),
-    Kind("SLURM: a rank killed while the controller is away", "decided and requeued once it is back", 2, start_ends_without_controller, LIMIT_S),
-    Kind("SLURM: controller killed during a preemption", "both jobs end; each step once", 4, controller_dies_in_a_preemption, LIMIT_S),
-    Kind("SLURM: two submissions on one directory", "the second refused by name, or follows", 2, submitted_twice, LIMIT_S),
-    Kind("SLURM: one script sent twice", "one goes on, also after a preemption; the other ends for good", 2, script_sent_twice, LIMIT_S),
-    Kind("SLURM: crash loops of five kinds, to their end", "bounded, and it says why", 1, crash_loops, LIMIT_S),
+    Kind("SLURM: a node dies", "requeued; each step once", 3, node_dies, LIMIT_S, 50),
+    Kind("SLURM: controller killed under a run", "each step once", 2, controller_dies, LIMIT_S, 50),
+    Kind("SLURM: a rank killed while the controller is away", "decided and requeued once it is back", 2, start_ends_without_controller, LIMIT_S, 50),
+    Kind("SLURM: controller killed during a preemption", "both jobs end; each step once", 4, controller_dies_in_a_preemption, LIMIT_S, 50),
+    Kind("SLURM: two submissions on one directory", "the second refused by name, or follows", 2, submitted_twice, LIMIT_S, 50),
+    Kind("SLURM: one script sent twice", "one goes on, also after a preemption; the other ends for good", 2, script_sent_twice, LIMIT_S, 50),
+    Kind("SLURM: crash loops of five kinds, to their end", "bounded, and it says why", 1, crash_loops, LIMIT_S, 300),
 ]  # fmt: skip

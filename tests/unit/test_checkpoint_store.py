@@ -172,7 +172,16 @@ def load_whole(url: str) -> None:
         pass
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "manifest", "gap", "overlap", "no manifest"])
+def test_a_manifest_without_a_digest_of_an_older_version_is_read(tmp_path: Path) -> None:
+    write(str(tmp_path), 10, [])
+    path = tmp_path / "step-00000010" / "manifest.json"
+    tree = json.loads(path.read_text())
+    del tree["digest"]
+    path.write_text(json.dumps(tree))
+    assert store.open_checkpoint(str(path.parent)).step == 10
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "manifest", "gap", "overlap", "step", "no manifest"])
 def test_damage_is_recognised(tmp_path: Path, damage: str) -> None:
     write(str(tmp_path), 10, [6])
     folder = tmp_path / "step-00000010"
@@ -190,12 +199,16 @@ def test_damage_is_recognised(tmp_path: Path, damage: str) -> None:
     elif damage == "gap":
         tree = json.loads(manifest.read_text())
         tree["parameters"]["w"]["pieces"].pop()
+        del tree["digest"]  # as a writer of nonsense would have it
         manifest.write_text(json.dumps(tree))
     elif damage == "overlap":
         tree = json.loads(manifest.read_text())
         tree["parameters"]["w"]["pieces"][0][1] += 1
         tree["parameters"]["w"]["pieces"][1][1] -= 1
+        del tree["digest"]
         manifest.write_text(json.dumps(tree))
+    elif damage == "step":  # one digit, that no tensor depends on
+        manifest.write_text(manifest.read_text().replace('"samples": 10', '"samples": 11'))
     else:
         manifest.unlink()
     with pytest.raises(RunFailure) as caught:
@@ -330,6 +343,36 @@ def test_an_overtaken_start_leaves_no_file_behind(
         saver.wait()
     assert store.committed(url) == []
     assert [path.suffix for path in Path(url).rglob("*") if path.is_file()] == ([] if overtaken else [".safetensors"])
+
+
+def test_an_overtaken_start_sweeps_nothing_of_its_successors(tmp_path: Path) -> None:
+    """It was frozen before it cleared up at its start, or after its commit: what its successor is writing looks left over to it."""
+    url = str(tmp_path / "checkpoints")
+    first = Lease.acquire(str(tmp_path))
+    write(url, 5, [3], "a", first.write)
+    write(url, 6, [3], "a", first.write)
+    Lease.acquire(str(tmp_path))
+    under_way = Path(store.step_url(url, 4), "rank-00000.b.safetensors")
+    under_way.parent.mkdir()
+    under_way.write_bytes(b"a save under way")
+    for sweep in (
+        lambda: store.clear_leftovers(url, check=first.check),
+        lambda: store.clear_leftovers(url, before=6, check=first.check),
+        lambda: store.retain(url, 1, 0, first.check),
+    ):
+        with pytest.raises(Fenced):
+            sweep()
+    assert under_way.exists()
+    assert len(store.committed(url)) == 2
+
+
+def test_a_listing_that_lags_costs_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not show the manifest of the newest one yet."""
+    write(str(tmp_path), 5, [3])
+    listed = [name for name in storage.list_tree(str(tmp_path)) if not name.endswith(store.MANIFEST)]
+    monkeypatch.setattr(storage, "list_tree", lambda url: listed)
+    store.clear_leftovers(str(tmp_path))
+    assert len(store.committed(str(tmp_path))) == 1
 
 
 def test_a_fenced_writer_commits_nothing(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from cluster.rundir import RunDir
 from pipeline.engine import StepResult
 from pipeline.health import (
     PHASES,
+    RAISED,
     AgreedFailure,
     Heartbeat,
     SpikeWatch,
@@ -65,14 +66,34 @@ def test_lag_is_the_rank_with_the_least_progress() -> None:
 def test_who_waits_is_told_who_lags_before_its_collective_gives_up(
     timeout_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the slowest phase, with a first rank that answers nothing: the watch's clock, then all of its questions unanswered."""
+    """In the slowest phase, with a first rank that takes the alarm and then answers nothing: the watch's clock, then its questions."""
     waits: list[float] = []
-    monkeypatch.setattr("pipeline.health.within", lambda seconds, ask: waits.append(seconds))
+
+    def slow(seconds: float, ask: object) -> str | None:
+        waits.append(seconds)
+        return RAISED if len(waits) == 1 else None
+
+    monkeypatch.setattr("pipeline.health.within", slow)
     monkeypatch.setattr("os._exit", lambda code: None)
     beat = Heartbeat(Ranks(), timeout_s, None)
     beat._end(0.0)
     beat.close()
-    assert collective_timeout_s(timeout_s) > 10 * timeout_s + beat._interval + waits[0]
+    assert len(waits) == 2
+    assert collective_timeout_s(timeout_s) > 10 * timeout_s + beat._interval + sum(waits)
+
+
+def test_a_store_that_does_not_take_the_alarm_is_asked_nothing_more(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first rank is frozen: the others need not wait out two questions to know it."""
+    waits: list[float] = []
+    monkeypatch.setattr("pipeline.health.within", lambda seconds, ask: waits.append(seconds))
+    monkeypatch.setattr("os._exit", lambda code: None)
+    beat = Heartbeat(Ranks(), 600.0, None)
+    beat._end(601.0)
+    beat.close()
+    assert waits == [10.0]
+    assert "rank 0, which keeps everybody's place, does not answer" in capfd.readouterr().err
 
 
 def test_a_stopped_rank_is_silent() -> None:

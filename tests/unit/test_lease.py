@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster import lease as leases
-from cluster import logs, storage
+from cluster import logs, metrics, storage
 from cluster.errors import Fenced
 from cluster.exit_codes import FENCED
 from cluster.lease import Lease
@@ -141,6 +141,40 @@ def test_a_fenced_start_changes_no_file_and_no_run(url: str, monkeypatch: pytest
     assert _content(url) == before
     assert repr(store.runs) == runs
     assert read_record(second)["status"] == "RUNNING"
+
+
+def test_a_listing_that_lags_gives_no_number_twice(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shows no lease at all for a while."""
+    first, look = Lease.acquire(url), leases.newest_epoch
+    looks: list[int] = []
+    monkeypatch.setattr(
+        leases, "newest_epoch", lambda url: 0 if len(looks) < 200 and not looks.append(1) else look(url)
+    )
+    assert Lease.acquire(url).epoch == first.epoch + 1
+
+
+def test_a_start_frozen_before_its_first_metrics_voids_nothing_of_its_successors(url: str) -> None:
+    """It holds the directory, has logged nothing yet, and comes back when its successor is done: a start after step 0 would void
+    all that earlier ones logged, and it is none after its successor."""
+    first, second = RunDir(url), RunDir(url)
+    first.claim()
+    second.claim()
+    second.start_metrics(0)
+    for step in (1, 2, 3):
+        second.append_metrics({"step": step, "loss": 1.0})
+    second.close()
+    with pytest.raises(Fenced):
+        first.start_metrics(0)
+    if "memory" in url:  # the look at the lease was right before the freeze: the write itself
+        assert first.lease is not None
+        metrics.open_writer(url, 0, epoch=first.lease.epoch)
+    assert [line["step"] for line in second.read_metrics()] == [1, 2, 3]
+    third = RunDir(url)
+    third.claim()
+    third.start_metrics(2)
+    third.append_metrics({"step": 3, "loss": 2.0})
+    third.close()
+    assert [(line["step"], line["loss"]) for line in third.read_metrics()] == [(1, 1.0), (2, 1.0), (3, 2.0)]
 
 
 def test_a_fenced_start_logs_to_its_terminal_only(tmp_path: Path) -> None:

@@ -269,3 +269,31 @@ def test_the_same_script_sent_twice_ends_only_the_one_that_is_refused(
     kept = json.loads((job_dir / "attempts.json").read_text())
     assert [(one["job"], one["action"]) for one in kept] == [("6", "stop"), ("1", "requeue")]
     assert sorted(path.name for path in job_dir.glob("stopped*")) == ["stopped-6"]
+
+
+def test_a_storage_that_is_away_when_the_ranks_have_ended_costs_nothing(
+    job_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The outage that ended the ranks is not over when the batch script asks what is to be done."""
+    (job_dir / "answer").write_text('echo "JobId=5 JobState=RUNNING Reason=None"\n')
+    looks: list[int] = []
+    last_step = RunDir.last_step
+
+    def away(run: RunDir) -> int | None:
+        looks.append(1)
+        if len(looks) == 1:
+            raise RunFailure("s3://bucket/run: Could not connect to the endpoint URL")
+        if len(looks) == 2:
+            raise OSError(16, "Service Unavailable")
+        return last_step(run)
+
+    monkeypatch.setattr(RunDir, "last_step", away)
+    assert requeue(job_dir, 137) == REQUEUE
+    assert "run directory cannot be read (s3://bucket/run: Could not connect" in capsys.readouterr().out
+    assert [(one["action"], one["step"]) for one in json.loads((job_dir / "attempts.json").read_text())] == [
+        ("requeue", 7)
+    ]
+    monkeypatch.setattr(command, "PATIENCE_S", 0.0)
+    looks.clear()
+    with pytest.raises(RunFailure, match="Could not connect"):
+        requeue(job_dir, 137)
