@@ -154,10 +154,14 @@ def poisoned(case: Case) -> Result:
 
 
 def second_start(case: Case) -> Result:
-    first = begun(case)
+    """While the first is held up (its other rank stands still for a while, less than the watch allows)."""
+    first = begun(case, f"train.stall_timeout_s={round(120 * patience())}")
     first.reach_step(2)
+    other = first.ranks()[1]
+    other.suspend()
     second = begun(case)
     code = second.wait()
+    other.resume()
     assert first.wait() == 0, first.text()[-2000:]
     seen = next(line for line in first.text().splitlines() if "is being written" in line)  # both write to one log
     result = verdict(case, seen)
