@@ -14,6 +14,7 @@ import argparse
 import json
 import logging
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -74,10 +75,13 @@ def beside(args: argparse.Namespace, groups: list[str]) -> None:
     finally:
         for child in children:
             child.terminate()
+        for child in children:
+            child.wait()
 
 
 def main() -> int:
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # servers end with us
     groups = chosen(args)
     kinds = [kind for found in groups.values() for kind in found]
     logging.getLogger().setLevel(logging.ERROR)  # what every fault logs is in the table's last column

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.faults.campaign import Case, Kind, Result
 from tests.slurm_jobs import STEPS, Sent
 
 LIMIT_S = 420  # SLURM notices a dead node after 10 s, and holds a requeued job back for 5
+HELD = "launch_failed_requeued_held"
 LOOPS: dict[str, tuple[dict[str, Any], int, str]] = {
     "the same error at the same step": ({"fail_at": 15}, 2, "failed twice at step 15"),
     "killed before anything is saved": ({"fail_at": 3, "how": "kill"}, 2, "killed by signal 9"),
@@ -62,16 +64,16 @@ def node_dies(case: Case) -> Result:
 
 def controller_dies(case: Case) -> Result:
     """kill -9 of slurmctld under a run; it comes back some seconds later."""
-    sent = begun(case)
-    case.shared.slurm.wait(lambda: case.shared.slurm.has_saved(str(sent.folder)), "the job is on the controller's disk")
+    sent = begun(case, steps=60)
+    saved_as_running(sent)
     without_controller(case, 0.5, 6.0)
-    return verdict(sent.ends(timeout=120), "nothing: the ranks go on meanwhile")
+    return verdict(sent.ends(timeout=120), "nothing: the ranks go on meanwhile", 60)
 
 
 def start_ends_without_controller(case: Case) -> Result:
     """A rank dies while slurmctld is away: the decision has to wait for it, and the start to go back into the queue."""
     slurm, sent = case.shared.slurm, begun(case, steps=60)
-    slurm.wait(lambda: slurm.has_saved(str(sent.folder)), "the job is on the controller's disk")
+    saved_as_running(sent)
     slurm.crash_controller()
     try:
         victim = next(p for p in slurm.task_processes("node2", sent.job) if b"standin" in command_line(p))
@@ -93,9 +95,20 @@ def controller_dies_in_a_preemption(case: Case) -> Result:
     slurm.wait(lambda: slurm.has_saved(f"urgent beside {sent.job}"), "the urgent job is on the controller's disk")
     time.sleep(case.rng.random() * 3)
     without_controller(case, 0.5, 4.0)
-    sent.ends(timeout=180)
-    slurm.wait_state(urgent, "COMPLETED")
-    return verdict(sent, next(iter(lines_with(sent, "requeue: ")), "nothing: it came before the preemption"), 60)
+    released: set[str] = set()
+
+    def ended() -> bool:
+        for job in (urgent, sent.job):
+            if slurm.job(job).get("Reason") == HELD:
+                released.add(job)
+                release(case, job)
+        return all(slurm.job(job).get("JobState") == "COMPLETED" for job in (urgent, sent.job))
+
+    slurm.wait(ended, f"jobs {urgent} and {sent.job} completed", timeout=180)
+    seen = next(iter(lines_with(sent, "requeue: ")), "nothing: it came before the preemption")
+    if released:
+        seen = f"{HELD} (SLURM's own, of a start that it forgot with the controller): scontrol release; {seen}"
+    return verdict(sent, seen, 60)
 
 
 def submitted_twice(case: Case) -> Result:
@@ -141,6 +154,21 @@ def crash_loops(case: Case) -> Result:
         assert why in attempts[-1]["why"], f"{name}: {attempts[-1]['why']}"
     last = max(sent.values(), key=lambda one: len(one.attempts)).attempts[-1]
     return Result(seen=f"stop: {last['why']}")
+
+
+def saved_as_running(sent: Sent) -> None:
+    """Waits until the controller's disk says that the job runs: one that is killed before that starts the job a second time, which
+    its node refuses, and SLURM then holds the job."""
+    mark = f"running {sent.job} {uuid.uuid4().hex}"
+    sent.slurm.run("scontrol", "update", f"JobId={sent.job}", f"Comment={mark}")
+    sent.slurm.wait(lambda: sent.slurm.has_saved(mark), "the running job is on the controller's disk")
+
+
+def release(case: Case, job: str) -> None:
+    """What an operator does with a job that SLURM holds after a start that a node has refused."""
+    for node in case.shared.slurm.names:
+        case.shared.slurm.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+    case.shared.slurm.run("scontrol", "release", job)
 
 
 def without_controller(case: Case, least_s: float, most_s: float) -> None:
