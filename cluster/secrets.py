@@ -6,10 +6,13 @@ into the environment and nowhere else; should one stand in a setting, a URL or a
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote, unquote
 
 MASK = "***"
 
@@ -92,4 +95,12 @@ def _known() -> list[str]:
             password = user.partition(":")[2]
             if at and len(password) >= SHORTEST:
                 found.add(password)
-    return sorted((value for value in found if value != MASK and not value.startswith("/")), key=len, reverse=True)
+    secrets = (value for value in found if value != MASK and not (value.startswith("/") and os.path.exists(value)))
+    return sorted({form for value in secrets for form in _forms(value)}, key=len, reverse=True)
+
+
+@functools.cache
+def _forms(value: str) -> tuple[str, ...]:
+    """How a secret may stand in a text: as it is, in a URL, in JSON, and as a client decodes it for its own messages."""
+    forms = {value, unquote(value), quote(value, safe=""), quote(value), json.dumps(value)[1:-1]}
+    return tuple(form for form in forms if len(form) >= SHORTEST)

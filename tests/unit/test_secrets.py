@@ -76,6 +76,17 @@ def test_values_of_secret_variables_are_found_anywhere(monkeypatch: pytest.Monke
     assert redacted("x CANARY-one y 'CANARY-two'") == "x *** y '***'"
 
 
+def test_values_are_found_in_every_form(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Quoted for a URL, decoded by a client, escaped for JSON, and one that looks like a path."""
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "/CANARY+one/x")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", 'CANARY"three')
+    monkeypatch.setenv("GEOLOOM_TRACKING_URI", "http://u:CANARY%2Ftwo%40@host")
+    monkeypatch.setenv("DEPLOY_PRIVATE_KEY", str(tmp_path))  # where a key lies is no secret
+    for text in ("/CANARY+one/x", "%2FCANARY%2Bone%2Fx", "CANARY%2Ftwo%40", "CANARY/two@", json.dumps('CANARY"three')):
+        assert "CANARY" not in redacted(f"a {text} b"), text
+    assert redacted(f"{tmp_path}/file") == f"{tmp_path}/file"
+
+
 def test_no_form_of_a_config_that_is_kept_holds_one(tmp_path: Path) -> None:
     tree = config.load(PretrainConfig, None, ["tracking.uri=postgresql://u:CANARY/@x@host/db"])
     assert "CANARY" in tree.tracking.uri  # the process itself has it
