@@ -121,9 +121,8 @@ references: setup ## metrics and file formats of `evaluate` against torchmetrics
 	GEOLOOM_REQUIRE_ALL=1 $(PY) -m pytest tests/unit/test_evaluate_metrics.py tests/unit/test_evaluate_readers.py
 
 .PHONY: faults
-faults: setup ## the whole fault campaign: its table in faults_out/table.md, exit 1 if anything is lost, doubled, wrong or hangs
-	mkdir -p faults_out
-	$(PY) -m tests.faults --out faults_out/table.md
+faults: setup ## the whole fault campaign, goes on after a kill: its table in faults_out/table.md, exit 1 if anything is lost, doubled, wrong or hangs
+	$(PY) -m tests.faults --side-by-side --keep faults_out/kept --out faults_out/table.md
 	GEOLOOM_KILLS=20 $(PY) -m pytest tests/integration/test_kill.py tests/integration/test_fenced.py tests/integration/test_canaries.py
 
 .PHONY: properties
