@@ -21,7 +21,7 @@ from pathlib import Path
 
 from cluster.progress import clock
 from tests.faults import data, runs, services, slurm
-from tests.faults.campaign import Kind, Record, collect, figures, run, table
+from tests.faults.campaign import Kind, Record, code_digest, collect, figures, run, table
 from tests.faults.shared import shared
 
 parser = argparse.ArgumentParser(
@@ -43,7 +43,7 @@ parser.add_argument(
 parser.add_argument(
     "--keep",
     type=Path,
-    help="folder for what the real trainer's kinds share, used again by the next call (a campaign in slices)",
+    help="folder for what the real trainer's kinds share, used again by the next call with the same code",
 )
 parser.add_argument("--out", type=Path, help="also write the table here")
 parser.add_argument("--json", action="store_true", help="figures on stdout instead of the table")
@@ -93,7 +93,7 @@ def main() -> int:
         assert record is not None
         rows = collect(kinds, args.share, record.read())
     else:
-        with shared(args.keep) as common:
+        with shared(args.keep / code_digest() if args.keep else None) as common:
             rows = run(
                 kinds, common, args.seed, args.share, lambda text: print(text, file=sys.stderr, flush=True), record
             )

@@ -21,8 +21,10 @@ COUNT = 18
 
 
 class Shared:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    """folder: of this call alone; kept: what later calls may use again."""
+
+    def __init__(self, folder: Path, kept: Path | None = None) -> None:
+        self.folder, self.kept = folder, kept or folder
         self._ends = contextlib.ExitStack()
 
     @functools.cached_property
@@ -121,12 +123,12 @@ class Shared:
 @contextlib.contextmanager
 def shared(keep: Path | None = None) -> Iterator[Shared]:
     """keep: a folder that is left behind; the trainer's shard sets and undisturbed run found there are used again."""
-    folder = keep or Path(tempfile.mkdtemp(prefix="geoloom-faults-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    common = Shared(folder.absolute())
+    folder = Path(tempfile.mkdtemp(prefix="geoloom-faults-"))
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+    common = Shared(folder, keep.absolute() if keep is not None else None)
     try:
         yield common
     finally:
         common.close()
-        if keep is None:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)

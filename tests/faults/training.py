@@ -48,7 +48,7 @@ def truth(folder: str) -> list[dict[str, Any]]:
 
 
 def begun(case: Case, *overrides: str) -> Job:
-    return on(case, shards(str(case.shared.folder)), *overrides)
+    return on(case, shards(str(case.shared.kept)), *overrides)
 
 
 def on(case: Case, url: str, *overrides: str) -> Job:
@@ -60,7 +60,7 @@ def on(case: Case, url: str, *overrides: str) -> Job:
 def verdict(case: Case, seen: str) -> Result:
     run = case.folder / "run"
     steps, found = [line["step"] for line in metrics(run)], learned(run)
-    wrong = sum(a != b for a, b in zip(found, truth(str(case.shared.folder))))
+    wrong = sum(a != b for a, b in zip(found, truth(str(case.shared.kept))))
     return Result(len(set(range(1, STEPS + 1)) - set(steps)), len(steps) - len(set(steps)), wrong, seen)
 
 
@@ -171,7 +171,7 @@ def second_start(case: Case) -> Result:
 
 def another_set(case: Case) -> Result:
     """The set is replaced between two starts: refused; with checkpoint.allow_changed_data the run goes on, on the new one."""
-    folder = str(case.shared.folder)
+    folder = str(case.shared.kept)
     first = begun(case, "train.steps=4")
     assert first.wait() == 0
     other = shards(folder, "other-train", 5)
@@ -187,7 +187,7 @@ def another_set(case: Case) -> Result:
 def unreadable(case: Case) -> Result:
     """Broken samples on both ranks, below the budget: named in the logs, in artifacts/quarantine.json and counted."""
     url = case.folder / "set"
-    shutil.copytree(shards(str(case.shared.folder)), url)
+    shutil.copytree(shards(str(case.shared.kept)), url)
     tar = next(url.glob("train-*.tar"))
     size = tar.stat().st_size
     with open(tar, "r+b") as stream:
