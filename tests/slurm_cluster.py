@@ -158,7 +158,13 @@ class SlurmCluster:
     def run(self, *command: str, check: bool = True, timeout: float = 30, cwd: Path | None = None) -> str:
         """stdout of a SLURM command run against this cluster."""
         done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=timeout, check=False, cwd=cwd
+            command,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout * patience(),
+            check=False,
+            cwd=cwd,
         )
         if check and done.returncode:
             raise AssertionError(f"{command}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")

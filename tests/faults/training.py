@@ -94,7 +94,7 @@ def terminated(case: Case) -> Result:
 
 def frozen(case: Case, rank: int) -> Result:
     """SIGSTOP of a rank: the others end the job, name it, and leave their stacks."""
-    stall_s = round(10 * patience())
+    stall_s = round(30 * patience())  # longer than any phase of a step takes on a loaded machine
     job = begun(case, f"train.stall_timeout_s={stall_s}")
     job.reach_step(3)
     job.ranks()[rank].suspend()
