@@ -6,7 +6,7 @@ moments      Adam's two, float32, sharded by ZeRO >= 1 (ZeRO: arXiv 1910.02054, 
 gradients    whole with ZeRO-0 and -1; sharded by ZeRO >= 2
 teacher      compute weights whole, and the float32 average sharded as the masters are
 activations  kept for the backward (`model.activations`), and the gradients of the block that is being computed
-buffers      DeepSpeed's reduction buckets; what the update gathers, where that is more
+buffers      DeepSpeed's reduction buckets, and the copy that is summed
 inputs       the pixels of a rank's step
 """
 
@@ -33,7 +33,7 @@ def memory_bytes(model: Model, layout: Layout, hardware: Hardware) -> dict[str, 
         "teacher": layout.compute_bytes * here + 4 * sharded,
         "activations": _activations(model, layout, hardware),
         "inputs": layout.samples_per_rank * model.kept["cpu"]["inputs"],
-        "buffers": _buffers(layout, hardware),
+        "buffers": _buffers(here, layout, hardware),
     }
     if not hardware.is_cpu:
         parts["reserve"] = DEVICE_RESERVE_GB * 1e9
@@ -53,8 +53,15 @@ def _activations(model: Model, layout: Layout, hardware: Hardware) -> float:
     return layout.micro_batch * kept["full"] + kept["fixed"] + kept["fixed_in_blocks"]
 
 
-def _buffers(layout: Layout, hardware: Hardware) -> float:
+def _buffers(here: float, layout: Layout, hardware: Hardware) -> float:
+    """Gradients wait in a bucket of the compute precision (ZeRO-3: of the one they are summed in). A bucket that is to be summed in
+    another one is copied whole for that: within the backward, beside all activations, only where it runs full; what is left in it
+    at the end is copied when they are gone."""
     if layout.zero_stage == 0:
         return 0.0
-    bucket = BUCKET_ELEMENTS * layout.reduce_bytes
-    return bucket * (1 if hardware.is_cpu else 2)
+    number = 1 if hardware.is_cpu else 2
+    if layout.zero_stage == 3:
+        return number * BUCKET_ELEMENTS * layout.reduce_bytes
+    buckets = number * BUCKET_ELEMENTS * layout.compute_bytes
+    runs_full = here > BUCKET_ELEMENTS and layout.reduce_bytes != layout.compute_bytes
+    return buckets + (BUCKET_ELEMENTS * layout.reduce_bytes if runs_full else 0.0)

@@ -42,6 +42,21 @@ def test_memory_by_hand() -> None:
     assert parts["total"] == pytest.approx(sum(size for part, size in parts.items() if part != "total"))
 
 
+def test_buckets_are_of_the_compute_precision_and_copied_where_they_run_full() -> None:
+    small = dataclasses.replace(MODEL, dense=40_000_000, expert=0, experts=0)
+    for model, layout, device, expected in (
+        (small, LAYOUT, CPU, 2 * 50e6),
+        (small, LAYOUT, H100, 2 * 2 * 50e6),
+        (MODEL, LAYOUT, CPU, 2 * 50e6 + 4 * 50e6),
+        (MODEL, LAYOUT, H100, 2 * 2 * 50e6 + 4 * 50e6),
+        (MODEL, dataclasses.replace(LAYOUT, reduce="bf16"), H100, 2 * 2 * 50e6),
+        (MODEL, dataclasses.replace(LAYOUT, precision="fp32"), H100, 2 * 4 * 50e6),
+        (MODEL, dataclasses.replace(LAYOUT, zero_stage=0), H100, 0),
+        (MODEL, dataclasses.replace(LAYOUT, zero_stage=3), H100, 2 * 4 * 50e6),
+    ):
+        assert memory_bytes(model, layout, device)["buffers"] == expected
+
+
 def test_communication_by_hand() -> None:
     volumes = payload_bytes(MODEL, dataclasses.replace(LAYOUT, ep=4))
     assert volumes["gradient_all_reduce"] == 4 * 1.2e9 * 2  # float32, and twice: ZeRO-2 reduces every micro-batch
