@@ -19,15 +19,18 @@ from tests.data_folder import REPOSITORY
 from tests.readme import Command, commands
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(2400)]
-SITES, STEPS, LARGE = "24", "2", "pipeline/runs/skysense_v2.yaml"
+SITES, STEPS, LARGE = "48", "2", "pipeline/runs/skysense_v2.yaml"
 PARSED_ONLY = {
     r"make ": "their recipes are the commands of the first block",
     r"git |cd |rm ": "of the shell",
     r"data_prep (sites|prepare) |data_prep build +data_prep/runs/stac": "ask a STAC API: test_area_to_shards.py runs them against one",
+    r"data_prep (append|remove) ": "change a set: tests/unit/test_grow.py",
     r"pipeline bench ": "benchmarks: minutes, `make bench`",
     r"pipeline layout |cluster plan .*--verify": "build engines of a world of 1,024: test_fake_world.py",
     r"pipeline probe RUN --": "test_probe_labels.py, test_probe_outside.py; the plain call runs here",
     r"pipeline evaluate [a-z]": "published data sets: test_evaluate_*.py run rows on tiny layouts",
+    r"pipeline embed .*--task": "a published data set: tests/unit/test_embeddings.py embeds one of tiny layout",
+    r"cluster status .*--watch": "watches jobs until it is stopped: test_ablate.py asks once",
     r"pipeline ablate .*(terms|--claims)": "hours; test_ablate.py runs a grid",
     r"pipeline compare ablations": "reads what those hours make",
     r"pipeline sync ": "needs a tracking server: test_sync.py",
@@ -36,7 +39,7 @@ PARSED_ONLY = {
 }
 PLACES = {
     "SRC": "demo_out/scenes", "OUT.parquet": "own.parquet", "s3://bucket/set": "own_set", "RUN_A": "demo_out/moe", "RUN_B": "demo_out/dense",
-    "RUN": "demo_out/moe", "CHECKPOINT": "demo_out/moe", "URL": "demo_out/shards", "OUT.safetensors": "backbone.safetensors",
+    "RUN": "demo_out/moe", "CHECKPOINT": "demo_out/moe", "URL": "demo_out/shards", "SET": "demo_out/shards", "OUT.safetensors": "backbone.safetensors",
     "INPUT": "demo_out/shards", "OUT": "features.npz",
 }  # fmt: skip
 SMALL = [
@@ -53,7 +56,7 @@ def skipped(command: Command) -> bool:
 
 def smaller(command: Command, key: str) -> list[str]:
     """The words to run. key: of some site of the demo's shard set."""
-    words = [PLACES.get(word, word) for word in command.words]
+    words = [{**PLACES, "KEY": key}.get(word, word) for word in command.words]
     words = [re.sub(r"\[OUT\.parquet\]", "[own.parquet]", word).replace("s3://bucket/set", "own_set") for word in words]
     configs = {"build": "data_prep/runs/demo.yaml", "plan": LARGE, "submit": LARGE}
     config = configs.get(words[3], "tests/runs/small.yaml")
@@ -64,8 +67,8 @@ def smaller(command: Command, key: str) -> list[str]:
     if words[3] == "simulate":
         words[words.index("--sites") + 1] = SITES
     elif words[3] == "train" and words[2] == "pipeline" and not {"--dry-run", "--explain"} & set(words):
-        at = words.index("--processes")
-        words[at + 1] = "1"
+        if "--processes" in words:
+            words[words.index("--processes") + 1] = "1"
         words = [word for word in words if not word.startswith(("train.steps=", "tracking.uri="))] + SMALL
     elif words[3] == "ablate":
         words.append("--list")
@@ -108,7 +111,7 @@ def test_readme_s_commands_do_what_they_say(place: Path) -> None:
     todo = [command for command in commands(REPOSITORY / "README.md") if command.box and not skipped(command)]
     ran: list[list[str]] = []
     for command in todo:
-        words = smaller(command, a_key(place) if command.words[3] == "embed" else "")
+        words = smaller(command, a_key(place) if command.words[3] == "embed" or "KEY" in command.words else "")
         if words not in ran:
             typed(words, place)
             ran.append(words)
