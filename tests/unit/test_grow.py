@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pyarrow.parquet as pq
 import pytest
@@ -25,21 +26,53 @@ from data_prep.verify import verify
 from tests.sites import make_record
 from tests.unit.test_build import SITES, World, config
 
+GONE = frozenset(["k_2", "k_7"])
+
 
 class Killed(BaseException):
     """A process that ends here and now."""
 
 
-@pytest.fixture
-def world(monkeypatch, tmp_path):
-    """Twelve sites in twelve cells; `world.records` is what the catalog lists, shards of two sites, slices of three shards."""
+def make_world(patch: pytest.MonkeyPatch) -> World:
     world = World()
     for module in (building, grow):
-        monkeypatch.setattr(module, "read_catalogs", lambda config: (world.records, []))
-    monkeypatch.setattr(building, "read_site", world.read_site)
-    monkeypatch.setattr(planfile, "SLICES", 1)
-    monkeypatch.setattr(planfile, "MOST_SHARDS", 3)
+        patch.setattr(module, "read_catalogs", lambda config: (world.records, []))
+    patch.setattr(building, "read_site", world.read_site)
+    patch.setattr(planfile, "SLICES", 1)
+    patch.setattr(planfile, "MOST_SHARDS", 3)
     return world
+
+
+@pytest.fixture
+def world(monkeypatch):
+    """Twelve sites in twelve cells; `world.records` is what the catalog lists, shards of two sites, slices of three shards."""
+    return make_world(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Sets that several tests begin or end with, built once: `all` twelve sites, the first `nine`, `grown` from nine to twelve, and
+    `less`: all without GONE."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        world = make_world(patch)
+        everything = list(world.records)
+        for name, records in (("all", everything), ("nine", everything[:9])):
+            (folder / name).mkdir()
+            world.records = records
+            build(own(folder / name))
+        world.records = everything
+        append(own(copied(folder / "nine", folder / "grown"), "more"))
+        remove(f"{copied(folder / 'all', folder / 'less')}/set", Wanted(GONE))
+    return folder
+
+
+def copied(source, target):
+    """A set in another place, as if it had been built there."""
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    plan = target / "set" / "_build" / "plan.json"
+    plan.write_bytes(plan.read_bytes().replace(f"{source}/".encode(), f"{target}/".encode()))
+    return target
 
 
 def own(folder, catalog: str = "old", skip: str = "", **changes):
@@ -117,12 +150,9 @@ def test_rows_stand_by_split_and_the_set_is_mended_as_it_was(world, tmp_path):
 
 
 @pytest.mark.parametrize("done", [0, 1])
-def test_an_addition_that_was_killed_continues(world, tmp_path, monkeypatch, done):
-    (tmp_path / "whole").mkdir()
-    grown(world, tmp_path / "whole", tmp_path)
-    everything, world.records = world.records, world.records[:9]
-    build(own(tmp_path))
-    world.records, count = everything, 0
+def test_an_addition_that_was_killed_continues(world, made, tmp_path, monkeypatch, done):
+    copied(made / "nine", tmp_path)
+    everything, count = world.records, 0
     real = building.build_shard
 
     def dies(job, report, **options):
@@ -142,30 +172,24 @@ def test_an_addition_that_was_killed_continues(world, tmp_path, monkeypatch, don
         append(own(tmp_path, "other"))
     world.records = everything
     append(own(tmp_path, "more"))  # whose catalog has been touched since: planned again, and found the same
-    assert seen(tmp_path / "set") == seen(tmp_path / "whole" / "set")
+    assert seen(tmp_path / "set") == seen(made / "grown" / "set")
     world.records = everything[:9]
     build(own(tmp_path))  # the config it was begun with finds all of it
     world.records = everything
     append(own(tmp_path, "more"))
-    assert seen(tmp_path / "set") == seen(tmp_path / "whole" / "set")
+    assert seen(tmp_path / "set") == seen(made / "grown" / "set")
 
 
-def test_tasks_share_an_addition(world, tmp_path):
-    (tmp_path / "whole").mkdir()
-    grown(world, tmp_path / "whole", tmp_path)
-    everything, world.records = world.records, world.records[:9]
-    build(own(tmp_path))
-    world.records = everything
+def test_tasks_share_an_addition(world, made, tmp_path):
+    copied(made / "nine", tmp_path)
     for task in (1, 0):
         append(own(tmp_path, "more"), task, 2)
-    assert seen(tmp_path / "set") == seen(tmp_path / "whole" / "set")
+    assert seen(tmp_path / "set") == seen(made / "grown" / "set")
 
 
-def test_an_addition_that_was_begun_can_be_dropped(world, tmp_path, monkeypatch):
-    everything, world.records = world.records, world.records[:9]
-    build(own(tmp_path))
+def test_an_addition_that_was_begun_can_be_dropped(world, made, tmp_path, monkeypatch):
+    copied(made / "nine", tmp_path)
     before, plan = seen(tmp_path / "set"), planfile.read_plan(f"{tmp_path}/set")
-    world.records = everything
 
     def dies(job, report, **options):
         raise Killed
@@ -186,8 +210,8 @@ def test_an_addition_that_was_begun_can_be_dropped(world, tmp_path, monkeypatch)
     assert len(samples(tmp_path / "set")) == 12
 
 
-def test_other_settings_are_refused(world, tmp_path):
-    build(own(tmp_path))
+def test_other_settings_are_refused(world, made, tmp_path):
+    copied(made / "all", tmp_path)
     with pytest.raises(UsageError, match=r"other settings: grid\.max_dates differs"):
         append(own(tmp_path, "more", grid=dataclasses.replace(own(tmp_path).grid, max_dates=2)))
     with pytest.raises(UsageError, match="no set that can grow"):
@@ -196,8 +220,8 @@ def test_other_settings_are_refused(world, tmp_path):
         )
 
 
-def test_nothing_new_changes_nothing(world, tmp_path):
-    build(own(tmp_path))
+def test_nothing_new_changes_nothing(world, made, tmp_path):
+    copied(made / "all", tmp_path)
     before = seen(tmp_path / "set")
     outcome = append(own(tmp_path, "same_sites"))
     assert outcome.built == 0
@@ -253,8 +277,8 @@ def test_removing_is_building_without(world, tmp_path, monkeypatch, rolled):
     assert seen(tmp_path / "removed" / "set") == seen(tmp_path / "without" / "set")
 
 
-def test_a_shard_of_which_all_goes(world, tmp_path):
-    build(own(tmp_path))
+def test_a_shard_of_which_all_goes(world, made, tmp_path):
+    copied(made / "all", tmp_path)
     rows = ShardSet.open(f"{tmp_path}/set").read_index(["key", "shard"]).to_pylist()
     name = rows[0]["shard"]
     remove(f"{tmp_path}/set", Wanted(frozenset(r["key"] for r in rows if r["shard"] == name)))
@@ -264,8 +288,8 @@ def test_a_shard_of_which_all_goes(world, tmp_path):
         remove(f"{tmp_path}/set", Wanted(frozenset(samples(tmp_path / "set"))))
 
 
-def test_what_was_removed_stays_out_when_its_shard_is_made_again(world, tmp_path):
-    build(own(tmp_path))
+def test_what_was_removed_stays_out_when_its_shard_is_made_again(world, made, tmp_path):
+    copied(made / "all", tmp_path)
     found, _ = remove(f"{tmp_path}/set", Wanted(frozenset(["k_4"])))
     before = seen(tmp_path / "set")
     (tmp_path / "set" / next(iter(found))).write_bytes(b"cut")
@@ -277,8 +301,8 @@ def test_what_was_removed_stays_out_when_its_shard_is_made_again(world, tmp_path
     assert "k_4" not in samples(tmp_path / "set")
 
 
-def test_a_site_may_come_back_with_new_dates(world, tmp_path):
-    build(own(tmp_path))
+def test_a_site_may_come_back_with_new_dates(world, made, tmp_path):
+    copied(made / "all", tmp_path)
     remove(f"{tmp_path}/set", Wanted(frozenset(["k_4"]), again=True))
     world.records = [
         dataclasses.replace(r, product_ids=(*r.product_ids, "NEW")) if r.key == "k_4" else r for r in world.records
@@ -291,12 +315,9 @@ def test_a_site_may_come_back_with_new_dates(world, tmp_path):
 
 
 @pytest.mark.parametrize("moment", range(14))
-def test_a_removal_killed_at_any_write_is_finished_by_the_next(world, tmp_path, monkeypatch, moment):
+def test_a_removal_killed_at_any_write_is_finished_by_the_next(made, tmp_path, monkeypatch, moment):
     """Every write and removal of an object is a moment to die at."""
-    build(own(tmp_path))
-    (tmp_path / "other").mkdir()
-    build(own(tmp_path / "other"))
-    remove(f"{tmp_path}/other/set", Wanted(frozenset(["k_2", "k_7"])))
+    copied(made / "all", tmp_path)
     count, real = 0, {name: getattr(storage, name) for name in ("write_atomic", "remove")}
     for name, call in real.items():
 
@@ -309,7 +330,7 @@ def test_a_removal_killed_at_any_write_is_finished_by_the_next(world, tmp_path, 
 
         monkeypatch.setattr(storage, name, dies)
     try:
-        remove(f"{tmp_path}/set", Wanted(frozenset(["k_2", "k_7"])))
+        remove(f"{tmp_path}/set", Wanted(GONE))
         died = False
     except Killed:
         died = True
@@ -318,13 +339,13 @@ def test_a_removal_killed_at_any_write_is_finished_by_the_next(world, tmp_path, 
     assert died
     if moment == 0:
         assert verify(f"{tmp_path}/set", decode=True) == []
-    remove(f"{tmp_path}/set", Wanted(frozenset(["k_2", "k_7"])))
-    assert seen(tmp_path / "set") == seen(tmp_path / "other" / "set")
+    remove(f"{tmp_path}/set", Wanted(GONE))
+    assert seen(tmp_path / "set") == seen(made / "less" / "set")
     assert not any(name.startswith(removing.NEXT) for name in storage.list_names(f"{tmp_path}/set/_build"))
 
 
-def test_who_is_to_go(world, tmp_path):
-    build(own(tmp_path))
+def test_who_is_to_go(world, made, tmp_path):
+    copied(made / "all", tmp_path)
     shardset = ShardSet.open(f"{tmp_path}/set")
     row = next(r for r in shardset.read_index(["key", "shard", "bbox"]).to_pylist() if r["key"] == "k_5")
     import shapely
