@@ -275,7 +275,7 @@ def test_a_worker_that_meets_bombs_stays_small(tmp_path):
     with zipfile.ZipFile(members, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(".zgroup", json.dumps({"zarr_format": 2}))
         for number in range(3):
-            archive.writestr(f"bands/{number}.0.0", bytes(100 << 20), compresslevel=1)
+            archive.writestr(f"bands/{number}.0.0", bytes(100 << 20))
     code = (
         "import resource\n"
         "from data_prep.sources.mesh import MeshCube\nfrom data_prep.sources.records import Asset\n"
