@@ -14,6 +14,7 @@ import pytest
 from tests.data_folder import REPOSITORY
 from tests.integration.test_train import SMALL, shards
 from tests.mlflow_server import MlflowServer
+from tests.patience import patience
 
 __all__ = ["shards"]
 pytestmark = pytest.mark.integration
@@ -35,7 +36,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
 def call(folder: Path, name: str, *arguments: str, code: int = 0, **environment: str) -> None:
     """A command whose output is kept as one more artefact to search."""
     done = subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False,
+        [sys.executable, "-m", *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=300 * patience(),
+        check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "AWS_SECRET_ACCESS_KEY": CANARIES["aws"], **environment},
     )  # fmt: skip
     (folder / f"{name}.output").write_text(done.stdout + done.stderr)
