@@ -199,8 +199,12 @@ def killed_in_a_save(case: Case, s3: bool = False, lags: bool = False) -> Result
         return 1
 
     lost = wrong = newest = 0
-    for _ in range(4):
-        child = fork(save)
+    for number in range(4):
+        said, child = told.stat().st_size if told.exists() else 0, fork(save)
+        while number % 2 == 0 and not (
+            told.exists() and told.stat().st_size > said
+        ):  # else wherever it is, also at its start
+            time.sleep(0.005)
         time.sleep(0.05 + case.rng.random() * (1.5 if s3 else 0.15))
         os.kill(child, signal.SIGKILL)
         assert ended(child) == -signal.SIGKILL

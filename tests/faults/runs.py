@@ -118,10 +118,22 @@ def place(case: Case, s3: bool) -> str:
     return case.shared.s3_prefix() if s3 else str(case.folder / "run")
 
 
+def at_work(url: str, child: int) -> None:
+    """Returns when the run has logged a step (on an object store: saved one): a fault before that meets nothing. Or when it is over."""
+    newest = storage.join(url, "checkpoints", "LATEST")
+    while not (storage.exists(newest) if "://" in url else RunDir(url).last_step()):
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+        time.sleep(0.005)
+
+
 def killed(case: Case, s3: bool = False) -> Result:
+    """The second time wherever it is, also before it has done anything."""
     url = place(case, s3)
-    for _ in range(3):
+    for number in range(3):
         child = fork(lambda: trainer(url))
+        if number != 1:
+            at_work(url, child)
         time.sleep(case.rng.random() * (1.5 if s3 else 0.12))
         os.kill(child, signal.SIGKILL)
         ended(child)
@@ -131,7 +143,8 @@ def killed(case: Case, s3: bool = False) -> Result:
 def terminated(case: Case) -> Result:
     url = place(case, False)
     child = fork(lambda: trainer(url))
-    time.sleep(0.02 + case.rng.random() * 0.05)
+    at_work(url, child)
+    time.sleep(case.rng.random() * 0.05)
     os.kill(child, signal.SIGTERM)
     code = ended(child)
     stopped = (
@@ -207,7 +220,8 @@ def at_once(case: Case, s3: bool = False) -> Result:
 def torn(case: Case) -> Result:
     url = place(case, False)
     child = fork(lambda: trainer(url))
-    time.sleep(0.03 + case.rng.random() * 0.05)
+    at_work(url, child)
+    time.sleep(case.rng.random() * 0.05)
     os.kill(child, signal.SIGKILL)
     ended(child)
     path = Path(RunDir(url).metrics_url)
@@ -297,7 +311,8 @@ def clock_jumps(case: Case) -> Result:
         return trainer(url)
 
     child = fork(jumping)
-    time.sleep(case.rng.random() * 0.1)
+    at_work(url, child)
+    time.sleep(case.rng.random() * 0.05)
     os.kill(child, signal.SIGKILL)
     ended(child)
     finish(url)
