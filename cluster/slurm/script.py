@@ -131,8 +131,13 @@ def _train_settings(job: Job) -> dict[str, str | None]:
     }  # fmt: skip
 
 
+KEPT_S = 6
+"""After so many seconds slurmctld has written its state down (it does so at most 5 s after a change)."""
+
+
 def _train_body(job: Job) -> str:
-    values = {"REQUEUE": str(REQUEUE), "SRUN": _srun(job), "FIRST_PORT": str(FIRST_PORT), "NUM_PORTS": str(NUM_PORTS)}
+    values = {"REQUEUE": str(REQUEUE), "SRUN": _srun(job), "FIRST_PORT": str(FIRST_PORT), "NUM_PORTS": str(NUM_PORTS),
+              "KEPT": str(KEPT_S)}  # fmt: skip
     return re.sub(r"@([A-Z_]+)@", lambda match: values[match[1]], TRAIN_BODY)
 
 
@@ -266,9 +271,24 @@ while :; do   # `wait` also returns when a trap ran: then ask again; 127: the wa
 done
 echo "$(date -Is) ranks ended with code $code"
 
-# Finished, back into the queue, or no use to try again: one place decides, and says why in attempts.json.
+# Finished, back into the queue, or no use to try again: one place decides, and says why in attempts.json. The requeue itself ends
+# this script (SIGTERM, and SIGKILL after KillWait): ignored from here on, by what is called here too.
+trap '' TERM USR1
 "$PYTHON" -m cluster requeue "$JOB_DIR" --job "$SELF" --code "$code" ${asked_to_stop:+--asked-to-stop} ${CHAINED:+--chained}
-exit $?
+code=$?
+# A controller writes down what it has been told some seconds later. One that dies before comes back with this job as running, and
+# would take the end of this script for the run's: so it is asked until it must have written, and told again if it has forgotten.
+kept=0
+for (( i = 0; i < 90 && kept < @KEPT@; i++ )); do
+    [ $code -eq @REQUEUE@ ] && [ -z "${CHAINED:-}" ] || break
+    sleep 1
+    answer=$(scontrol show job "$SELF" 2>/dev/null) || { kept=0; continue; }   # it is away
+    case $answer in
+        *JobState=RUNNING*) kept=0; echo "$(date -Is) the controller has forgotten the requeue"; scontrol requeue "$SELF" ;;
+        *) kept=$((kept + 1)) ;;
+    esac
+done
+exit $code
 """
 )
 

@@ -275,3 +275,24 @@ def test_the_report_reads_the_plan_with_the_frozen_code(tmp_path: Path) -> None:
     assert bash(script, tmp_path, RECORD=str(tmp_path / "record"), **SLURM).returncode == 0
     [compared] = calls(tmp_path / "record")
     assert compared[1:] == [f"{tmp_path}/j/code", "-m", "pipeline", "ablate", f"{tmp_path}/j/plan.json", "--compare"]
+
+
+@pytest.mark.parametrize(("code", "chained"), [(REQUEUE, False), (REQUEUE, True), (1, False)])
+def test_a_requeue_that_the_controller_forgets_is_asked_for_again(code: int, chained: bool, tmp_path: Path) -> None:
+    """It is killed right after it has taken the request (its SIGTERM comes first), is away, and comes back with the job as running.
+    The script ends once it must have written the request down; at once where nothing was to be requeued."""
+    python, record = tmp_path / "python", tmp_path / "record"
+    stage(tmp_path, python)
+    stand_in(python, RECORD + f'[ "$2" = cluster ] && {{ kill -TERM $PPID; exit {code}; }}\nexit 0')
+    stand_in(tmp_path / "bin" / "sleep", "exit 0")
+    stand_in(
+        tmp_path / "bin" / "scontrol",
+        '[ "$2" = hostnames ] && { echo node1; exit; }\n[ "$1" = requeue ] && { echo "$2" >>"$RECORD.q"; exit; }\n'
+        'echo x >>"$RECORD.show"; n=$(wc -l <"$RECORD.show")\n'
+        '[ $n -eq 3 ] && exit 1\n[ $n -eq 4 ] && { echo "JobId=7 JobState=RUNNING"; exit; }\necho "JobId=7 JobState=COMPLETING"',
+    )
+    job = Job("x", "", str(tmp_path), str(tmp_path / "logs"), str(tmp_path), str(python), chained=chained)
+    assert bash(train_script(job), tmp_path, RECORD=str(record), **SLURM).returncode == code
+    asked = (tmp_path / "record.show").read_text().count("x") if (tmp_path / "record.show").exists() else 0
+    again = (tmp_path / "record.q").read_text() if (tmp_path / "record.q").exists() else ""
+    assert (asked, again) == ((10, "7\n") if code == REQUEUE and not chained else (0, ""))
