@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model import initial
 from model.cells import CellPlan, Seen, plan_cells
 from model.config import ModelConfig
 from model.fusion import NUM_DAYS, Frames
@@ -47,16 +48,16 @@ class CellFusion(nn.Module):
 
     def reset_parameters(self) -> None:
         """The blocks reset themselves."""
-        nn.init.trunc_normal_(self.project.weight, std=0.02)
-        nn.init.zeros_(self.project.bias)
-        nn.init.trunc_normal_(self.day.weight, std=0.02)
-        nn.init.trunc_normal_(self.query_RF, std=0.02)
+        initial.trunc_normal_(self.project.weight, std=0.02)
+        initial.zeros_(self.project.bias)
+        initial.trunc_normal_(self.day.weight, std=0.02)
+        initial.trunc_normal_(self.query_RF, std=0.02)
         for linear in self.skip.values():
             assert isinstance(linear, nn.Linear)
-            nn.init.trunc_normal_(
+            initial.trunc_normal_(
                 linear.weight, std=linear.in_features**-0.5
             )  # tokens are normalised: as large as they are
-            nn.init.zeros_(linear.bias)
+            initial.zeros_(linear.bias)
         self.norm.reset_parameters()
 
     def forward(self, views: Sequence[dict[str, Frames]]) -> list[tuple[Tensor, Tensor]]:

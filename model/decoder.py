@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import initial
+
 
 class Attention(nn.Module):
     """Multi-head attention of queries over a masked memory, by the fused kernel."""
@@ -38,7 +40,7 @@ class QueryDecoder(nn.Module):
     def __init__(self, dim: int, queries: int, heads: int) -> None:
         super().__init__()
         self.queries = nn.Parameter(torch.empty(queries, dim))
-        nn.init.trunc_normal_(self.queries, std=1.0)  # distinct from the start: equal queries would stay equal
+        initial.trunc_normal_(self.queries, std=1.0)  # distinct from the start: equal queries would stay equal
         self.norm_self, self.norm_cross = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.norm_memory, self.norm_ffn = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.self_attention, self.cross_attention = Attention(dim, heads), Attention(dim, heads)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model import initial
 from model.batch import View
 from model.config import ModelConfig
 from model.grids import TokenGrid, cell_under, finest, tokens_under
@@ -71,11 +72,11 @@ class FrameFusion(nn.Module):
         """The blocks reset themselves."""
         for linear in (self.project, *self.unfold.values()):
             assert isinstance(linear, nn.Linear)
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+            initial.trunc_normal_(linear.weight, std=0.02)
+            initial.zeros_(linear.bias)
         if len(self.blocks):
-            nn.init.trunc_normal_(self.day.weight, std=0.02)
-            nn.init.trunc_normal_(self.extra_F, std=0.02)
+            initial.trunc_normal_(self.day.weight, std=0.02)
+            initial.trunc_normal_(self.extra_F, std=0.02)
         self.norm.reset_parameters()
 
     def forward(self, views: Sequence[dict[str, Frames]]) -> list[tuple[Tensor, Tensor]]:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import initial
 from model.losses.reduce import Reduce
 from model.losses.sinkhorn import TINY, work_dtype
 
@@ -45,8 +46,8 @@ class GeoContext(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.project = nn.Linear(2 * dim, dim)
-        nn.init.trunc_normal_(self.project.weight, std=0.02)
-        nn.init.zeros_(self.project.bias)
+        initial.trunc_normal_(self.project.weight, std=0.02)
+        initial.zeros_(self.project.bias)
 
     def own_prototypes(self, regions: int, prototypes: int) -> None:
         """Makes this module the keeper of the prototypes; all regions start from the same seeded draw."""

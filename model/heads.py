@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import initial
 from model.losses.dino import CrossEntropy, prototype_cross_entropy
 from model.rows import Take, take
 
@@ -58,7 +59,7 @@ class Prototypes(nn.Module):
     def __init__(self, num: int, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num, dim))
-        nn.init.trunc_normal_(self.weight, std=0.02)
+        initial.trunc_normal_(self.weight, std=0.02)
         # steps since each was last a row's best match (`model.collapse`); starts as never
         self.register_buffer("age_K", torch.full((num,), 1 << 40, dtype=torch.int64))
 
@@ -91,8 +92,8 @@ class ProjectionHead(nn.Module):
         )
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
-                nn.init.zeros_(layer.bias)
+                initial.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
+                initial.zeros_(layer.bias)
         self.prototypes = Prototypes(prototypes, bottleneck)
 
     def project(self, x_ND: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import initial
 from model.plan import Transition
 from model.rows import take
 
@@ -28,7 +29,7 @@ class AdaptivePatchMerging(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.trunc_normal_(self.reduction.weight, std=0.02)
+        initial.trunc_normal_(self.reduction.weight, std=0.02)
         self.norm.reset_parameters()
 
     def forward(self, x_RC: Tensor, transition: Transition) -> Tensor:

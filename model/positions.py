@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import initial
+
 
 def rotary_table(metres_T2: Tensor, head_dim: int, base: float, reference_m: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines, float32 [T, 1, head_dim/2], of places in metres (south, east). The first half of the frequencies turns
@@ -45,7 +47,7 @@ class LearnedPosition(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.trunc_normal_(self.table_DGG, std=0.02)
+        initial.trunc_normal_(self.table_DGG, std=0.02)
 
     def forward(self, metres_T2: Tensor) -> Tensor:
         """south, east in metres → [T, D]."""

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from model import initial
+
 
 class Prompts(nn.Module):
     """One set per modality for one stage. They take part in self-attention; the stage drops their outputs."""
@@ -24,7 +26,7 @@ class Prompts(nn.Module):
 
     def reset_parameters(self) -> None:
         for tokens_PD in self.tokens.values():
-            nn.init.trunc_normal_(tokens_PD, std=0.02)
+            initial.trunc_normal_(tokens_PD, std=0.02)
 
     def forward(self, member_KM: Tensor, names: Sequence[str]) -> Tensor:
         """[K · P, D]: the prompts of K images, from the one-hot modality (of `names`) of each; a product, so that the gradient is

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_prep.schema import MODALITIES
+from model import initial
 from model.batch import ModalityView, View
 from model.config import ModelConfig
 from model.losses.sinkhorn import work_dtype
@@ -28,8 +29,8 @@ def mlp(dim: int, hidden: int, out: int) -> nn.Sequential:
     head = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, out))
     for layer in (head[0], head[2]):
         assert isinstance(layer, nn.Linear)
-        nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
-        nn.init.zeros_(layer.bias)
+        initial.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
+        initial.zeros_(layer.bias)
     return head
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import initial
 from model.droppath import drop
 from model.plan import MASKED, WindowPlan
 from model.precision import no_autocast
@@ -101,12 +102,12 @@ class SwinBlock(nn.Module):
     def reset_parameters(self) -> None:
         attention = self.attention
         for linear in (attention.qkv, attention.proj, attention.bias.hidden, attention.bias.out, self.fc1, self.fc2):
-            nn.init.trunc_normal_(linear.weight, std=0.02)
+            initial.trunc_normal_(linear.weight, std=0.02)
             if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
-        nn.init.zeros_(attention.q_bias)
-        nn.init.zeros_(attention.v_bias)
-        nn.init.constant_(attention.logit_scale_A, math.log(10.0))
+                initial.zeros_(linear.bias)
+        initial.zeros_(attention.q_bias)
+        initial.zeros_(attention.v_bias)
+        initial.constant_(attention.logit_scale_A, math.log(10.0))
         self.norm1.reset_parameters()
         self.norm2.reset_parameters()
 

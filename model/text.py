@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from cluster import storage
 from cluster.errors import UsageError
+from model import initial
 from model.losses.ita import IGNORE, alignment_cross_entropy
 
 
@@ -33,9 +34,10 @@ class TextAlignment(nn.Module):
     def __init__(self, fused_dim: int, text_CE: Tensor, temperature: float) -> None:
         super().__init__()
         self.project = nn.Linear(fused_dim, text_CE.shape[1])
-        nn.init.trunc_normal_(self.project.weight, std=0.02)
-        nn.init.zeros_(self.project.bias)
-        self.logit_scale = nn.Parameter(torch.full((1,), math.log(1.0 / temperature)))
+        initial.trunc_normal_(self.project.weight, std=0.02)
+        initial.zeros_(self.project.bias)
+        self.logit_scale = nn.Parameter(torch.empty(1))
+        initial.constant_(self.logit_scale, math.log(1.0 / temperature))
         self.register_buffer("text_CE", text_CE, persistent=False)
 
     def forward(self, fused_BhwF: Tensor, class_Bhw: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import initial
 from model.batch import ModalityView, View
 from model.config import ModelConfig, ObjectiveConfig
 from model.decoder import Attention
@@ -86,9 +87,9 @@ class TokenDecoder(nn.Module):
         self.out = nn.ModuleDict({m: nn.Linear(hidden, q) for m, q in masked_targets(model, objective).items()})
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
-                nn.init.zeros_(layer.bias)
-        nn.init.normal_(self.sensor.weight)
+                initial.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
+                initial.zeros_(layer.bias)
+        initial.normal_(self.sensor.weight)
 
     def targets(self, name: str, part: ModalityView, latent_BThwD: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(y [B, T, h, w, Q], which of its numbers count, or None: all). part: normalised, whole."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_prep.schema import MODALITIES
+from model import initial
 
 
 class Tokenizer(nn.Module):
@@ -30,9 +31,9 @@ class Tokenizer(nn.Module):
     def reset_parameters(self) -> None:
         """Weights of std 0.02; biases spread by `bias` times the response to unit pixels. The norm behind the tokenizer takes a
         token's length away: with zero biases its brightness would go with it (0.54 → 0.42 in `LOG.md`)."""
-        nn.init.trunc_normal_(self.conv.weight, std=0.02)
+        initial.trunc_normal_(self.conv.weight, std=0.02)
         assert self.conv.bias is not None
-        nn.init.normal_(self.conv.bias, std=self.bias * 0.02 * self.conv.weight[0].numel() ** 0.5)
+        initial.normal_(self.conv.bias, std=self.bias * 0.02 * self.conv.weight[0].numel() ** 0.5)
 
     def forward(self, images: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
         """Tokens [T, D] of several sets of images: (x_NCHW, valid_NHW, which patches are wanted, None: all)."""

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import initial
 from model.droppath import drop
 from model.moe.balance import MoEStats
 from model.moe.layer import MoELayer
@@ -106,8 +107,8 @@ class Block(nn.Module):
         if isinstance(self.ffn, FeedForward):
             linears += [self.ffn.fc1, self.ffn.fc2]
         for linear in linears:
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+            initial.trunc_normal_(linear.weight, std=0.02)
+            initial.zeros_(linear.bias)
         self.norm1.reset_parameters()
         self.norm2.reset_parameters()
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from model.initial import Law, draw
+
 ROUTER_STD = 2e-6
 EXPERTS = (".ffn.experts.w1_EDF", ".ffn.experts.b1_EF", ".ffn.experts.w2_EFD", ".ffn.experts.b2_ED")
 DENSE = (".ffn.fc1.weight", ".ffn.fc1.bias", ".ffn.fc2.weight", ".ffn.fc2.bias")
@@ -55,22 +57,42 @@ def fill(module: nn.Module, source: Mapping[str, Tensor], top_k: int, seed: int 
         top_k: experts per token of `module`.
         seed: of the routers that upcycling draws; equal on all ranks.
     """
-    generator = torch.Generator().manual_seed(seed)
-    copied, upcycled, missing = [], [], {}
-    for name, parameter in module.named_parameters():
-        value = source.get(name)
-        made = None if value is not None else _upcycled(name, parameter, source, top_k, generator)
-        if value is not None and value.shape == parameter.shape:
-            parameter.copy_(value)
-            copied.append(name)
-        elif made is not None and made.shape == parameter.shape:
-            parameter.copy_(made)
-            upcycled.append(name)
+    parameters = dict(module.named_parameters())
+    filled = plan_fill({name: tuple(parameter.shape) for name, parameter in parameters.items()}, source)
+    for name in (*filled.copied, *filled.upcycled):
+        parameters[name].copy_(value_of(name, tuple(parameters[name].shape), source, top_k, seed))
+    return filled
+
+
+def plan_fill(shapes: Mapping[str, tuple[int, ...]], source: Mapping[str, Tensor]) -> Filled:
+    """What `source` has for parameters of these whole shapes, without touching any."""
+    copied: list[str] = []
+    upcycled: list[str] = []
+    missing: dict[str, str] = {}
+    for name, shape in shapes.items():
+        there = source.get(name)
+        found = tuple(there.shape) if there is not None else _upcycled_shape(name, shape, source)
+        if found != shape:
+            said = "not there" if found is None else f"{list(found)} there"
+            missing[name] = f"{said}, {list(shape)} here"
         else:
-            other = value if value is not None else made
-            there = "not there" if other is None else f"{list(other.shape)} there"
-            missing[name] = f"{there}, {list(parameter.shape)} here"
+            (copied if there is not None else upcycled).append(name)
     return Filled(tuple(copied), tuple(upcycled), missing)
+
+
+def value_of(name: str, shape: tuple[int, ...], source: Mapping[str, Tensor], top_k: int, seed: int) -> Tensor:
+    """The whole tensor for a parameter that `plan_fill` found copied or upcycled."""
+    if name in source:
+        return source[name]
+    if name.endswith(ROUTER):
+        drawn = torch.empty(shape)
+        draw(drawn, Law("normal", ROUTER_STD), seed, name, drawn.numel())
+        return drawn
+    ours, theirs = _dense_layer(name)
+    dense = source[name.removesuffix(ours) + theirs]
+    one = dense.t() if dense.ndim == 2 else dense  # nn.Linear stores [out, in], the experts [in, out]
+    scale = shape[0] / top_k if theirs.startswith(".ffn.fc2") else 1.0
+    return (one * scale).expand(shape[0], *one.shape)
 
 
 def roots(names: Iterable[str]) -> list[str]:
@@ -78,20 +100,15 @@ def roots(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
 
 
-def _upcycled(
-    name: str, parameter: Tensor, source: Mapping[str, Tensor], top_k: int, generator: torch.Generator
-) -> Tensor | None:
-    """What a tensor of a block of experts is, if the source has a dense layer in that block; else None."""
-    if name.endswith(ROUTER) and name.removesuffix(ROUTER) + DENSE[0] in source:
-        return torch.randn(parameter.shape, generator=generator) * ROUTER_STD
-    for ours, theirs in zip(EXPERTS, DENSE):
-        if not name.endswith(ours):
-            continue
-        dense = source.get(name.removesuffix(ours) + theirs)
-        if dense is None:
-            return None
-        num_experts = parameter.shape[0]
-        one = dense.t() if dense.ndim == 2 else dense  # nn.Linear stores [out, in], the experts [in, out]
-        scale = num_experts / top_k if theirs.startswith(".ffn.fc2") else 1.0
-        return (one * scale).expand(num_experts, *one.shape)
-    return None
+def _dense_layer(name: str) -> tuple[str, str]:
+    """(how the name of an expert tensor ends, how the dense tensor's does that it is made of); both empty for other tensors."""
+    return next(((ours, theirs) for ours, theirs in zip(EXPERTS, DENSE) if name.endswith(ours)), ("", ""))
+
+
+def _upcycled_shape(name: str, shape: tuple[int, ...], source: Mapping[str, Tensor]) -> tuple[int, ...] | None:
+    """The shape of what a tensor of a block of experts becomes, if the source has a dense layer in that block; else None."""
+    if name.endswith(ROUTER):
+        return shape if name.removesuffix(ROUTER) + DENSE[0] in source else None
+    ours, theirs = _dense_layer(name)
+    dense = source.get(name.removesuffix(ours) + theirs) if ours else None
+    return None if dense is None else (shape[0], *reversed(dense.shape))

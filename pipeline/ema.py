@@ -14,22 +14,34 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from model.initial import renew
 from pipeline.parallel.zero import Master, Piece, ShardedState
 
 
 class Teacher:
     """Averages of the student's masters, and the module that computes with them.
 
-    module: same parameter names as the student; holds compute weights (all dense ones, the local experts).
+    Args:
+        module: same parameter names as the student; holds compute weights (all dense ones, the local experts). What it brings as
+            weights is let go, so it may come on `meta`.
+        student: of the engine that `state` belongs to.
     """
 
-    def __init__(self, module: Any, state: ShardedState) -> None:
-        self.module, self.state = module.requires_grad_(False).eval(), state
+    def __init__(
+        self, module: Any, student: nn.Module, state: ShardedState, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._dtype, self._device = dtype, device
+        bound = all(master.bind is not None for master in state.masters)
+
+        def room(parameter: Tensor) -> Tensor:  # of weights that will be views, the shape alone
+            shape = parameter.shape
+            return torch.empty([1] * len(shape) if bound else shape, dtype=dtype, device=device).expand(shape)
+
+        renew(module, room)
+        self.module, self.state = module.to(device).requires_grad_(False).eval(), state
         self._parameters = dict(module.named_parameters())
-        self._dtype = next(iter(self._parameters.values())).dtype
-        self._device = next(iter(self._parameters.values())).device
         # Starts as the student is, bit by bit: the student's masters are what the teacher is an average of.
         self.averages = {id(master): master.tensor.detach().clone() for master in state.masters}
         self._tables: dict[int, Tensor] = {}  # where the teacher's weights can be views of what is gathered
@@ -37,7 +49,12 @@ class Teacher:
             if master.bind is not None:
                 self._tables[id(master)] = self._new_table(master)
                 master.bind(self._parameters, self._tables[id(master)])
-        self.publish()
+        if not bound:
+            self.publish()
+            return
+        with torch.no_grad():  # nothing need travel: what publishing would gather is what the student computes with
+            for name, parameter in student.named_parameters():
+                self._parameters[name].copy_(parameter)
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:

@@ -17,6 +17,7 @@ from cluster.errors import UsageError
 from model.config import run_samples
 from pipeline.config import PretrainConfig
 from pipeline.ema import Teacher
+from pipeline.first_weights import compute_dtype
 from pipeline.health import Heartbeat
 from pipeline.optimizer import adamw, set_rates
 from pipeline.parallel.expert_parallel import apply_expert_parallel
@@ -89,8 +90,8 @@ class Engine:
     """Student under DeepSpeed, teacher beside it, both sharded alike.
 
     Args:
-        student: `model.pretrain.Student`, fp32, equal on all ranks.
-        teacher: its twin (`make_teacher`).
+        student: `model.pretrain.Student`, the same function on all ranks: whole, or with this rank's experts.
+        teacher: its twin (`make_teacher`), on `meta` or anywhere: it starts as the student.
     """
 
     def __init__(
@@ -117,10 +118,7 @@ class Engine:
             model=student, optimizer=adamw(student, config.optimizer), config=settings
         )
         self.state = ShardedState(self.deepspeed, student)
-        dtype = torch.bfloat16 if layout.precision == "bf16" else torch.float32
-        for parameter in teacher.parameters():  # parameters only: buffers stay fp32, as in DeepSpeed's student
-            parameter.data = parameter.data.to(device, dtype)
-        self.teacher = Teacher(teacher.to(device), self.state)
+        self.teacher = Teacher(teacher, student, self.state, compute_dtype(layout), device)
         self.total_samples = config.train.steps * layout.batch
 
     def step(

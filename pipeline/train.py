@@ -21,13 +21,12 @@ from cluster.rundir import RunDir
 from model.batch import Batch
 from model.counts import table
 from model.losses.reduce import DistributedReduce
-from model.pretrain import Student
-from model.teacher import make_teacher
 from pipeline import resume
 from pipeline.checkpoint import Saver, store
 from pipeline.config import PretrainConfig
 from pipeline.engine import Engine
 from pipeline.evaluate.in_loop import Watched, plan_watched, watch
+from pipeline.first_weights import first_networks
 from pipeline.health import Heartbeat, SpikeWatch, check_step, collective_timeout_s
 from pipeline.parallel.layout import Layout
 from pipeline.parallel.processes import start
@@ -155,12 +154,12 @@ def build(config: PretrainConfig, ranks: Ranks, resume_from: str) -> Run:
         )
     statistics = {name: bands.to_dict() for name, bands in reader.statistics.items()}
     watched = plan_watched(config, ranks.is_first, device)
-    torch.manual_seed(config.train.seed)  # equal weights on all ranks; nothing else draws from this generator
-    student = Student(config.model, config.objective, statistics, reader.classes)
+    torch.manual_seed(config.train.seed)  # equal on all ranks, should anything draw from this generator
+    student, teacher = first_networks(config, layout, statistics, reader.classes, device)
     copies = store.copies_url(config.checkpoint.copy_to, rundir.url)
     urls = resume.candidates(resume_from, rundir, ranks.rank, copies)
     lineage = None if urls else start_warm(student, config, ranks, device)
-    engine = Engine(student, make_teacher(student), config, layout, device, DistributedReduce())
+    engine = Engine(student, teacher, config, layout, device, DistributedReduce())
 
     found = resume.continue_run(engine, urls, strict=resume_from != "auto", rank=ranks.rank)
     step, samples, device_hours = 0, 0, 0.0

@@ -7,6 +7,7 @@ all of them from another run's step, use `--resume PATH` instead.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,15 +16,18 @@ from torch import Tensor, nn
 
 from cluster.errors import RunFailure, UsageError
 from cluster.ranks import Ranks
-from model.warm_start import Filled, fill
+from model.warm_start import Filled, plan_fill, value_of
 from pipeline.config import PretrainConfig
+from pipeline.parallel.zero import logical
 
 log = logging.getLogger(__name__)
 BACKBONE = "skysense."
 
 
 def start_warm(student: nn.Module, config: PretrainConfig, ranks: Ranks, device: torch.device) -> dict[str, Any] | None:
-    """Fills the student before its engine is built; equal on all ranks. Collective. None without `init.weights`.
+    """Fills the student before its engine is built, a rank's experts with what is theirs. Collective. None without `init.weights`.
+
+    The first rank reads the source, whole; the others get one tensor after the other.
 
     Returns where the weights come from: `weights`, `step`, `samples`, `fingerprint`, `run_id`, and what was filled.
 
@@ -32,28 +36,46 @@ def start_warm(student: nn.Module, config: PretrainConfig, ranks: Ranks, device:
     """
     if config.init.weights is None:
         return None
+    source: dict[str, Tensor] = {}
     box: list[Any] = [None]
     if ranks.is_first:
         try:
-            box = [_fill(student, config)]
+            source, facts = read_weights(str(config.init.weights), config.init.owner)
+            shapes = {name: logical(parameter)[0] for name, parameter in student.named_parameters()}
+            filled = plan_fill(shapes, source)
+            refuse_gaps(filled, config.init.partial)
+            box = [({**facts, "filled": str(filled)}, (*filled.copied, *filled.upcycled))]
         except (UsageError, RunFailure) as error:
             box = [f"init.weights={config.init.weights}: {error}"]
     if ranks.world > 1:
         dist.broadcast_object_list(box, src=0)
     if isinstance(box[0], str):
         raise UsageError(box[0])
-    if ranks.world > 1:
-        _share(student, device)
+    told, names = box[0]
+    _fill(student, names, source, config, ranks, device)
     if ranks.is_first:
-        log.info("weights of %s: %s", box[0]["weights"], box[0]["filled"])
-    return box[0]
+        log.info("weights of %s: %s", told["weights"], told["filled"])
+    return told
 
 
-def _fill(student: nn.Module, config: PretrainConfig) -> dict[str, Any]:
-    source, facts = read_weights(str(config.init.weights), config.init.owner)
-    filled = fill(student, source, config.model.moe.top_k, config.train.seed)
-    refuse_gaps(filled, config.init.partial)
-    return {**facts, "filled": str(filled)}
+@torch.no_grad()
+def _fill(
+    student: nn.Module, names: Iterable[str], source: Mapping[str, Tensor], config: PretrainConfig, ranks: Ranks,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """One read of the storage, whatever the number of ranks, and beside it one whole tensor at a time."""
+    parameters = dict(student.named_parameters())
+    for name in names:
+        parameter = parameters[name]
+        shape, first = logical(parameter)
+        if ranks.is_first:
+            value = value_of(name, shape, source, config.model.moe.top_k, config.train.seed)
+            whole = value.to(device, torch.float32).contiguous()
+        else:
+            whole = torch.empty(shape, device=device)
+        if ranks.world > 1:
+            dist.broadcast(whole, src=0)
+        parameter.copy_(whole.view(-1)[first : first + parameter.numel()].view_as(parameter))
 
 
 def refuse_gaps(filled: Filled, partial: bool) -> None:
@@ -88,11 +110,3 @@ def read_weights(url: str, owner: str) -> tuple[dict[str, Tensor], dict[str, Any
     weights, checkpoint = consolidated(url, owner)
     kept = {key: checkpoint.manifest.get(key) for key in ("fingerprint", "run_id")}
     return weights, {"weights": checkpoint.url, "step": checkpoint.step, "samples": checkpoint.samples, **kept}
-
-
-def _share(student: nn.Module, device: torch.device) -> None:
-    """The first rank's parameters for all ranks: one read of the storage, whatever the number of ranks."""
-    for parameter in student.parameters():
-        moved = parameter.detach().to(device)
-        dist.broadcast(moved, src=0)
-        parameter.data.copy_(moved)

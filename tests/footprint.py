@@ -18,10 +18,9 @@ import torch.distributed as dist
 from cluster.config import load
 from cluster.ranks import Ranks
 from model.losses.reduce import DistributedReduce
-from model.pretrain import Student
-from model.teacher import make_teacher
 from pipeline.config import PretrainConfig
 from pipeline.engine import Engine
+from pipeline.first_weights import first_networks
 from pipeline.parallel.layout import Layout
 from tests.synthetic_batch import STATISTICS, make_batch
 
@@ -77,10 +76,9 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
     canvas = {"hr": view.hr_px, "s2": view.series_px, "s1": view.series_px}
     dates = {"hr": 1, "s2": view.s2_dates, "s1": view.s1_dates}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        torch.manual_seed(0)
-        student = Student(config.model, config.objective, STATISTICS)
-        teacher = make_teacher(student)
-        engine = Engine(student, teacher, config, layout, torch.device("cpu"), DistributedReduce())
+        device = torch.device("cpu")
+        student, teacher = first_networks(config, layout, STATISTICS, None, device)
+        engine = Engine(student, teacher, config, layout, device, DistributedReduce())
         del student, teacher
         for step in range(argument["steps"]):
             counter.take()
@@ -113,15 +111,15 @@ def _memory(profiler: Any, engine: Engine, steps: int) -> dict[str, int]:
                 peak = max(peak, level)
         peaks.append(peak)
     parts = {
-        "weights": _bytes(list(engine.deepspeed.module.parameters())),
-        "masters": _bytes([master.tensor for master in engine.state.masters]),
-        "moments": _bytes([t for state in engine.state.optimizer.state.values() for t in state.values()
+        "weights": storages(list(engine.deepspeed.module.parameters())),
+        "masters": storages([master.tensor for master in engine.state.masters]),
+        "moments": storages([t for state in engine.state.optimizer.state.values() for t in state.values()
                            if isinstance(t, torch.Tensor)]),
-        "teacher": _bytes([*engine.teacher.module.parameters(), *engine.teacher.averages.values()]),
+        "teacher": storages([*engine.teacher.module.parameters(), *engine.teacher.averages.values()]),
     }  # fmt: skip
     return {**parts, "peak": min(peaks)}
 
 
-def _bytes(tensors: list[torch.Tensor]) -> int:
+def storages(tensors: list[torch.Tensor]) -> int:
     """Bytes of the distinct storages behind `tensors`."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

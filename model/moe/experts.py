@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import initial
 from model.precision import autocast_dtype, no_autocast
 
 
@@ -31,10 +32,10 @@ class Experts(nn.Module):
 
     def reset_parameters(self) -> None:
         """Every expert gets its own draw: equal experts would stay equal until the router tells them apart."""
-        nn.init.trunc_normal_(self.w1_EDF, std=0.02)
-        nn.init.trunc_normal_(self.w2_EFD, std=0.02)
-        nn.init.zeros_(self.b1_EF)
-        nn.init.zeros_(self.b2_ED)
+        initial.trunc_normal_(self.w1_EDF, std=0.02)
+        initial.trunc_normal_(self.w2_EFD, std=0.02)
+        initial.zeros_(self.b1_EF)
+        initial.zeros_(self.b2_ED)
 
     def forward(self, x_TD: Tensor, counts_E: Tensor) -> Tensor:
         """Args: x_TD rows sorted by expert; counts_E int64 rows per expert, summing to T. Returns y_TD."""

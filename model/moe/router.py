@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import initial
 from model.precision import no_autocast
 
 
@@ -39,7 +40,7 @@ class Router(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.trunc_normal_(self.weight_ED, std=0.02)
+        initial.trunc_normal_(self.weight_ED, std=0.02)
 
     def forward(self, x_TD: Tensor) -> Routing:
         dtype = torch.promote_types(x_TD.dtype, torch.float32)

@@ -31,13 +31,12 @@ def main(args: argparse.Namespace) -> int:
     from cluster.ranks import Ranks
     from data_prep.schema import MODALITIES
     from model.losses.reduce import SingleProcess
-    from model.pretrain import Student
-    from model.teacher import make_teacher
     from pipeline.checkpoint import Saver, open_checkpoint, restore
     from pipeline.checkpoint.load import open_files
     from pipeline.checkpoint.save import snapshot
     from pipeline.config import PretrainConfig
     from pipeline.engine import Engine
+    from pipeline.first_weights import first_networks
     from pipeline.launch import free_port
     from pipeline.parallel.layout import Layout
     from pipeline.parallel.processes import finish, start
@@ -47,8 +46,9 @@ def main(args: argparse.Namespace) -> int:
     ranks = Ranks(port=free_port())
     device = start(ranks, 600.0)
     statistics = {n: {"mean": [0.0] * len(m.bands), "std": [1.0] * len(m.bands)} for n, m in MODALITIES.items()}
-    student = Student(config.model, config.objective, statistics, [])
-    engine = Engine(student, make_teacher(student), config, Layout.of(config, ranks), device, SingleProcess())
+    layout = Layout.of(config, ranks)
+    student, teacher = first_networks(config, layout, statistics, [], device)
+    engine = Engine(student, teacher, config, layout, device, SingleProcess())
     with tempfile.TemporaryDirectory(prefix="geoloom-bench-") as folder:
         url = storage.join(args.url or folder, "bench-checkpoints")
         saver = Saver(url, config.checkpoint, 0, 1, lambda: None)

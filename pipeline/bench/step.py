@@ -127,8 +127,8 @@ class Figures:
         from dataclasses import replace
 
         from model.losses.reduce import SingleProcess
-        from model.teacher import make_teacher
         from pipeline.engine import Engine
+        from pipeline.first_weights import first_networks
         from pipeline.parallel.layout import Layout
 
         self._plain("plain_torch", self.config)
@@ -136,20 +136,21 @@ class Figures:
             if self.config.train.precision == "bf16" and stage == 0:
                 continue
             run = replace(self.config, parallel=replace(self.config.parallel, zero_stage=stage))
-            model, layout = self._student(run), Layout.of(run, ranks)
-            engine = Engine(model, make_teacher(model), run, layout, self.device, SingleProcess())
+            layout = Layout.of(run, ranks)
+            student, teacher = first_networks(run, layout, self.statistics, self.classes, self.device)
+            engine = Engine(student, teacher, run, layout, self.device, SingleProcess())
             size = layout.micro_batch
             parts = [self.batch.part(i, i + size) for i in range(0, layout.batch_per_rank, size)]
             self._report(f"zero_{stage}", lambda: engine.step(parts, 0, diagnose=False).loss, run)  # noqa: B023  (called here and now)
             engine.deepspeed.destroy()
 
     def _student(self, run: Any) -> Any:
-        import torch
-
+        from model.initial import draw_all
         from model.pretrain import Student
 
-        torch.manual_seed(0)
-        return Student(run.model, run.objective, self.statistics, self.classes)
+        student = Student(run.model, run.objective, self.statistics, self.classes)
+        draw_all(student, run.train.seed)  # as the engine's rows: equal losses at the same step
+        return student
 
     def _plain(self, name: str, run: Any) -> None:
         from model.teacher import make_teacher

@@ -137,8 +137,6 @@ class Trainer:
         from cluster.config import load
         from cluster.ranks import Ranks
         from model.losses.reduce import SingleProcess
-        from model.pretrain import Student
-        from model.teacher import make_teacher
         from pipeline.bench.loader_data import make_set
         from pipeline.config import PretrainConfig
         from pipeline.launch import free_port
@@ -153,13 +151,13 @@ class Trainer:
         ranks = Ranks(port=free_port())
         self._layout, self._device = Layout.of(config, ranks), start(ranks, 600.0)
         from pipeline.engine import Engine  # after `start`, which sets what DeepSpeed reads on import
+        from pipeline.first_weights import first_networks
 
         self._reader = Reader(config.data, config.model, seed=0, batch_per_rank=self._layout.batch)
         bands = {name: found.to_dict() for name, found in self._reader.statistics.items()}
         self._parts = [next(iter(self._reader)).to(self._device)]
-        torch.manual_seed(0)
-        student = Student(config.model, config.objective, bands, self._reader.classes)
-        self._engine = Engine(student, make_teacher(student), config, self._layout, self._device, SingleProcess())
+        student, teacher = first_networks(config, self._layout, bands, self._reader.classes, self._device)
+        self._engine = Engine(student, teacher, config, self._layout, self._device, SingleProcess())
         self._folder, self._uri, self.step, self.log_every = folder, "", 0, log_every
 
     def open(self, uri: str) -> None:

@@ -5,6 +5,7 @@ examples:
   python -m pipeline bench step pipeline/runs/demo.yaml data.url=demo_out/shards
   python -m pipeline bench moe --experts 8 --tokens 8192
   python -m pipeline bench checkpoint pipeline/runs/tiny.yaml --url s3://bucket/scratch
+  python -m pipeline bench index --samples 5000000 --dates 65 48
   python -m pipeline bench tracking --log-every 10
   python -m pipeline bench gpu
 """
@@ -22,6 +23,7 @@ BENCHMARKS = {
     "step": ("pipeline.bench.step", "optimizer steps per second by ZeRO stage, beside a plain torch loop"),
     "moe": ("pipeline.bench.moe", "expert layers forward and backward, beside DeepSpeed's own and a dense one"),
     "checkpoint": ("pipeline.bench.checkpoint", "save and load, beside torch.save and DeepSpeed's own form"),
+    "index": ("pipeline.bench.index", "opening the index of a made-up set of millions of samples, and wrong ones"),
     "tracking": ("pipeline.bench.tracking", "what an MLflow server costs a step: up, killed, hanging, back again"),
     "gpu": ("pipeline.bench.gpu", "what only a GPU can show, in one report; without one it says so"),
 }

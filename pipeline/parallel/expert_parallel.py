@@ -123,6 +123,8 @@ def localise(experts: Experts, layout: Layout, group_name: str) -> Experts:
         part = nn.Parameter(whole.detach()[first : first + count].clone(), requires_grad=whole.requires_grad)
         part.allreduce, part.group_name = False, group_name  # type: ignore[attr-defined]
         part.num_experts, part.first_expert = experts.num_experts, first  # type: ignore[attr-defined]
+        if hasattr(whole, "law"):
+            part.law = whole.law  # type: ignore[attr-defined]
         setattr(local, name, part)
     return local
 

@@ -62,17 +62,17 @@ def built(config: PretrainConfig, rank: int, world: int, per_node: int) -> dict[
     Returns: `rank`; `pieces`, `planned_pieces` [[name, start, size], …]; `state_bytes`, `planned_state_bytes` of masters,
     moments and averages; `parameters` the rank computes with; `groups`: ranks in the group of each master.
     """
-    from model.pretrain import Student
-    from model.teacher import make_teacher
     from pipeline.engine import Engine
+    from pipeline.first_weights import blank, first_networks
 
     ranks = Ranks(rank, world, rank % per_node, per_node)
     layout = Layout.of(config, ranks)
     statistics = {n: {"mean": [0.0] * len(m.bands), "std": [1.0] * len(m.bands)} for n, m in MODALITIES.items()}
     with fake_rank(ranks):
-        student = Student(config.model, config.objective, statistics, [])
-        groups = groups_of(student, config.optimizer, layout.ep)
-        engine = Engine(student, make_teacher(student), config, layout, torch.device("cpu"), SingleProcess())
+        device = torch.device("cpu")
+        groups = groups_of(blank(config, statistics, []), config.optimizer, layout.ep)
+        student, teacher = first_networks(config, layout, statistics, [], device)
+        engine = Engine(student, teacher, config, layout, device, SingleProcess())
         held = [(p.name, p.start + p.owned[0], p.owned[1] - p.owned[0]) for p in engine.state.pieces]
         found = {
             "rank": rank,

@@ -78,9 +78,10 @@ class ShardedState:
         self.pieces: list[Piece] = [piece for _, pieces in parts for piece in pieces]
         self.masters: list[Master] = [master for master, _ in parts]
         for master in self.masters:  # torch creates the state with the first step; a checkpoint may be loaded before it
+            there = self.optimizer.state.get(master.tensor, {})  # DeepSpeed makes that step, with gradients of zero
             self.optimizer.state[master.tensor] = {
                 "step": torch.zeros((), dtype=torch.float32),
-                **{key: torch.zeros_like(master.tensor, requires_grad=False) for key in MOMENTS},
+                **{key: _zeros(there.get(key), master.tensor) for key in MOMENTS},
             }
 
     def moment(self, piece: Piece, key: str) -> Tensor:
@@ -177,6 +178,11 @@ class ShardedState:
             return dist.get_world_size(), dist.get_rank()
         group = self.engine.expert_data_parallel_group[parameter.group_name]  # type: ignore[attr-defined]
         return dist.get_world_size(group), dist.get_rank(group)
+
+
+def _zeros(there: Tensor | None, like: Tensor) -> Tensor:
+    """The tensor that is there, or a new one: a second pair of moments beside the first would be the most that a start takes."""
+    return torch.zeros_like(like, requires_grad=False) if there is None else there.zero_()
 
 
 def logical(parameter: nn.Parameter) -> tuple[tuple[int, ...], int]:

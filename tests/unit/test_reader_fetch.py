@@ -2,6 +2,7 @@
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from cluster.errors import RunFailure
 from pipeline.config import DataConfig
 from pipeline.reader import cache as cache_module
+from pipeline.reader import ranges
 from pipeline.reader.cache import DiskCache
 from pipeline.reader.faults import BadSample, FaultLog, RetryPolicy, TransientFault, with_retries
 from pipeline.reader.fetch import OpenFiles, read_into
@@ -189,3 +191,75 @@ def test_an_evicted_file_lives_while_it_is_read(tmp_path):
     files.get(str(tmp_path / "2"))
     os.unlink(tmp_path / "2")
     read_into(files, str(tmp_path / "2"), 0, memoryview(bytearray(4)))  # still open
+
+
+def test_open_files_stay_within_their_bound(tmp_path):
+    """However many shards are read: descriptors of the process, not of the table."""
+    before = len(os.listdir("/proc/self/fd"))
+    files = OpenFiles(limit=16)
+    for n in range(200):
+        (tmp_path / str(n)).write_bytes(b"shard")
+        read_into(files, str(tmp_path / str(n)), 0, memoryview(bytearray(5)))
+        assert len(os.listdir("/proc/self/fd")) <= before + 16
+
+
+class Signer:
+    """Stands for botocore's client: counts, and waits where it is told to."""
+
+    def __init__(self):
+        self.signed, self.hold, self.held = [], threading.Event(), threading.Event()
+
+    def generate_presigned_url(self, method, Params, ExpiresIn):
+        self.signed.append(Params["Key"])
+        if Params["Key"] == "slow":
+            self.held.set()
+            assert self.hold.wait(60)
+        return f"https://host/{Params['Bucket']}/{Params['Key']}?signature={len(self.signed)}"
+
+
+@pytest.fixture
+def signer(monkeypatch):
+    found = Signer()
+    monkeypatch.setattr(ranges, "_s3_client", lambda: found)
+    return found
+
+
+def test_a_url_is_signed_once_per_shard_and_again_when_half_its_time_is_over(signer, monkeypatch):
+    """Finding: a cache of 4,096 that was cleared whole signed nearly every sample of 100,000 shards."""
+    clock = [0.0]
+    monkeypatch.setattr(ranges.time, "monotonic", lambda: clock[0])
+    held = ranges.S3Ranges(RetryPolicy())
+    names = [f"s3://bucket/train-{n:06d}.tar" for n in range(5000)]
+    first = [held._signed(name) for name in names]
+    assert [held._signed(name) for name in names] == first
+    assert len(signer.signed) == len(set(signer.signed)) == len(names)
+    clock[0] = ranges.SIGNED_S / 2
+    assert held._signed(names[0]) != first[0]
+    assert len(signer.signed) == len(names) + 1
+
+
+def test_signatures_that_are_kept_are_bounded_and_the_oldest_go_first(signer, monkeypatch):
+    monkeypatch.setattr(ranges, "SIGNED_URLS", 100)
+    held = ranges.S3Ranges(RetryPolicy())
+    for n in range(250):
+        held._signed(f"s3://bucket/{n}")
+    assert len(held._urls) == 100
+    for n in range(150, 250):
+        held._signed(f"s3://bucket/{n}")
+    assert len(signer.signed) == 250
+
+
+def test_signing_one_shard_holds_up_no_other(signer):
+    """Finding: all threads signed under one lock."""
+    held = ranges.S3Ranges(RetryPolicy())
+    held._signed("s3://bucket/known")
+    with ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(held._signed, "s3://bucket/slow")
+        assert signer.held.wait(60)
+        try:
+            others = [pool.submit(held._signed, f"s3://bucket/{name}") for name in ("known", "new")]
+            assert [other.result(timeout=60).path for other in others] == ["/bucket/known", "/bucket/new"]
+            assert not slow.done()
+        finally:
+            signer.hold.set()
+        assert slow.result().path == "/bucket/slow"
