@@ -63,7 +63,7 @@ def local_path(url: str) -> str:
 
 def join(url: str, *parts: str) -> str:
     """Joins with `/`, whatever the protocol. Raises UsageError for a part that would lead out of `url`."""
-    if any(step == ".." for part in parts for step in part.split("/")):
+    if any(".." in part and ".." in part.split("/") for part in parts):
         raise UsageError(f"{'/'.join(parts)} leads out of {url}: names inside a set or run hold no '..'")
     return "/".join([url.rstrip("/") if len(url) > 1 else url, *[part.strip("/") for part in parts]])
 

@@ -17,7 +17,7 @@ from cluster.errors import UsageError
 from model.config import run_samples
 from pipeline.config import PretrainConfig
 from pipeline.ema import Teacher
-from pipeline.first_weights import compute_dtype
+from pipeline.first_weights import compute_dtype, return_freed
 from pipeline.health import Heartbeat
 from pipeline.optimizer import adamw, set_rates
 from pipeline.parallel.expert_parallel import apply_expert_parallel
@@ -118,6 +118,7 @@ class Engine:
             model=student, optimizer=adamw(student, config.optimizer), config=settings
         )
         self.state = ShardedState(self.deepspeed, student)
+        return_freed()
         self.teacher = Teacher(teacher, student, self.state, compute_dtype(layout), device)
         self.total_samples = config.train.steps * layout.batch
 

@@ -7,6 +7,8 @@ student get memory, filled with the numbers that the whole network has at these 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +39,15 @@ def blank(config: PretrainConfig, statistics: Mapping[str, Any], classes: list[s
     """The whole student with its parameters on `meta`."""
     with on_meta():
         return Student(config.model, config.objective, statistics, classes)
+
+
+def return_freed() -> None:
+    """Hands memory that is free inside this process back to the system; elsewhere than on glibc nothing.
+
+    DeepSpeed copies the weights into flat buffers: what they were in before is many pieces, which glibc would keep.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def compute_dtype(layout: Layout) -> torch.dtype:

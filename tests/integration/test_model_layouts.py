@@ -31,8 +31,9 @@ def test_every_layout_trains_the_same_model(tmp_path: Path, objective: dict[str,
     [reference] = run_ranks(job, 1, one, tmp_path / "one")[0]
     assert all(loss == loss for loss in reference["losses"])
     for case, result in zip(two, run_ranks(job, 2, two, tmp_path / "two")[0], strict=True):
-        # float32; float64 agrees to 1e-9 (`tests/unit/test_pretrain.py`)
-        assert result["losses"] == pytest.approx(reference["losses"], rel=5e-6), case
+        # every layout draws the same first weights; after that float32, where float64 agrees to 1e-9 (`tests/unit/test_pretrain.py`)
+        assert result["losses"][0] == pytest.approx(reference["losses"][0], rel=1e-6), case
+        assert result["losses"] == pytest.approx(reference["losses"], rel=5e-5), case
         assert result["norms"].keys() == reference["norms"].keys()
         for name, norm in result["norms"].items():
             assert norm == pytest.approx(reference["norms"][name], rel=2e-3, abs=1e-6), (case, name)
