@@ -5,11 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 from pipeline.ema import Teacher
 from pipeline.parallel.zero import Master
+
+CPU = torch.device("cpu")
 
 
 def state_of(student: nn.Module) -> Any:
@@ -22,7 +25,7 @@ def state_of(student: nn.Module) -> Any:
 
 def test_a_bf16_teacher_still_moves_at_momentum_0_9995() -> None:
     student = nn.Linear(4, 3)
-    teacher = Teacher(nn.Linear(4, 3).bfloat16(), state_of(student))
+    teacher = Teacher(nn.Linear(4, 3), student, state_of(student), torch.bfloat16, CPU)
     start = teacher.module.weight.clone()
     naive = start.clone()
     expected = student.weight.detach().clone()
@@ -40,9 +43,10 @@ def test_a_bf16_teacher_still_moves_at_momentum_0_9995() -> None:
     assert (naive.float() - start.float()).abs().max() < 0.6 * moved.min()  # an average kept in bf16 hardly does
 
 
-def test_starts_as_the_student_and_never_trains() -> None:
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+def test_starts_as_the_student_and_never_trains(where: str) -> None:
     student = nn.Linear(4, 3)
-    teacher = Teacher(nn.Linear(4, 3), state_of(student))
+    teacher = Teacher(nn.Linear(4, 3, device=where), student, state_of(student), torch.float32, CPU)
     assert torch.equal(teacher.module.weight, student.weight)
     assert not any(parameter.requires_grad for parameter in teacher.module.parameters())
     assert not teacher.module.training
