@@ -10,10 +10,18 @@ import torch
 from torch import Tensor
 
 from cluster.errors import UsageError
+from cluster.ranks import Ranks
 from model.config import ModelConfig, MoEConfig
+from model.initial import draw_all
+from model.moe.layer import MoELayer
 from model.pretrained import Pretrained, save_backbone
 from model.warm_start import ROUTER, Filled, fill
-from pipeline.warm_start import BACKBONE, read_weights, refuse_gaps
+from pipeline.config import InitConfig, PretrainConfig
+from pipeline.first_weights import blank
+from pipeline.parallel.expert_parallel import localise
+from pipeline.parallel.layout import Layout
+from pipeline.parallel.zero import logical
+from pipeline.warm_start import BACKBONE, read_weights, refuse_gaps, start_warm
 
 STATISTICS = {name: {"mean": [0.0] * bands, "std": [1.0] * bands} for name, bands in (("hr", 3), ("s2", 10), ("s1", 2))}
 DENSE = ModelConfig(size="debug", drop_path=0.0, moe=MoEConfig(experts=0))
@@ -94,3 +102,32 @@ def test_an_export_gives_names_and_lineage(tmp_path: Path) -> None:
     assert told == {"weights": path, **facts}
     assert set(weights) == {f"{BACKBONE}{name}" for name, _ in model.skysense.named_parameters()}
     assert not any(name.endswith(ROUTER) for name in weights)
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+def test_a_start_fills_what_a_rank_keeps(tmp_path: Path, ep: int) -> None:
+    """A dense model's weights into experts: the rank's slice of what one process with all experts gets; nothing else is touched."""
+    moe = MoEConfig(experts=4, blocks=2)
+    path, dense = str(tmp_path / "dense.safetensors"), built(DENSE, 0)
+    save_backbone(path, dense.skysense.state_dict(), DENSE, STATISTICS, {"step": 7, "samples": 56})
+    config = PretrainConfig(model=replace(DENSE, moe=moe), init=InitConfig(weights=path))
+    students = [blank(config, STATISTICS, None) for _ in range(2)]
+    layout = Layout(
+        world=ep, rank=ep - 1, ep=ep, zero_stage=2, micro_batch=1, accumulation=1, precision="fp32", offload=False
+    )
+    for layer in students[1].modules():
+        if isinstance(layer, MoELayer):
+            layer.experts = localise(layer.experts, layout, "group")
+    for student in students:
+        draw_all(student, 3, whole=logical)
+    before = {name: parameter.detach().clone() for name, parameter in students[1].named_parameters()}
+    wanted = fill(students[0], read_weights(path, "teacher")[0], moe.top_k, config.train.seed)
+    told = start_warm(students[1], config, Ranks(), torch.device("cpu"))
+    assert told is not None
+    assert (told["step"], told["filled"]) == (7, str(wanted))
+    filled, whole = {*wanted.copied, *wanted.upcycled}, dict(students[0].named_parameters())
+    for name, parameter in students[1].named_parameters():
+        _, first = logical(parameter)
+        same = whole[name].flatten()[first : first + parameter.numel()].view_as(parameter)
+        assert torch.equal(parameter, same), name
+        assert torch.equal(parameter, before[name]) != (name in filled), name
