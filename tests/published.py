@@ -126,7 +126,7 @@ def levir_cd(root: Path, rng: np.random.Generator) -> None:
         picture(root / split / "label" / f"{split}_1.png", ((rng.random((1, 40, 40)) < 0.2) * 255).astype(np.uint8))
 
 
-def nwpu(root: Path, rng: np.random.Generator) -> None:
+def nwpu(root: Path, rng: np.random.Generator, side: int = 64) -> None:
     for name, numbers in (("train", range(6)), ("val", range(6, 9))):
         content: dict[str, Any] = {
             "images": [],
@@ -134,10 +134,10 @@ def nwpu(root: Path, rng: np.random.Generator) -> None:
             "categories": [{"id": 1, "name": "airplane"}, {"id": 2, "name": "ship"}],
         }
         for i in numbers:
-            picture(root / "positive image set" / f"{i:03d}.jpg", rgb(rng, 64), "JPEG")
-            content["images"].append({"id": i, "file_name": f"{i:03d}.jpg", "height": 64, "width": 64})
+            picture(root / "positive image set" / f"{i:03d}.jpg", rgb(rng, side), "JPEG")
+            content["images"].append({"id": i, "file_name": f"{i:03d}.jpg", "height": side, "width": side})
             content["annotations"].append(
-                {"id": i, "image_id": i, "category_id": 1 + i % 2, "bbox": [10.0, 12.0, 20.0, 16.0]}
+                {"id": i, "image_id": i, "category_id": 1 + i % 2, "bbox": [side / 6, side / 5, side / 3, side / 4]}
             )
         text(root / f"instances_{name}2017.json", json.dumps(content))
 

@@ -5,8 +5,10 @@ chance, pixel statistics (mean, standard deviation, 10th and 90th percentile per
 network untrained, and with --mode finetune the same network trained from scratch; gains are paired over the test items. Features are
 computed once and kept; results go to OUT/results.jsonl with what every test item got, for `compare`.
 
-A suite is a YAML file: a list of {task, data} and any of mode, labels, seeds, head, layer, pool, sensors; `~` and variables are not
-expanded.
+--task folders takes images of your own in folders named by class; --sensor, --bands, --unit and --gsd say what their numbers mean.
+
+A suite is a YAML file: a list of {task, data} and any of mode, labels, seeds, head, layer, pool, sensors, epochs, lr, sensor, bands, unit,
+gsd; `~` and variables are not expanded.
 """
 
 from __future__ import annotations
@@ -16,15 +18,33 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.evaluate.registry import Row
     from pipeline.evaluate.results import Result
 
 EXAMPLE = """examples:
   python -m pipeline evaluate --list
   python -m pipeline evaluate demo_out/moe --task eurosat_rgb --data eurosat/2750
   python -m pipeline evaluate moe.safetensors --task benv2 --data geobench --sensors s1 --out results
+  python -m pipeline evaluate demo_out/moe --task folders --data mine --sensor hr --bands R,G,B --unit uint8 --gsd 0.3
   python -m pipeline evaluate demo_out/moe --suite suite.yaml --json"""
 
-SUITE_KEYS = ("task", "data", "mode", "labels", "seeds", "head", "layer", "pool", "sensors", "epochs", "lr")
+SUITE_KEYS = (
+    "task",
+    "data",
+    "mode",
+    "labels",
+    "seeds",
+    "head",
+    "layer",
+    "pool",
+    "sensors",
+    "epochs",
+    "lr",
+    "sensor",
+    "bands",
+    "unit",
+    "gsd",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repetitions of everything drawn (default 1)")
     parser.add_argument("--head", help="knn, logistic, linear, upernet, faster_rcnn; default: the row's")
     parser.add_argument("--sensors", metavar="A,B", help="some of the row's sensors only")
+    parser.add_argument("--sensor", help="--task folders: hr, s2 or s1")
+    parser.add_argument("--bands", metavar="A,B", help="--task folders: every band of a file, in file order")
+    parser.add_argument("--unit", help="--task folders: uint8; reflectance x 10000, reflectance; dB, linear")
+    parser.add_argument("--gsd", type=float, metavar="M", help="--task folders: metres per pixel")
     parser.add_argument(
         "--layer", help="last, stage1 … stage4, concat, fused; default: concat, fused for series and several sensors"
     )
@@ -75,10 +99,9 @@ def main(args: argparse.Namespace) -> int:
         )
     jobs = read_suite(args.suite, vars(args)) if args.suite else [vars(args)]
     results: list[Result] = []
-    from pipeline.evaluate.registry import row_named
 
     for job in jobs:
-        row_named(job["task"])  # a misspelt row is refused before the first hour of work
+        row_of(job)  # a misspelt row is refused before the first hour of work
     from pipeline.export import load_model
 
     model = load_model(args.checkpoint, args.weights)
@@ -95,12 +118,9 @@ def main(args: argparse.Namespace) -> int:
 def evaluate(model: Any, job: dict[str, Any]) -> list[Result]:
     """One row by the keys of a suite entry."""
     from cluster import storage
-    from pipeline.evaluate.registry import row_named
     from pipeline.evaluate.run import Settings, default_out, evaluate_row
 
-    row = row_named(job["task"])
-    if job.get("sensors"):
-        row = row.only(tuple(job["sensors"].split(",")))
+    row = row_of(job)
     out = job.get("out") or default_out(model, job["checkpoint"])
     cache = job.get("cache") or (storage.join(out, "features") if storage.is_local(out) else "eval_out/features")
     settings = Settings(
@@ -108,6 +128,28 @@ def evaluate(model: Any, job: dict[str, Any]) -> list[Result]:
         job.get("pool"), (False, False, False) if job.get("keep_tokens") else None, out, cache, int(job["epochs"]), float(job["lr"]),
     )  # fmt: skip
     return evaluate_row(model, row, job["data"], settings)
+
+
+def row_of(job: dict[str, Any]) -> Row:
+    """The row of a suite entry, with those of its sensors that were asked for.
+
+    Raises:
+        UsageError: no such row or sensor; images of one's own that are not declared whole, or a declaration for a published set.
+    """
+    from cluster.errors import UsageError
+    from pipeline.evaluate.registry import OWN, own_row, row_named
+
+    said = {key: job.get(key) for key in ("sensor", "bands", "unit", "gsd")}
+    if job["task"] == OWN:
+        missing = [key for key, value in said.items() if not value]
+        if missing:
+            raise UsageError(f"--task {OWN} needs --{missing[0]}: what the images' numbers mean is never guessed")
+        return own_row(str(said["sensor"]), tuple(str(said["bands"]).split(",")), str(said["unit"]), float(said["gsd"]))  # type: ignore[arg-type]
+    row = row_named(job["task"])
+    given = [key for key, value in said.items() if value]
+    if given:
+        raise UsageError(f"--{given[0]} goes with --task {OWN}; {row.name} has its bands and unit declared")
+    return row.only(tuple(job["sensors"].split(","))) if job.get("sensors") else row
 
 
 def read_suite(path: str, defaults: dict[str, Any]) -> list[dict[str, Any]]:

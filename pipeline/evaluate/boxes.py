@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import UsageError
-from pipeline.evaluate.dense import epochs
+from pipeline.evaluate.dense import MapNorm, epochs
 from pipeline.evaluate.items import Boxes
 from pipeline.evaluate.metrics import match_boxes
 
@@ -28,12 +28,12 @@ class Detector(nn.Module):
 
     Args:
         dims: channels of the maps, fine to coarse; those from FIRST_MAP on are used. side: rows of the image. heights: rows of the
-            maps. Anchors are 4 and 6 cells wide.
+            maps. Anchors are 4 and 6 cells wide. oriented: boxes have an angle (`pipeline.evaluate.oriented`).
     """
 
     def __init__(
-        self, dims: Sequence[int], num_classes: int, side: int, heights: Sequence[int], width: int = WIDTH
-    ) -> None:
+        self, dims: Sequence[int], num_classes: int, side: int, heights: Sequence[int], oriented: bool = False, width: int = WIDTH
+    ) -> None:  # fmt: skip
         super().__init__()
         try:
             from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -41,6 +41,8 @@ class Detector(nn.Module):
             from torchvision.models.detection.roi_heads import RoIHeads
             from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
             from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+
+            from pipeline.evaluate.oriented import NMS, OrientedHeads, OrientedPredictor
         except (ImportError, RuntimeError) as error:
             raise UsageError(
                 f"boxes need torchvision beside this torch ({error}): pip install -r requirements.txt"
@@ -48,7 +50,7 @@ class Detector(nn.Module):
         self.first = min(FIRST_MAP, len(dims) - 1)
         dims = dims[self.first :]
         cells = [max(1, round(side / height)) for height in heights[self.first :]]  # pixels per cell
-        self.norms = nn.ModuleList(nn.BatchNorm2d(dim, affine=False) for dim in dims)
+        self.norms = nn.ModuleList(MapNorm(dim) for dim in dims)
         self.fpn = FeaturePyramidNetwork(list(dims), width)
         names = [str(i) for i in range(len(dims))]
         sizes = tuple((4 * cell, 6 * cell) for cell in cells)
@@ -58,14 +60,19 @@ class Detector(nn.Module):
             {"training": 600, "testing": 300}, {"training": 300, "testing": 200}, 0.7,
         )  # fmt: skip
         align = MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2)
-        self.roi_heads = RoIHeads(
-            align, TwoMLPHead(width * 49, 256), FastRCNNPredictor(256, num_classes + 1), 0.5, 0.5, 128, 0.25, None, 0.05, 0.5, 100
+        self.oriented = oriented
+        kind, predictor, nms = (
+            (OrientedHeads, OrientedPredictor, NMS) if oriented else (RoIHeads, FastRCNNPredictor, 0.5)
+        )
+        self.roi_heads = kind(
+            align, TwoMLPHead(width * 49, 256), predictor(256, num_classes + 1), 0.5, 0.5, 128, 0.25, None, 0.05, nms, 100
         )  # fmt: skip
 
     def forward(
         self, maps: Sequence[Tensor], size: tuple[int, int], truth: Boxes | None = None
     ) -> dict[str, Tensor]:  # fmt: skip
-        """One image (a batch of one). With `truth`: losses by name; without: boxes xyxy, labels (0 … K-1), scores."""
+        """One image (a batch of one). With `truth`: losses by name; without: boxes xyxy, labels (0 … K-1), scores, and the corners
+        [n, 4, 2] of oriented boxes."""
         from torchvision.models.detection.image_list import ImageList
 
         maps = maps[self.first :]
@@ -74,6 +81,11 @@ class Detector(nn.Module):
         targets = None
         if truth is not None:
             targets = [{"boxes": torch.from_numpy(truth.xyxy), "labels": torch.from_numpy(truth.labels) + 1}]
+            if self.oriented:
+                from pipeline.evaluate.oriented import turned_of
+
+                assert truth.corners is not None
+                targets[0]["turned"] = turned_of(torch.from_numpy(truth.corners))
         proposals, rpn_losses = self.rpn(ImageList(blank, [size]), features, targets)
         found, losses = self.roi_heads(features, proposals, [size], targets)
         if truth is not None:
@@ -108,14 +120,20 @@ def train_detector(
 
 @torch.no_grad()
 def records_of(detector: Detector, load: Load, rows: Sequence[int], num_classes: int) -> dict[str, np.ndarray]:
-    """Arrays of `Records` of metric map50."""
+    """Arrays of `Records` of metric map50, or map50_rotated if the boxes are oriented."""
     from torchvision.ops import box_iou
+
+    from pipeline.evaluate.oriented import rotated_iou
 
     parts, owners = [], []
     for place, row in enumerate(rows):
         maps, size, truth = load(row)
         found = detector(maps, size)
-        iou = box_iou(found["boxes"], torch.from_numpy(truth.xyxy)).numpy()
+        if detector.oriented:
+            assert truth.corners is not None
+            iou = rotated_iou(found["corners"].numpy(), truth.corners)
+        else:
+            iou = box_iou(found["boxes"], torch.from_numpy(truth.xyxy)).numpy()
         one = match_boxes(
             found["boxes"].numpy(),
             found["labels"].numpy(),

@@ -22,13 +22,27 @@ BATCH = 8
 POINTS = 4096  # pixels of an item in one step
 
 
+class MapNorm(nn.BatchNorm2d):
+    """Batch norm without scale and shift. One value per channel (an image alone in its batch whose coarsest map is one cell) has no
+    spread: it is normalised by what was seen before, as in evaluation."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, affine=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, D, h, w] → the same."""
+        if self.training and input.numel() == input.shape[1]:
+            return F.batch_norm(input, self.running_mean, self.running_var, eps=self.eps)
+        return super().forward(input)
+
+
 class LinearHead(nn.Module):
     """Per map a batch norm and a linear layer; the scores are brought to the label's size and added: linear in all maps at once
     (interpolation commutes with it), without ever making the large concatenated map."""
 
     def __init__(self, dims: Sequence[int], num_classes: int) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(nn.BatchNorm2d(dim, affine=False) for dim in dims)
+        self.norms = nn.ModuleList(MapNorm(dim) for dim in dims)
         self.layers = nn.ModuleList(nn.Conv2d(dim, num_classes, 1) for dim in dims)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
@@ -42,7 +56,7 @@ class UPerNet(nn.Module):
 
     def __init__(self, dims: Sequence[int], num_classes: int, width: int = WIDTH) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(nn.BatchNorm2d(dim, affine=False) for dim in dims)
+        self.norms = nn.ModuleList(MapNorm(dim) for dim in dims)
         self.pooled = nn.ModuleList(_block(dims[-1], width, 1) for _ in BINS)
         self.bottleneck = _block(dims[-1] + width * len(BINS), width, 3)
         self.lateral = nn.ModuleList(_block(dim, width, 1) for dim in dims[:-1])

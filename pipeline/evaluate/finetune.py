@@ -94,7 +94,9 @@ class Tuned(nn.Module):
                 for part in make_batch(network, row, [first]).views[0].modalities.values()
                 if part.valid_BTHW.any()
             )
-            self.head = Detector([m.shape[1] for m in maps], self.num_classes, height, [m.shape[2] for m in maps])
+            self.head = Detector(
+                [m.shape[1] for m in maps], self.num_classes, height, [m.shape[2] for m in maps], row.oriented
+            )
         else:
             if head not in dense.HEADS:
                 raise UsageError(f"--head {head}: {row.name} takes {', '.join(row.heads)}")
@@ -279,7 +281,7 @@ def tuned_records(
             return tuned.maps([items[i].read()]), targets.sizes[i], truth
 
         assert isinstance(tuned.head, Detector)
-        return Records("map50", records_of(tuned.head, boxes, rows, tuned.num_classes))
+        return Records(row.metric, records_of(tuned.head, boxes, rows, tuned.num_classes))
 
     def load(picked: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         labels = np.stack([np.asarray(targets.values[i], np.int64) for i in picked])

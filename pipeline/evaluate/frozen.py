@@ -307,10 +307,10 @@ def _boxes(
     maps, size, _ = load(parts.train[0])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        detector = Detector([m.shape[1] for m in maps], num_classes, size[0], [m.shape[2] for m in maps])
+        detector = Detector([m.shape[1] for m in maps], num_classes, size[0], [m.shape[2] for m in maps], row.oriented)
     rows = [i for i in [*parts.train, *parts.val] if len(targets.values[i].labels)]  # type: ignore[union-attr]
     train_detector(detector, load, rows, seed)
-    return Records("map50", records_of(detector, load, parts.test, num_classes)), {}
+    return Records(row.metric, records_of(detector, load, parts.test, num_classes)), {}
 
 
 def features_folder(cache: str, facts: dict[str, object]) -> str:

@@ -24,7 +24,7 @@ class Records:
     """What every test item got, of one metric. `arrays`: plain numbers, first axis S (detections: N, with their `item`).
 
     accuracy: right bool [S], right5 bool [S] · map: scores float32 [S, K], truth bool [S, K] · miou, mf1, f1: confusion int [S, K, K]
-    (truth, predicted) · map50: item, label, score, hit [N], truth int [S, K] boxes that there are · scs: confusion [S, K, K] of
+    (truth, predicted) · map50, map50_rotated: item, label, score, hit [N], truth int [S, K] boxes that there are · scs: confusion [S, K, K] of
     truly changed pixels, both, either [S] (intersection and union of change).
     """
 
@@ -38,11 +38,13 @@ class Records:
 
 
 FIRST = {
-    "accuracy": "right", "map": "truth", "miou": "confusion", "mf1": "confusion", "f1": "confusion", "map50": "truth", "scs": "confusion",
+    "accuracy": "right", "map": "truth", "miou": "confusion", "mf1": "confusion", "f1": "confusion", "map50": "truth", "map50_rotated": "truth",
+    "scs": "confusion",
 }  # fmt: skip
 WORDS = {
     "accuracy": "accuracy", "map": "macro mean average precision", "miou": "mean IoU", "mf1": "mean F1 over classes",
-    "f1": "F1 of change", "map50": "mAP at IoU 0.5", "scs": "semantic change segmentation score",
+    "f1": "F1 of change", "map50": "mAP at IoU 0.5", "map50_rotated": "mAP at rotated IoU 0.5",
+    "scs": "semantic change segmentation score",
 }  # fmt: skip
 
 
@@ -54,7 +56,7 @@ def scorer(records: Records) -> Scorer:
         return lambda w: w @ right / np.maximum(w.sum(1), 1)
     if records.metric == "map":
         return _multi_label_map(np.asarray(arrays["scores"], float), np.asarray(arrays["truth"], bool))
-    if records.metric == "map50":
+    if records.metric in ("map50", "map50_rotated"):
         return _detection_ap(arrays)
     per_item = np.asarray(arrays["confusion"], float)
     flat, shape = per_item.reshape(len(per_item), -1), per_item.shape[1:]

@@ -49,7 +49,7 @@ class Row:
         published_px: side of the published images; another one found is named in the result (0: they vary).
         tile_px: dense and pair: side of the tiles that large images are cut into.
         max_dates: of a series; merges: Adaptive Patch Merging of hr at the three transitions (None: as trained).
-        oriented: boxes with corners. paper: the paper's row that it stands for.
+        oriented: boxes have an angle; their corners are read and the overlap is that of turned boxes. paper: the paper's row that it stands for.
     """
 
     name: str
@@ -114,8 +114,8 @@ ROWS: tuple[Row, ...] = (
     Row("flair2_fine", "FLAIR #2 (GEO-Bench-2)", "dense", "miou", geobench.flair2, "*flair2*.tortilla", (Bands("hr", ("R", "G", "B", "N", "elevation"), "uint8", 0.2),), published_px=512, tile_px=128, merges=(False, False, False)),
     # --- detection
     Row("dior", "DIOR", "boxes", "map50", boxes.voc, DIOR, (rgb(0.5, "0.5 to 30 m"),), published_px=800, paper="DIOR"),
-    Row("dior_r", "DIOR-R", "boxes", "map50", boxes.voc, DIOR, (rgb(0.5, "0.5 to 30 m"),), published_px=800, oriented=True, paper="DIOR-R"),
-    Row("fair1m", "FAIR1M 1.0", "boxes", "map50", boxes.fair1m, "train/part*/{images,labelXml}, validation/{images,labelXml}", (rgb(0.5, "0.3 to 0.8 m"),), oriented=True, paper="FAIR1M"),
+    Row("dior_r", "DIOR-R", "boxes", "map50_rotated", boxes.voc, DIOR, (rgb(0.5, "0.5 to 30 m"),), published_px=800, oriented=True, paper="DIOR-R"),
+    Row("fair1m", "FAIR1M 1.0", "boxes", "map50_rotated", boxes.fair1m, "train/part*/{images,labelXml}, validation/{images,labelXml}", (rgb(0.5, "0.3 to 0.8 m"),), oriented=True, paper="FAIR1M"),
     Row("nwpu_vhr10", "NWPU VHR-10", "boxes", "map50", boxes.coco, "'positive image set'/, instances_{train,val}2017.json or annotations.json", (rgb(0.5, "0.5 to 2 m"),)),
     # --- change
     Row("levir_cd", "LEVIR-CD", "pair", "f1", change.levir_cd, "{train,val,test}/{A,B,label}, or {A,B,label} with list/", (rgb(0.5),), tile_px=256, paper="LEVIR-CD"),
@@ -130,6 +130,19 @@ ROWS: tuple[Row, ...] = (
     Row("pastis", "PASTIS-R (GEO-Bench-2)", "dense", "miou", geobench.pastis, "*pastis*.tortilla", (PASTIS_S2, PASTIS_S1), published_px=0),
     Row("dynamic_earthnet_geobench", "Dynamic EarthNet (GEO-Bench-2)", "dense", "miou", geobench.dynamic_earthnet, "*dynamic_earthnet*.tortilla", (PLANET, Bands("s2", S2_TEN_FIRST, REFLECTANCE, 3.0, note="resampled to 3 m by its authors")), published_px=0),
 )  # fmt: skip
+
+
+OWN = "folders"
+
+
+def own_row(sensor: str, order: tuple[str, ...], unit: str, gsd_m: float) -> Row:
+    """Images of one's own in folders named by class (EuroSAT's layout): what their numbers mean is declared, nothing is guessed.
+
+    Raises:
+        UsageError: a band, unit or sensor that `Bands` does not know.
+    """
+    bands = Bands(sensor, order, unit, gsd_m)  # type: ignore[arg-type]  (Bands checks the unit)
+    return Row(OWN, "own images", "class", "accuracy", folders.class_folders, NAMED, (bands,))
 
 
 def row_named(name: str, where: str = "--task") -> Row:

@@ -14,7 +14,7 @@ from pipeline.evaluate.encode import LAYERS, POOLS, Encoder, Network, PixelStati
 from pipeline.evaluate.frozen import check_pixels, features, features_folder, head_records, sides, unseen
 from pipeline.evaluate.items import LabelledSet
 from pipeline.evaluate.metrics import Records, difference_of, score_of, value_of
-from pipeline.evaluate.registry import Row, row_named
+from pipeline.evaluate.registry import OWN, Row, row_named
 from pipeline.evaluate.results import Result, keep
 from pipeline.evaluate.store import weights_digest
 from pipeline.evaluate.track import track
@@ -141,6 +141,8 @@ def result_of(
 
 def task_name(row: Row) -> str:
     """The row's name, and which of its sensors are used where some were left out."""
+    if row.name == OWN:
+        return OWN
     whole = row_named(row.name).sensors
     return row.name if whole == row.sensors else f"{row.name}[{','.join(row.sensors)}]"
 

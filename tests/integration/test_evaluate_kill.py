@@ -22,31 +22,37 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 EPOCHS = 4
 
 
-def command(backbone: Path, root: Path, out: Path) -> list[str]:
+def command(task: str, backbone: Path, root: Path, out: Path) -> list[str]:
     return [
-        sys.executable, "-m", "pipeline", "evaluate", str(backbone), "--task", "flair2", "--data", str(root), "--mode", "finetune",
+        sys.executable, "-m", "pipeline", "evaluate", str(backbone), "--task", task, "--data", str(root), "--mode", "finetune",
         "--epochs", str(EPOCHS), "--out", str(out), "--json",
     ]  # fmt: skip
 
 
-def test_killed_and_started_again_equals_uninterrupted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["flair2", "nwpu_vhr10"])  # a dense head, and a detector that samples its proposals
+def test_killed_and_started_again_equals_uninterrupted(task: str, tmp_path: Path) -> None:
     root, backbone = tmp_path / "set", tmp_path / "tiny.safetensors"
-    published.MAKERS["flair2"](root, np.random.default_rng(0))
+    published.MAKERS[task](root, np.random.default_rng(0))
     model = tiny_model(1)
     save_backbone(str(backbone), model.skysense.state_dict(), model.cfg, model.statistics, {})
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole = subprocess.run(
-        command(backbone, root, tmp_path / "a"), cwd=REPOSITORY, env=env, capture_output=True, text=True, check=True
+        command(task, backbone, root, tmp_path / "a"),
+        cwd=REPOSITORY,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     killed = subprocess.Popen(
-        command(backbone, root, tmp_path / "b"),
+        command(task, backbone, root, tmp_path / "b"),
         cwd=REPOSITORY,
         env=env,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 900
-    while not list((tmp_path / "b").glob("finetune/flair2-trained-*/step-0000000[12]/manifest.json")):
+    while not list((tmp_path / "b").glob(f"finetune/{task}-trained-*/step-0000000[12]/manifest.json")):
         assert killed.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -54,13 +60,18 @@ def test_killed_and_started_again_equals_uninterrupted(tmp_path: Path) -> None:
     killed.wait()
     assert not (tmp_path / "b" / "results.jsonl").exists()
     again = subprocess.run(
-        command(backbone, root, tmp_path / "b"), cwd=REPOSITORY, env=env, capture_output=True, text=True, check=True
+        command(task, backbone, root, tmp_path / "b"),
+        cwd=REPOSITORY,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     first, second = (json.loads(run.stdout.strip().splitlines()[-1]) for run in (whole, again))
     timing = ("seconds", "heads")
     assert {k: v for k, v in first.items() if k not in timing} == {k: v for k, v in second.items() if k not in timing}
     for name in ("trained", "scratch"):
         (a,), (b,) = (
-            (tmp_path / folder).glob(f"finetune/flair2-{name}-*/step-*/state.safetensors") for folder in ("a", "b")
+            (tmp_path / folder).glob(f"finetune/{task}-{name}-*/step-*/state.safetensors") for folder in ("a", "b")
         )
         assert a.read_bytes() == b.read_bytes()

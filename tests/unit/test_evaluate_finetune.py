@@ -13,6 +13,7 @@ from pipeline.evaluate.finetune import Tuned, Tuning, layer_rates
 from pipeline.evaluate.registry import row_named
 from pipeline.evaluate.results import read_lines
 from pipeline.evaluate.run import evaluate_row
+from tests import published
 from tests.unit.test_evaluate_run import made, settings, tiny_model
 
 
@@ -33,7 +34,7 @@ def tuning_of(name: str, folder: Path, url: Path, epochs: int = 5) -> Tuning:
     return Tuning(tuned, items, chosen, 0, str(url))
 
 
-@pytest.mark.parametrize("name", ["eurosat_rgb", "flair2", "levir_cd", "nwpu_vhr10"])
+@pytest.mark.parametrize("name", ["eurosat_rgb", "flair2", "levir_cd", "nwpu_vhr10", "dior_r"])
 def test_interrupted_and_continued_equals_uninterrupted(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,3 +111,13 @@ def test_finetuned_row_stands_beside_frozen_untrained_scratch_and_pixels(tmp_pat
     assert again.score == result.score
     assert np.isfinite(list(result.chosen.values())).all()
     assert row_named("eurosat_rgb").heads == ("knn", "logistic")
+
+
+@pytest.mark.parametrize("mode", ["frozen", "finetune"])
+def test_boxes_of_images_whose_coarsest_map_is_one_cell(mode: str, tmp_path: Path) -> None:
+    """32 pixels at stride 32: one value per channel, of which no batch statistics can be taken."""
+    published.nwpu(tmp_path / "set", np.random.default_rng(0), 32)
+    (result,) = evaluate_row(
+        tiny_model(), row_named("nwpu_vhr10"), str(tmp_path / "set"), settings(tmp_path, mode=mode, epochs=2)
+    )
+    assert np.isfinite(result.score.value)

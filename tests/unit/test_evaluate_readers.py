@@ -65,7 +65,7 @@ def test_row_reads_its_published_layout(name: str, sets: dict[str, Path]) -> Non
         elif row.kind == "boxes":
             assert isinstance(target, Boxes)
             assert (target.xyxy[:, 2:] > target.xyxy[:, :2]).all()
-            assert (target.corners is not None) == (row.name != "nwpu_vhr10")
+            assert (target.corners is not None) == row.oriented
         else:
             assert np.asarray(target).shape == size
             assert IGNORE <= int(np.min(target)) <= int(np.max(target)) < len(labelled.classes)  # type: ignore[arg-type]

@@ -13,14 +13,14 @@ import torch
 from cluster.errors import UsageError
 from model.config import FusionConfig, ModelConfig, MoEConfig
 from model.pretrained import Pretrained
-from pipeline.commands.evaluate import read_suite
+from pipeline.commands.evaluate import read_suite, row_of
 from pipeline.compare.evaluated import compare_evaluations, rows_of
 from pipeline.evaluate.bands import Bands
 from pipeline.evaluate.classify import knn, logistic
 from pipeline.evaluate.dense import LinearHead, UPerNet, pixel_loss, whole
 from pipeline.evaluate.encode import Network, PixelStatistics, make_batch
 from pipeline.evaluate.metrics import difference_of
-from pipeline.evaluate.registry import Row, row_named
+from pipeline.evaluate.registry import S2_12, Row, row_named
 from pipeline.evaluate.results import RESULTS, read_items, read_lines
 from pipeline.evaluate.run import Settings, evaluate_row
 from pipeline.evaluate.track import send
@@ -59,7 +59,19 @@ def settings(folder: Path, **change: object) -> Settings:
 
 
 @pytest.mark.parametrize(
-    "name", ["eurosat_rgb", "oscd", "levir_cd", "benv2", "pastis", "flair2", "dynamic_earthnet_scs", "nwpu_vhr10"]
+    "name",
+    [
+        "eurosat_rgb",
+        "oscd",
+        "levir_cd",
+        "benv2",
+        "pastis",
+        "flair2",
+        "dynamic_earthnet_scs",
+        "nwpu_vhr10",
+        "dior_r",
+        "fair1m",
+    ],
 )
 def test_row_runs_end_to_end_beside_its_baselines(name: str, tmp_path: Path) -> None:
     row, root = made(name, tmp_path / "set")
@@ -283,6 +295,30 @@ def test_suite_entries_are_checked(tmp_path: Path) -> None:
             read_suite(str(path), defaults)
     with pytest.raises(UsageError, match="does not exist"):
         read_suite(str(tmp_path / "none.yaml"), defaults)
+
+
+def test_images_of_ones_own_are_a_row_when_declared_whole(tmp_path: Path) -> None:
+    published.MAKERS["eurosat_rgb"](tmp_path / "set", np.random.default_rng(0))
+    said = {"task": "folders", "sensor": "hr", "bands": "R,G,B", "unit": "uint8", "gsd": 0.3}
+    own = evaluate_row(tiny_model(), row_of(said), str(tmp_path / "set"), settings(tmp_path, heads=("knn",)))
+    rng = np.random.default_rng(0)
+    for name in ("Farm", "Port"):
+        for i in range(8):
+            published.tiff(tmp_path / "s2" / name / f"{i}.tif", published.sentinel2(rng, S2_12, 16))
+    series = row_of({**said, "sensor": "s2", "bands": ",".join(S2_12), "unit": "reflectance x 10000", "gsd": 10})
+    (result,) = evaluate_row(tiny_model(), series, str(tmp_path / "s2"), settings(tmp_path, heads=("knn",)))
+    assert [own[0].task, result.task] == ["folders", "folders"]
+    assert result.facts["bands"] == [f"s2 from {' '.join(S2_12)} (reflectance x 10000, 10 m)"]
+    with pytest.raises(UsageError, match="reflectance"):
+        evaluate_row(tiny_model(), replace(series, bands=(replace(series.bands[0], unit="reflectance"),)), str(tmp_path / "s2"), settings(tmp_path))  # fmt: skip
+    for change, says in (
+        ({"unit": None}, "needs --unit"),
+        ({"unit": "DN"}, "undeclared"),
+        ({"bands": "R,G"}, "has no B"),
+        ({"task": "oscd"}, "--sensor goes with --task folders"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            row_of({**said, **change})
 
 
 def test_classes_that_only_the_test_has_are_named() -> None:

@@ -89,7 +89,7 @@ def voc(root: str, row: Row) -> LabelledSet:
             held = next((f for f in folders if storage.exists(storage.join(root, f, f"{stem}.jpg"))), folders[0])
             image = storage.join(root, held, f"{stem}.jpg")
             files.size_of(image, f"{split}.txt names it")
-            items.append(Item(stem, split, f"{stem} {size}", _xml_reader(image, note, _dior_objects)))
+            items.append(Item(stem, split, f"{stem} {size}", _xml_reader(image, note, _dior_objects, row.oriented)))
     return labelled_set(items, DIOR, "published lists ImageSets/Main", root)
 
 
@@ -115,7 +115,10 @@ def fair1m(root: str, row: Row) -> LabelledSet:
             size = files.size_of(note, "every image has its xml")
             items.append(
                 Item(
-                    key, split, f"{stem} {size}", _xml_reader(storage.join(base, "images", name), note, _fair1m_objects)
+                    key,
+                    split,
+                    f"{stem} {size}",
+                    _xml_reader(storage.join(base, "images", name), note, _fair1m_objects, row.oriented),
                 )
             )
     return labelled_set(items, FAIR1M, "validation part tests (the test labels are on a server)", root)
@@ -124,7 +127,9 @@ def fair1m(root: str, row: Row) -> LabelledSet:
 Objects = Sequence[tuple[str, list[tuple[float, float]]]]
 
 
-def _xml_reader(image: str, note: str, objects: Callable[[ElementTree.Element], Objects]) -> Callable[[], Sample]:
+def _xml_reader(
+    image: str, note: str, objects: Callable[[ElementTree.Element], Objects], oriented: bool
+) -> Callable[[], Sample]:
     classes = DIOR if objects is _dior_objects else FAIR1M
 
     def read() -> Sample:
@@ -137,8 +142,15 @@ def _xml_reader(image: str, note: str, objects: Callable[[ElementTree.Element], 
             if _plain(name) not in known:
                 raise UsageError(f"{note} names {name!r}, which is none of the set's {len(classes)} classes")
             labels.append(known[_plain(name)])
+        short = [name for name, points in found if len(points) != 4]
+        if short:
+            raise UsageError(f"{note}: object {short[0]!r} has no four corners; correct it, or take it out of the file")
         corners = np.array([points for _, points in found], np.float32).reshape(-1, 4, 2)
-        boxes = Boxes(np.concatenate([corners.min(1), corners.max(1)], 1), np.array(labels, np.int64), corners)
+        boxes = Boxes(
+            np.concatenate([corners.min(1), corners.max(1)], 1),
+            np.array(labels, np.int64),
+            corners if oriented else None,
+        )
         return _reader(image, boxes, note)()
 
     known = {_plain(name): i for i, name in enumerate(classes)}
@@ -179,8 +191,12 @@ def _reader(image: str, boxes: Boxes, where: str) -> Callable[[], Sample]:
         pixels = files.colour(image)
         height, width = pixels.shape[2:]
         x0, y0, x1, y1 = boxes.xyxy.T
-        bad = (x1 <= x0) | (y1 <= y0) | (x0 < -1) | (y0 < -1) | (x1 > width + 1) | (y1 > height + 1)
-        if bad.any() and boxes.corners is None:
+        bad = (x1 <= x0) | (y1 <= y0)
+        if boxes.corners is None:
+            bad |= (x0 < -1) | (y0 < -1) | (x1 > width + 1) | (y1 > height + 1)
+        else:  # an oriented box of an object at the edge reaches beyond it
+            bad |= (x1 <= 0) | (y1 <= 0) | (x0 >= width) | (y0 >= height)
+        if bad.any():
             box = ", ".join(f"{v:g}" for v in boxes.xyxy[bad][0])
             raise UsageError(
                 f"{where}: box ({box}) of {storage.name(image)} is empty or outside its {height} x {width} pixels"

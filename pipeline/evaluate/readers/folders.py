@@ -1,4 +1,4 @@
-"""Folders named by class: EuroSAT, UC Merced, RESISC-45, AID."""
+"""Folders named by class: EuroSAT, UC Merced, RESISC-45, AID, and images of one's own of any sensor."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def class_folders(root: str, row: Row) -> LabelledSet:
             if split is None:
                 continue
             url = storage.join(root, folder, name)
-            items.append(Item(f"{folder}/{name}", split, folder, _reader(url, label)))
+            items.append(Item(f"{folder}/{name}", split, folder, _reader(url, label, row)))
     absent = sorted(set(listed) - seen)
     if absent:
         raise UsageError(f"{root}: the split lists name {absent[0]} ({len(absent)} such), which no class folder holds")
@@ -48,8 +48,11 @@ def class_folders(root: str, row: Row) -> LabelledSet:
     return labelled_set(items, folders, how, root)
 
 
-def _reader(url: str, label: int) -> Callable[[], Sample]:
-    return lambda: Sample({"hr": files.colour(url)}, label)
+def _reader(url: str, label: int, row: Row) -> Callable[[], Sample]:
+    (bands,) = row.bands
+    if bands.order == ("R", "G", "B"):
+        return lambda: Sample({bands.sensor: files.colour(url)}, label)
+    return lambda: Sample({bands.sensor: files.pixels(url)[None]}, label)
 
 
 def _lists(root: str) -> dict[str, Split]:
