@@ -328,6 +328,8 @@ def finetune_row(model: Pretrained, row: Row, root: str, settings: Settings) -> 
             found.setdefault(encoder.name, []).append(
                 head_records(row, labelled, frozen_head, kept, frozen_targets, parts, seed)[0]
             )
+    before, after = chosen["train_score_frozen"], chosen["train_score"]
+    notes.append(f"score on training items: {before:.3f} when the head alone had learnt, {after:.3f} at the end")
     result = result_of(row, labelled, settings, head, found, notes, time.monotonic() - started, chosen, facts)
     keep(settings.out, result, [item.key for item in labelled.of("test")], found["trained"])
     tell(settings, [result])

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from cluster import storage
 from cluster.errors import UsageError
 from model.pretrained import Pretrained
@@ -130,6 +132,9 @@ def result_of(
     trained = found["trained"]
     base = {name: records for name, records in found.items() if name != "trained"}
     gains = {name: difference_of(trained, records) for name, records in base.items()}
+    if row.metric == "accuracy" and len(labelled.classes) > 5:
+        facts = {**facts, "top5": float(np.mean([one.arrays["right5"].mean() for one in trained]))}
+        notes = [*notes, f"{head}: among the five likeliest classes in {facts['top5']:.3f} of the test items"]
     return Result(
         task_name(row), settings.mode, head, row.metric, labelled.digest, labelled.how, score_of(trained),
         {name: score_of(records) for name, records in base.items()}, {n: g for n, g in gains.items() if g is not None},

@@ -180,6 +180,18 @@ def test_compare_of_folders_says_so_on_the_command_line(tmp_path: Path, capsys: 
     assert "difference" in str(line["evaluations"])
 
 
+def test_the_five_likeliest_classes_are_told_where_there_are_more(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in "abcdef":
+        for i in range(6):
+            published.picture(tmp_path / "set" / name / f"{i}.png", published.rgb(rng, 32))
+    (result,) = evaluate_row(
+        tiny_model(), row_named("eurosat_rgb"), str(tmp_path / "set"), settings(tmp_path, heads=("knn",))
+    )
+    assert result.score.value <= result.to_json()["top5"] <= 1
+    assert any("five likeliest" in note for note in result.notes)
+
+
 def test_damaged_results_and_items_are_named(tmp_path: Path) -> None:
     row, root = made("eurosat_rgb", tmp_path / "set")
     evaluate_row(tiny_model(), row, root, settings(tmp_path, heads=("knn",)))
