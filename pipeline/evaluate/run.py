@@ -166,7 +166,10 @@ def features_key(
 ) -> dict[str, Any]:  # fmt: skip
     """What features hang on: nothing that may change without changing this."""
     weights = facts["weights_sha256"] if encoder.name in ("trained", "frozen") else encoder.name
-    network = {} if encoder.name == "pixels" else {key: facts[key] for key in ("layer", "pool", "merges")}
+    used = (
+        ("layer", "pool", "merges") if row.kind in ("class", "labels") else ("layer", "merges")
+    )  # maps are not pooled
+    network = {} if encoder.name == "pixels" else {key: facts[key] for key in used}
     drawn = seed if encoder.name == "untrained" else 0
     return {
         "weights": weights, "seed": drawn, "row": row.name, "bands": facts["bands"], "tile_px": row.tile_px, "split": labelled.digest,

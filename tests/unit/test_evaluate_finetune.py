@@ -122,3 +122,12 @@ def test_boxes_of_images_whose_coarsest_map_is_one_cell(mode: str, tmp_path: Pat
         tiny_model(), row_named("nwpu_vhr10"), str(tmp_path / "set"), settings(tmp_path, mode=mode, epochs=2)
     )
     assert np.isfinite(result.score.value)
+
+
+def test_fine_tuning_takes_the_maps_that_the_frozen_mode_kept(tmp_path: Path) -> None:
+    row, root = made("flair2", tmp_path / "set")
+    evaluate_row(tiny_model(), row, root, settings(tmp_path))
+    kept = {path.name for path in (tmp_path / "cache").iterdir()}
+    evaluate_row(tiny_model(), row, root, settings(tmp_path, mode="finetune", epochs=1))
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == kept
+    assert len(kept) == 3  # trained, untrained, pixels
