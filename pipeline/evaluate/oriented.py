@@ -116,7 +116,7 @@ class OrientedPredictor(nn.Module):
         return self.score(x), self.box(x)
 
 
-class OrientedHeads(RoIHeads):  # type: ignore[misc]
+class OrientedHeads(RoIHeads):
     """torchvision's region heads with oriented boxes: its pooling, sampling and matching (on hulls), our regression. One image."""
 
     def forward(

@@ -141,7 +141,7 @@ def own_row(sensor: str, order: tuple[str, ...], unit: str, gsd_m: float) -> Row
     Raises:
         UsageError: a band, unit or sensor that `Bands` does not know.
     """
-    bands = Bands(sensor, order, unit, gsd_m)  # type: ignore[arg-type]  (Bands checks the unit)
+    bands = Bands(sensor, order, unit, gsd_m)  # type: ignore[arg-type]  # Bands checks the unit
     return Row(OWN, "own images", "class", "accuracy", folders.class_folders, NAMED, (bands,))
 
 
