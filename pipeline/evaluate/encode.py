@@ -186,7 +186,8 @@ def _pooled(x_BDhw: Tensor, ok_Bhw: Tensor, pool: str) -> Tensor:
     if pool == "mean":
         return mean_BD
     apart = torch.where(weight > 0, x_BDhw.float() - mean_BD[:, :, None, None], 0.0)
-    return torch.cat([mean_BD, (apart.square().sum((2, 3)) / count).sqrt()], 1)
+    spread_BD = (apart.square().sum((2, 3)) / count).clamp_min(1e-12)  # of one token: a root of 0 has no gradient
+    return torch.cat([mean_BD, spread_BD.sqrt()], 1)
 
 
 def _blank(x_BDhw: Tensor, ok_Bhw: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ from pipeline.evaluate.items import Boxes, Item, LabelledSet, Sample
 from pipeline.evaluate.metrics import Records, value_of
 from pipeline.evaluate.registry import Row
 from pipeline.evaluate.results import Result, keep
-from pipeline.evaluate.run import Settings, default_layer, facts_of, features_key, result_of, tell
+from pipeline.evaluate.run import POOL, Settings, default_layer, facts_of, features_key, result_of, tell
 from pipeline.optimizer import adamw, set_rates
 from pipeline.probes.offline import untrained_twin
 from pipeline.schedules import learning_rate
@@ -64,7 +64,7 @@ class Tuned(nn.Module):
     """A network and a head for one row, trained together.
 
     Args:
-        network: its own copy of the weights. layer: as `encode.Network`; pooled features are the mean.
+        network: its own copy of the weights. layer: as `encode.Network`, as is the pool of the settings.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Tuned(nn.Module):
         self.row, self.num_classes = row, len(labelled.classes)
         self.network = network
         merges = settings.merges if settings.merges is not None else row.merges
-        self.encoder = Network("tuned", network, row, layer, "mean", merges)
+        self.encoder = Network("tuned", network, row, layer, settings.pool or POOL, merges)
         with torch.no_grad():
             found = self.encoder(make_batch(network, row, [first]), dense=row.kind not in ("class", "labels"))
         if row.kind in ("class", "labels"):
@@ -296,7 +296,6 @@ def finetune_row(model: Pretrained, row: Row, root: str, settings: Settings) -> 
     labelled = row.read(root, row)
     dates = max(len(images) for images in labelled.items[0].read().images.values())
     layer = settings.layer or default_layer(row, dates)
-    layer = "last" if layer == "concat" and row.kind in ("class", "labels") else layer
     if not storage.is_local(settings.out):
         raise UsageError(f"--out {settings.out}: fine-tuning keeps its checkpoints in a local folder")
     notes = check_pixels(row, labelled.items)
@@ -304,7 +303,7 @@ def finetune_row(model: Pretrained, row: Row, root: str, settings: Settings) -> 
     head = "linear" if row.kind in ("class", "labels") else head
     merges = settings.merges if settings.merges is not None else row.merges
     facts = {
-        "layer": layer, "pool": "mean", "merges": list(merges) if merges else None, "epochs": settings.epochs, "lr": settings.lr,
+        "layer": layer, "pool": settings.pool or POOL, "merges": list(merges) if merges else None, "epochs": settings.epochs, "lr": settings.lr,
         "batch": settings.batch, **facts_of(model, row),
     }  # fmt: skip
     found: dict[str, list[Records]] = {}
@@ -318,8 +317,8 @@ def finetune_row(model: Pretrained, row: Row, root: str, settings: Settings) -> 
             chosen |= figures if name == "trained" and seed == 0 else {}
         frozen_head = row.heads[1] if row.kind in ("class", "labels") else head
         encoders: list[Encoder] = [
-            Network("frozen", model, row, layer, "mean", merges),
-            Network("untrained", twin, row, layer, "mean", merges),
+            Network("frozen", model, row, layer, facts["pool"], merges),
+            Network("untrained", twin, row, layer, facts["pool"], merges),
             PixelStatistics(row),
         ]
         for encoder in encoders:

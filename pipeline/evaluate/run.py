@@ -24,6 +24,7 @@ from pipeline.probes.features import FUSED
 from pipeline.probes.offline import untrained_twin
 from pipeline.tracking.facts import git_revision
 
+POOL = "mean+std"  # default, chosen as `default_layer` was
 FEW = 30  # test items below which a score is a proof that the row runs, not a measurement
 
 
@@ -79,7 +80,7 @@ def evaluate_row(model: Pretrained, row: Row, root: str, settings: Settings) -> 
     started = time.monotonic()
     labelled = row.read(root, row)
     dates = max(len(images) for images in labelled.items[0].read().images.values())
-    layer, pool = settings.layer or default_layer(row, dates), settings.pool or "mean+std"
+    layer, pool = settings.layer or default_layer(row, dates), settings.pool or POOL
     if len(row.sensors) > 1 and layer not in ("last", FUSED):
         raise UsageError(
             f"--layer {layer}: {row.name} has {len(row.sensors)} sensors; take fused, or one sensor with --sensors"

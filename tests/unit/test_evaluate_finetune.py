@@ -27,9 +27,14 @@ def tuning_of(name: str, folder: Path, url: Path, epochs: int = 5) -> Tuning:
     items = [item for item in labelled.of("train") if row.kind != "boxes" or len(item.read().target.labels)][:6]  # type: ignore[union-attr]
     chosen = settings(folder, mode="finetune", epochs=epochs, batch=2)
     torch.manual_seed(0)
-    layer = "last" if row.kind == "class" else "concat"
     tuned = Tuned(
-        tiny_model(), row, labelled, row.heads[0] if row.kind != "class" else "linear", layer, chosen, items[0].read()
+        tiny_model(),
+        row,
+        labelled,
+        row.heads[0] if row.kind != "class" else "linear",
+        "concat",
+        chosen,
+        items[0].read(),
     )
     return Tuning(tuned, items, chosen, 0, str(url))
 
@@ -124,8 +129,9 @@ def test_boxes_of_images_whose_coarsest_map_is_one_cell(mode: str, tmp_path: Pat
     assert np.isfinite(result.score.value)
 
 
-def test_fine_tuning_takes_the_maps_that_the_frozen_mode_kept(tmp_path: Path) -> None:
-    row, root = made("flair2", tmp_path / "set")
+@pytest.mark.parametrize("name", ["flair2", "eurosat_rgb"])
+def test_fine_tuning_takes_the_features_that_the_frozen_mode_kept(name: str, tmp_path: Path) -> None:
+    row, root = made(name, tmp_path / "set")
     evaluate_row(tiny_model(), row, root, settings(tmp_path))
     kept = {path.name for path in (tmp_path / "cache").iterdir()}
     evaluate_row(tiny_model(), row, root, settings(tmp_path, mode="finetune", epochs=1))
