@@ -234,21 +234,22 @@ def _dense(
 
     dims = [m.shape[1] for m in load(parts.train[:1])[0]]
 
-    def fitted(rate: float) -> torch.nn.Module:
+    def fitted(rate: float, rows: Sequence[int]) -> torch.nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             built = dense.HEADS[head](dims, num_classes)
-        return dense.train_head(built, load, parts.train, seed, rate)
+        return dense.train_head(built, load, rows, seed, rate)
 
-    best, best_score, best_rate = None, -1.0, 0.0
-    for rate in dense.RATES:
-        trained = fitted(rate)
-        found = dense_records(row, trained, load, parts.val, labelled, targets, parts.train)
-        value = value_of(found)
-        if best is None or value > best_score:
-            best, best_score, best_rate = trained, value, rate
-    assert best is not None
-    return dense_records(row, best, load, parts.test, labelled, targets, parts.train), {"rate": best_rate}
+    def quality(rate: float) -> float:
+        head_of_rate = fitted(rate, parts.train)
+        return value_of(dense_records(row, head_of_rate, load, parts.val, labelled, targets, parts.train))
+
+    rate = max(dense.RATES, key=quality)
+    both = sorted(
+        {*parts.train, *parts.val}
+    )  # as the other heads: what chose learns too, and fine-tuning learns from no more
+    trained = fitted(rate, both)
+    return dense_records(row, trained, load, parts.test, labelled, targets, both), {"rate": rate}
 
 
 @torch.no_grad()

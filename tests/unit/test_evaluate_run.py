@@ -192,6 +192,21 @@ def test_the_five_likeliest_classes_are_told_where_there_are_more(tmp_path: Path
     assert any("five likeliest" in note for note in result.notes)
 
 
+def test_dense_heads_learn_from_what_chose_their_rate_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.evaluate import dense
+
+    row, root = made("flair2", tmp_path / "set")
+    learnt, train_head = [], dense.train_head
+    monkeypatch.setattr(
+        "pipeline.evaluate.dense.train_head", lambda head, load, rows, *rest: learnt.append(len(rows)) or train_head(head, load, rows, *rest)
+    )  # fmt: skip
+    (result,) = evaluate_row(tiny_model(), row, root, settings(tmp_path))
+    train, val = result.items["train"], result.items["val"]
+    assert (
+        learnt == [train, train, train + val] * 3
+    )  # two rates, then the better one on all; trained, untrained, pixels
+
+
 def test_damaged_results_and_items_are_named(tmp_path: Path) -> None:
     row, root = made("eurosat_rgb", tmp_path / "set")
     evaluate_row(tiny_model(), row, root, settings(tmp_path, heads=("knn",)))
