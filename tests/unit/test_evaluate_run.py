@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -196,10 +197,16 @@ def test_dense_heads_learn_from_what_chose_their_rate_too(tmp_path: Path, monkey
     from pipeline.evaluate import dense
 
     row, root = made("flair2", tmp_path / "set")
-    learnt, train_head = [], dense.train_head
-    monkeypatch.setattr(
-        "pipeline.evaluate.dense.train_head", lambda head, load, rows, *rest: learnt.append(len(rows)) or train_head(head, load, rows, *rest)
-    )  # fmt: skip
+    learnt: list[int] = []
+    train_head = dense.train_head
+
+    def counted(
+        head: torch.nn.Module, load: dense.Loader, rows: Sequence[int], seed: int, rate: float
+    ) -> torch.nn.Module:
+        learnt.append(len(rows))
+        return train_head(head, load, rows, seed, rate)
+
+    monkeypatch.setattr("pipeline.evaluate.dense.train_head", counted)
     (result,) = evaluate_row(tiny_model(), row, root, settings(tmp_path))
     train, val = result.items["train"], result.items["val"]
     assert (
