@@ -5,8 +5,11 @@ Dimension legend: D channels of a map · h, w cells · n boxes.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +44,7 @@ class Detector(nn.Module):
             from torchvision.models.detection.roi_heads import RoIHeads
             from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
             from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+            from torchvision.ops.poolers import initLevelMapper
 
             from pipeline.evaluate.oriented import NMS, OrientedHeads, OrientedPredictor
         except (ImportError, RuntimeError) as error:
@@ -49,17 +53,24 @@ class Detector(nn.Module):
             ) from None
         self.first = min(FIRST_MAP, len(dims) - 1)
         dims = dims[self.first :]
-        cells = [max(1, round(side / height)) for height in heights[self.first :]]  # pixels per cell
+        cells = [
+            2 ** math.ceil(math.log2(max(1.0, side / height))) for height in heights[self.first :]
+        ]  # pixels per cell
         self.norms = nn.ModuleList(MapNorm(dim) for dim in dims)
         self.fpn = FeaturePyramidNetwork(list(dims), width)
         names = [str(i) for i in range(len(dims))]
         sizes = tuple((4 * cell, 6 * cell) for cell in cells)
         anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(dims))
+        # torchvision divides the image's side by the map's and forgets the rest: of 1,175 pixels in 147 cells it makes cells of 7
+        # pixels, and anchors that lie 147 pixels off at the end. The cells are known here, for the anchors and for the pooling.
+        anchors.forward = functools.partial(_anchors, anchors, cells)  # type: ignore[method-assign]
         self.rpn = RegionProposalNetwork(
             anchors, RPNHead(width, anchors.num_anchors_per_location()[0]), 0.7, 0.3, 256, 0.5,
             {"training": 600, "testing": 300}, {"training": 300, "testing": 200}, 0.7,
         )  # fmt: skip
         align = MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2)
+        align.scales = [1 / cell for cell in cells]
+        align.map_levels = initLevelMapper(int(math.log2(min(cells))), int(math.log2(max(cells))))
         self.oriented = oriented
         kind, predictor, nms = (
             (OrientedHeads, OrientedPredictor, NMS) if oriented else (RoIHeads, FastRCNNPredictor, 0.5)
@@ -91,6 +102,13 @@ class Detector(nn.Module):
         if truth is not None:
             return {**rpn_losses, **losses}
         return {**found[0], "labels": found[0]["labels"] - 1}
+
+
+def _anchors(generator: Any, cells: Sequence[int], images: Any, maps: Sequence[Tensor]) -> list[Tensor]:
+    """Anchors [n, 4] of one image: those of the generator, a cell apart."""
+    generator.set_cell_anchors(maps[0].dtype, maps[0].device)
+    grids = [[int(m.shape[-2]), int(m.shape[-1])] for m in maps]
+    return [torch.cat(generator.grid_anchors(grids, [[torch.tensor(cell)] * 2 for cell in cells]))]
 
 
 Load = Callable[[int], tuple[list[Tensor], tuple[int, int], Boxes]]

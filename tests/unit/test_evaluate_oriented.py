@@ -109,6 +109,27 @@ def test_the_head_learns_which_way_objects_lie() -> None:
     assert score() > 0.8
 
 
+def test_anchors_lie_on_the_cells_of_images_of_any_size() -> None:
+    """Of 1,175 pixels a map at stride 8 has 147 cells, whose anchors lie 8 pixels apart: 1,175 // 147 is 7."""
+    from torchvision.models.detection.image_list import ImageList
+
+    cells, size = (4, 8, 16, 32), (512, 1175)
+    shapes = [(math.ceil(size[0] / cell), math.ceil(size[1] / cell)) for cell in cells]
+    detector = Detector([3] * 4, 2, size[0], [rows for rows, _ in shapes])
+    features = [torch.zeros(1, 64, *shape) for shape in shapes[1:]]
+    blank = torch.zeros(()).expand(1, 3, *size)
+    (found,) = detector.rpn.anchor_generator(ImageList(blank, [size]), features)
+    per_cell = detector.rpn.anchor_generator.num_anchors_per_location()[0]
+    parts = found.split([rows * columns * per_cell for rows, columns in shapes[1:]])
+    for part, cell, (rows, columns) in zip(parts, cells[1:], shapes[1:]):
+        centre = (part[:, :2] + part[:, 2:]) / 2
+        assert centre.amin(0).tolist() == [0, 0]
+        assert centre.amax(0).tolist() == [(columns - 1) * cell, (rows - 1) * cell]
+    assert detector.roi_heads.box_roi_pool.scales == [1 / 8, 1 / 16, 1 / 32]
+    small = Detector([3] * 4, 2, 40, [10, 5, 3, 2])  # 3 cells of 16 pixels hold 40, and 2 of 32
+    assert small.roi_heads.box_roi_pool.scales == [1 / 8, 1 / 16, 1 / 32]
+
+
 def test_published_corners_are_read_and_bad_ones_named(tmp_path: Path) -> None:
     corners = [[4, 10], [20, 4], [24, 14], [8, 20]]
     for name in ("dior_r", "fair1m"):
