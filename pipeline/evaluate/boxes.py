@@ -63,7 +63,7 @@ class Detector(nn.Module):
         anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(dims))
         # torchvision divides the image's side by the map's and forgets the rest: of 1,175 pixels in 147 cells it makes cells of 7
         # pixels, and anchors that lie 147 pixels off at the end. The cells are known here, for the anchors and for the pooling.
-        anchors.forward = functools.partial(_anchors, anchors, cells)  # type: ignore[method-assign]
+        anchors.forward = functools.partial(_anchors, anchors, cells)
         self.rpn = RegionProposalNetwork(
             anchors, RPNHead(width, anchors.num_anchors_per_location()[0]), 0.7, 0.3, 256, 0.5,
             {"training": 600, "testing": 300}, {"training": 300, "testing": 200}, 0.7,
