@@ -104,12 +104,15 @@ def test_an_export_gives_names_and_lineage(tmp_path: Path) -> None:
     assert not any(name.endswith(ROUTER) for name in weights)
 
 
+@pytest.mark.parametrize("experts", [0, 4])
 @pytest.mark.parametrize("ep", [1, 2])
-def test_a_start_fills_what_a_rank_keeps(tmp_path: Path, ep: int) -> None:
-    """A dense model's weights into experts: the rank's slice of what one process with all experts gets; nothing else is touched."""
+def test_a_start_fills_what_a_rank_keeps(tmp_path: Path, ep: int, experts: int) -> None:
+    """Weights of a model without or with experts into experts: the rank's slice of what one process with all of them gets; nothing
+    else is touched."""
     moe = MoEConfig(experts=4, blocks=2)
-    path, dense = str(tmp_path / "dense.safetensors"), built(DENSE, 0)
-    save_backbone(path, dense.skysense.state_dict(), DENSE, STATISTICS, {"step": 7, "samples": 56})
+    its = replace(DENSE, moe=replace(moe, experts=experts))
+    path = str(tmp_path / "source.safetensors")
+    save_backbone(path, built(its, 0).skysense.state_dict(), its, STATISTICS, {"step": 7, "samples": 56})
     config = PretrainConfig(model=replace(DENSE, moe=moe), init=InitConfig(weights=path))
     students = [blank(config, STATISTICS, None) for _ in range(2)]
     layout = Layout(
