@@ -43,12 +43,13 @@ from pipeline.evaluate.frozen import (
     head_records,
     sides,
     targets_of,
+    unseen,
 )  # fmt: skip
 from pipeline.evaluate.items import Boxes, Item, LabelledSet, Sample
 from pipeline.evaluate.metrics import Records, value_of
 from pipeline.evaluate.registry import Row
 from pipeline.evaluate.results import Result, keep
-from pipeline.evaluate.run import POOL, Settings, default_layer, facts_of, features_key, result_of, tell
+from pipeline.evaluate.run import POOL, Settings, default_layer, facts_of, features_key, few, result_of, tell
 from pipeline.optimizer import adamw, set_rates
 from pipeline.probes.offline import untrained_twin
 from pipeline.schedules import learning_rate
@@ -309,6 +310,7 @@ def finetune_row(model: Pretrained, row: Row, root: str, settings: Settings) -> 
     found: dict[str, list[Records]] = {}
     chosen: dict[str, Any] = {}
     targets = targets_of(row, labelled.items)
+    notes += [*unseen(labelled, targets, sides(labelled, settings.labels, 0)), *few(labelled)]
     for seed in range(settings.seeds):
         parts, twin = sides(labelled, settings.labels, seed), untrained_twin(model, seed)
         for name, network in (("trained", model), ("scratch", twin)):

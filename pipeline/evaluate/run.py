@@ -107,8 +107,7 @@ def evaluate_row(model: Pretrained, row: Row, root: str, settings: Settings) -> 
             if encoder is trained:
                 notes += [note for note in unseen(labelled, targets, parts) if note not in notes]
     seconds = (time.monotonic() - started) / len(heads)
-    tests = len(labelled.of("test"))
-    notes += [f"{tests} test items: the row runs, but no such score tells two checkpoints apart"] if tests < FEW else []
+    notes += few(labelled)
     results = []
     for head in heads:
         result = result_of(row, labelled, settings, head, found[head], notes, seconds, chosen[head], facts)
@@ -116,6 +115,12 @@ def evaluate_row(model: Pretrained, row: Row, root: str, settings: Settings) -> 
         results.append(result)
     tell(settings, results)
     return results
+
+
+def few(labelled: LabelledSet) -> list[str]:
+    """A note where there are too few test items to measure anything."""
+    tests = len(labelled.of("test"))
+    return [f"{tests} test items: the row runs, but no such score tells two checkpoints apart"] if tests < FEW else []
 
 
 def tell(settings: Settings, results: Sequence[Result]) -> None:

@@ -111,6 +111,7 @@ def test_finetuned_row_stands_beside_frozen_untrained_scratch_and_pixels(tmp_pat
     assert set(result.baselines) == {"scratch", "frozen", "untrained", "pixels"}
     assert {"train_score", "train_score_frozen"} <= set(result.chosen)
     assert f"{result.chosen['train_score']:.3f} at the end" in result.notes[-1]
+    assert any("test items: the row runs" in note for note in result.notes)
     (line,) = read_lines(str(tmp_path / "out"))
     assert line["mode"] == "finetune"
     (again,) = evaluate_row(tiny_model(), row, root, settings(tmp_path, mode="finetune", epochs=2))
