@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cluster.progress import progress
 from cluster.storage import exists, join
 from data_prep.config import GridConfig
+from data_prep.executors import Executor, run_units
 from data_prep.geo import Grid, aligned_offset, crs_of, same_crs
 from data_prep.harmonise import ABSENT_BELOW, backscatter_unit, claim_of, dark_floors, judge
 from data_prep.schema import CLEAR, CLOUD, MODALITIES, NODATA, SiteArrays
@@ -29,7 +30,11 @@ from data_prep.sources.open import open_cube
 from data_prep.sources.read import image_groups, target_grid
 from data_prep.sources.records import Asset, SiteRecord, SourceFault
 
+if TYPE_CHECKING:
+    from data_prep.shards import ShardSet
+
 THREADS = 2
+TOGETHER = 64  # samples of a shard set that a worker audits at a time: each time it opens the set's index
 MAX_SAMPLED_DATES = 16
 
 
@@ -56,15 +61,33 @@ class Row:
         return "FAULT" if self.fault else "FLAG" if self.contradictions else "ok"
 
 
-def audit_catalog(records: Iterable[SiteRecord]) -> list[Row]:
-    """Rows of all sites, in catalog order; two threads (rasterio and zarr release the GIL)."""
+def audit_catalog(records: Iterable[SiteRecord], executor: Executor | None = None) -> list[Row]:
+    """Rows of all sites, in catalog order. executor: None or local: two threads (rasterio and zarr release the GIL)."""
     sites = list(records)
+    if executor is not None and executor.kind != "local":
+        return _spread(_audit_numbered, list(enumerate(sites)), [site.key for site in sites], executor)
     rows: list[Row] = []
     with ThreadPoolExecutor(THREADS) as pool, progress(len(sites), "auditing") as bar:
         for found in pool.map(audit_site, sites):
             rows += found
             bar.advance()
     return rows
+
+
+def _spread(
+    work: Callable[..., tuple[int, list[Row]]], jobs: Sequence[Any], names: list[str], executor: Executor
+) -> list[Row]:
+    """Rows of numbered units, in the order of their numbers."""
+    found: dict[int, list[Row]] = {}
+    with progress(len(jobs), "auditing") as bar:
+        for number, rows in run_units(work, jobs, names, executor, lambda _: None):
+            found[number] = rows
+            bar.advance()
+    return [row for number in sorted(found) for row in found[number]]
+
+
+def _audit_numbered(job: tuple[int, SiteRecord], report: Callable[[Any], None]) -> tuple[int, list[Row]]:
+    return job[0], audit_site(job[1])
 
 
 def audit_site(record: SiteRecord) -> list[Row]:
@@ -191,22 +214,39 @@ def _meets(source: Grid, target: Grid) -> str:
     return f"shift {col - round(col):+.2f},{row - round(row):+.2f} px"
 
 
-def audit_shards(url: str) -> list[Row]:
+def audit_shards(url: str, executor: Executor | None = None) -> list[Row]:
     """Rows of a finished shard set: recorded decisions and flags, against the numbers that were stored."""
-    from data_prep.codec import MemberError
     from data_prep.shards import ShardSet
 
     shards = ShardSet.open(url)
+    if executor is not None and executor.kind != "local":
+        starts = range(0, shards.num_samples, TOGETHER)
+        jobs = [(url, start, min(start + TOGETHER, shards.num_samples)) for start in starts]
+        return _spread(_audit_stored, jobs, [f"{url} rows from {start}" for start in starts], executor)
     rows = []
     with progress(shards.num_samples, "auditing") as bar:
         for number in range(shards.num_samples):
-            try:
-                site = shards.read_sample(number)
-                rows += [_stored_row(site, name) for name in site.series]
-            except (MemberError, OSError) as error:
-                rows.append(Row(f"{url} row {number}", "", fault=f"{error}; see data_prep verify"))
+            rows += _stored_rows(shards, number)
             bar.advance()
     return rows
+
+
+def _audit_stored(job: tuple[str, int, int], report: Callable[[Any], None]) -> tuple[int, list[Row]]:
+    from data_prep.shards import ShardSet
+
+    url, start, stop = job
+    shards = ShardSet.open(url)
+    return start, [row for number in range(start, stop) for row in _stored_rows(shards, number)]
+
+
+def _stored_rows(shards: ShardSet, number: int) -> list[Row]:
+    from data_prep.codec import MemberError
+
+    try:
+        site = shards.read_sample(number)
+        return [_stored_row(site, name) for name in site.series]
+    except (MemberError, OSError) as error:
+        return [Row(f"{shards.url} row {number}", "", fault=f"{error}; see data_prep verify")]
 
 
 def _stored_row(site: SiteArrays, name: str) -> Row:
@@ -255,8 +295,10 @@ def _stored_floors(modality: str, pixels_TCHW: np.ndarray, seen_THW: np.ndarray)
     return Floors(floors, pixels, 0.0)
 
 
-def audit(url: str, layout: str | None = None) -> list[Row]:
+def audit(url: str, layout: str | None = None, executor: Executor | None = None) -> list[Row]:
     """Rows of a shard set, a STAC catalog, or a folder in one of the layouts (guessed when not named).
+
+    executor: who looks at the pixels; None: this process. The rows and their order are the same.
 
     Raises:
         UsageError: nothing there, or no layout recognised.
@@ -265,7 +307,7 @@ def audit(url: str, layout: str | None = None) -> list[Row]:
     from data_prep.sources.sites import group_items, site_record
 
     if layout is None and exists(join(url, "manifest.json")):
-        return audit_shards(url)
+        return audit_shards(url, executor)
     found = scan(url, layout or detect_layout(url))
     records: list[SiteRecord] = []
     faults = list(found.faults)
@@ -274,7 +316,7 @@ def audit(url: str, layout: str | None = None) -> list[Row]:
             records.append(site_record(key, items))
         except SourceFault as fault:
             faults.append(fault)
-    return [*audit_catalog(records), *(Row(fault.asset, "", fault=fault.why) for fault in faults)]
+    return [*audit_catalog(records, executor), *(Row(fault.asset, "", fault=fault.why) for fault in faults)]
 
 
 def figures(rows: list[Row]) -> dict[str, Any]:

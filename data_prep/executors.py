@@ -1,9 +1,9 @@
-"""Who runs the units of work of a build or a preparation: this machine's processes, or a dask cluster. Same units, same bytes.
+"""Who runs the units of work of a build, a preparation, an audit or a verification: this machine's processes, or a dask cluster. Same units, same bytes.
 
 A unit is a module-level function and a small job; it commits its own result under its own name and may run twice, anywhere. So an
 executor only has to run every unit at least once, and no scheduler of ours is needed: dask balances, repeats what a lost worker had,
 and shows it on its dashboard. SLURM job arrays need no executor at all: every array task is a `build --task I --tasks N`; dask's workers may
-be SLURM jobs too (`--scheduler slurm`), which balances what an array deals out beforehand.
+be SLURM jobs too (`--executor slurm`), which balances what an array deals out beforehand.
 """
 
 from __future__ import annotations
@@ -46,27 +46,29 @@ class Executor:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--executor", choices=("local", "dask"), default="local", help="processes of this machine (default), or dask"
+        "--executor",
+        choices=("local", "slurm", "dask"),
+        default="local",
+        help="this machine (default), dask, or slurm: dask whose workers are SLURM jobs",
     )
     parser.add_argument(
         "--scheduler",
         default="",
         metavar="ADDRESS",
-        help="dask: a running cluster, tcp://HOST:PORT; or slurm: workers as jobs, as dask-jobqueue's configuration says (partition, "
-        "time, memory: DASK_JOBQUEUE__SLURM__QUEUE, …) (default: a cluster on this machine)",
+        help="dask: a running cluster, tcp://HOST:PORT; or slurm (as --executor slurm): workers as jobs, as dask-jobqueue's configuration "
+        "says (partition, time, memory: DASK_JOBQUEUE__SLURM__QUEUE, …) (default: a cluster on this machine)",
     )
-    parser.add_argument(
-        "--jobs", type=int, default=0, metavar="N", help="--scheduler slurm: workers (default: workers)"
-    )
+    parser.add_argument("--jobs", type=int, default=0, metavar="N", help="--executor slurm: workers (default: workers)")
 
 
 def executor_of(args: argparse.Namespace, workers: int) -> Executor:
     """The executor that the options name. Raises UsageError for an address without dask."""
     if args.scheduler and args.executor != "dask":
         raise UsageError("--scheduler goes with --executor dask")
-    if args.jobs < 0 or (args.jobs and args.scheduler != SLURM):
-        raise UsageError("--jobs N goes with --scheduler slurm")
-    return Executor(args.executor, args.jobs or workers, args.scheduler)
+    address = SLURM if args.executor == SLURM else args.scheduler
+    if args.jobs < 0 or (args.jobs and address != SLURM):
+        raise UsageError("--jobs N goes with --executor slurm")
+    return Executor("dask" if address else args.executor, args.jobs or workers, address)
 
 
 def run_units(

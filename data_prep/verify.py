@@ -13,7 +13,7 @@ rest; `python -m data_prep build` with the same config then makes the missing sh
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ from cluster.errors import UsageError
 from data_prep import column_file
 from data_prep.codec import MemberError
 from data_prep.config import SPLITS
+from data_prep.executors import Executor, run_units
 from data_prep.index import read_parquet, row_of, schema
 from data_prep.sample import decode_members, load_json
 from data_prep.shards import INDEX, MANIFEST, ShardSet
@@ -48,8 +49,43 @@ class Fault:
         return f"{self.file}: {self.why}"
 
 
-def verify(url: str, decode: bool = False, on_shard: Callable[[str], None] | None = None) -> list[Fault]:
+@dataclass(frozen=True)
+class ShardJob:
+    """One tar to check; crosses to a worker. entry: the manifest's; rows: of the index, as an Arrow stream; None: it is unreadable."""
+
+    number: int
+    url: str
+    entry: dict[str, Any]
+    rows: bytes | None
+    decode: bool
+
+
+class _Jobs(Sequence[ShardJob]):
+    """The tars of a set; a job takes its rows of the index only when it is asked for."""
+
+    def __init__(self, shards: ShardSet, slices: dict[str, pa.Table], decode: bool) -> None:
+        self._shards, self._slices, self._decode = shards, slices, decode
+
+    def __len__(self) -> int:
+        return len(self._shards.manifest["shards"])
+
+    def __getitem__(self, number: Any) -> Any:
+        entry = self._shards.manifest["shards"][number]
+        table, rows = self._slices.get(entry["name"]), None
+        if table is not None:
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, table.schema) as stream:
+                stream.write_table(table)
+            rows = sink.getvalue().to_pybytes()
+        return ShardJob(number, self._shards.shard_url(entry["name"]), entry, rows, self._decode)
+
+
+def verify(
+    url: str, decode: bool = False, on_shard: Callable[[str], None] | None = None, executor: Executor | None = None
+) -> list[Fault]:
     """Every fault of a shard set, in a fixed order; empty = sound.
+
+    executor: who checks the tars; None or local: two threads of this process.
 
     Raises UsageError if `url` is no shard set at all (neither manifest nor tars).
     """
@@ -67,41 +103,45 @@ def verify(url: str, decode: bool = False, on_shard: Callable[[str], None] | Non
     faults = list(_manifest_faults(shards))
     entries = shards.manifest["shards"]
     listed = [shard["name"] for shard in entries]
+    known = set(listed)
     faults += [
-        Fault(name, "is not listed in the manifest") for name in names if name.endswith(".tar") and name not in listed
+        Fault(name, "is not listed in the manifest") for name in names if name.endswith(".tar") and name not in known
     ]
     slices, index_faults = _index_slices(shards)
     faults += [*index_faults, *_columns_faults(shards)]
-    histograms = Histograms()
+    histograms, of_shard = Histograms(), dict[int, list[Fault]]()
     # sets from before statistics were of train alone do not say
     counted_splits = shards.manifest.get("statistics_splits", SPLITS)
-
-    def check(entry: dict[str, Any]) -> tuple[list[Fault], Histograms]:
-        found = check_shard(shards, entry, slices.get(entry["name"]), decode)
+    for number, found, counted in _checked(_Jobs(shards, slices, decode), listed, executor or Executor()):
+        of_shard[number] = found
+        if entries[number]["split"] in counted_splits:
+            histograms.merge(counted)
         if on_shard:
-            on_shard(entry["name"])
-        return found
-
-    with ThreadPoolExecutor(2) as pool:  # hashing lets go of the GIL
-        for entry, (shard_faults, counted) in zip(entries, pool.map(check, entries)):
-            faults += shard_faults
-            if entry["split"] in counted_splits:
-                histograms.merge(counted)
+            on_shard(listed[number])
+    faults += [fault for number in sorted(of_shard) for fault in of_shard[number]]
     if decode and not faults and statistics_json(histograms.finish()) != shards.manifest["statistics"]:
         faults.append(Fault(MANIFEST, "statistics are not those of the pixels"))
     return faults
 
 
-def check_shard(
-    shards: ShardSet, entry: dict[str, Any], table: pa.Table | None, decode: bool
-) -> tuple[list[Fault], Histograms]:
-    """Faults of one tar against its manifest entry and index rows (None: the index is unreadable)."""
-    name, histograms = entry["name"], Histograms()
-    rows = None if table is None else table.to_pylist()
+def _checked(jobs: _Jobs, names: list[str], executor: Executor) -> Iterator[tuple[int, list[Fault], Histograms]]:
+    """(number, faults, counts of pixels) of every tar, in no order."""
+    if executor.kind != "local":
+        yield from run_units(check_shard, jobs, names, executor, lambda _: None)
+        return
+    with ThreadPoolExecutor(2) as pool:  # hashing lets go of the GIL
+        yield from pool.map(lambda number: check_shard(jobs[number], lambda _: None), range(len(jobs)))
+
+
+def check_shard(job: ShardJob, report: Callable[[Any], None]) -> tuple[int, list[Fault], Histograms]:
+    """(number, faults of one tar against its manifest entry and index rows, counts of its pixels)."""
+    entry, histograms = job.entry, Histograms()
+    name = entry["name"]
+    rows = None if job.rows is None else pa.ipc.open_stream(job.rows).read_all().to_pylist()
     try:
-        stream = storage.open_read(shards.shard_url(name))
+        stream = storage.open_read(job.url)
     except OSError:
-        return [Fault(name, "is missing")], histograms
+        return job.number, [Fault(name, "is missing")], histograms
     faults: list[Fault] = []
     with stream:
         reading = HashingReader(stream)
@@ -113,7 +153,7 @@ def check_shard(
                 if rows is not None:
                     row = rows[number] if number < len(rows) else None
                     faults += [Fault(name, f"{key}: {why}") for why in _sample_faults(key, entries, data, row)]
-                if decode:
+                if job.decode:
                     site, _ = decode_members(data.__getitem__, list(found))
                     histograms.add(site)
         except MemberError as error:
@@ -127,7 +167,7 @@ def check_shard(
         faults.append(Fault(name, "sha256 is not the manifest's"))
     if count != entry["samples"]:
         faults.append(Fault(name, f"holds {count} samples, the manifest says {entry['samples']}"))
-    return faults, histograms
+    return job.number, faults, histograms
 
 
 class HashingReader:

@@ -7,12 +7,16 @@ examples:
   python -m data_prep verify demo_out/shards
   python -m data_prep verify s3://shards/v1 --decode      # also decodes every array and recounts the statistics
   python -m data_prep verify demo_out/shards --repair
+  python -m data_prep verify s3://shards/v1 --executor dask --scheduler tcp://10.0.0.1:8786
 """
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING, Any
+
+from data_prep.executors import Executor, executor_of
+from data_prep.executors import add_arguments as add_executor
 
 if TYPE_CHECKING:
     from data_prep.verify import Fault
@@ -22,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("url", metavar="URL", help="folder of the shard set")
     parser.add_argument("--decode", action="store_true", help="also decode every array and recount the statistics")
     parser.add_argument("--repair", action="store_true", help="mend what can be mended from intact tars")
+    add_executor(parser)
     parser.add_argument("--json", action="store_true", help="last line: the figures as one JSON object")
 
 
@@ -30,11 +35,12 @@ def main(args: argparse.Namespace) -> int:
     from cluster.errors import RunFailure
     from data_prep.repair import repair
 
-    faults = _verify(args.url, args.decode)
+    executor = executor_of(args, 0)
+    faults = _verify(args.url, args.decode, executor)
     lost: list[str] = []
     if faults and args.repair:
         lost = repair(args.url, print)
-        faults = _verify(args.url, args.decode)
+        faults = _verify(args.url, args.decode, executor)
     figures = _figures(args.url)
     if not faults:
         print(
@@ -51,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _verify(url: str, decode: bool) -> list[Fault]:
+def _verify(url: str, decode: bool, executor: Executor) -> list[Fault]:
     from cluster.errors import UsageError
     from cluster.progress import progress
     from data_prep.shards import ShardSet
@@ -62,7 +68,7 @@ def _verify(url: str, decode: bool) -> list[Fault]:
     except (UsageError, KeyError, TypeError):
         total = 0
     with progress(total, "verify") as bar:
-        faults = verify(url, decode, lambda name: bar.advance())
+        faults = verify(url, decode, lambda name: bar.advance(), executor)
     for fault in faults:
         print(f"fault: {fault}")
     return faults

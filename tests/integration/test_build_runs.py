@@ -20,6 +20,7 @@ from data_prep.config import GridConfig
 from data_prep.shards import ShardSet
 from data_prep.sources import open_catalog, read_site
 from tests.data_folder import REPOSITORY, real_data
+from tests.patience import patience
 from tests.require import require
 
 pytestmark = pytest.mark.integration
@@ -37,7 +38,7 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen:
 def run(*arguments: str, code: int = 0, **environment: str) -> tuple[dict, str]:
     """(JSON last line, stderr) of a command that ends with `code`; a traceback is never right."""
     process = start(*arguments, **environment)
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=240 * patience())
     assert process.returncode == code, (out, err)
     assert "Traceback" not in err
     return (json.loads(out.splitlines()[-1]) if "--json" in arguments and code != 2 else {}), err
@@ -94,7 +95,7 @@ def test_two_builders_at_once_make_one_sound_set(scenes, reference, tmp_path):
     command = ["build", DEMO, scenes, "shards.max_samples=2", "workers=1", f"output.url={tmp_path}/x"]
     both = [start(*command), start(*command)]
     for process in both:
-        _, err = process.communicate(timeout=240)
+        _, err = process.communicate(timeout=240 * patience())
         assert process.returncode == 0, err
     assert content(tmp_path / "x") == content(reference)
 

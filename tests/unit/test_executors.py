@@ -7,7 +7,7 @@ import argparse
 import pytest
 
 from cluster.errors import UsageError
-from data_prep.executors import MOST_TOGETHER, _Pace, _units, add_arguments, executor_of
+from data_prep.executors import MOST_TOGETHER, Executor, _Pace, _units, add_arguments, executor_of
 
 
 def test_units_that_end_at_once_travel_together():
@@ -30,10 +30,16 @@ def test_a_message_of_units_answers_in_order():
 def test_options_that_do_not_go_together_are_refused():
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    assert executor_of(parser.parse_args(["--executor", "dask", "--scheduler", "slurm", "--jobs", "7"]), 2).workers == 7
+    jobs = executor_of(parser.parse_args(["--executor", "dask", "--scheduler", "slurm", "--jobs", "7"]), 2)
+    assert (
+        jobs
+        == executor_of(parser.parse_args(["--executor", "slurm", "--jobs", "7"]), 2)
+        == Executor("dask", 7, "slurm")
+    )
     for options, words in (
         (["--scheduler", "tcp://a:1"], "--executor dask"),
-        (["--executor", "dask", "--jobs", "3"], "--scheduler slurm"),
+        (["--executor", "dask", "--jobs", "3"], "--executor slurm"),
+        (["--executor", "slurm", "--scheduler", "tcp://a:1"], "--executor dask"),
     ):
         with pytest.raises(UsageError, match=words):
             executor_of(parser.parse_args(options), 2)

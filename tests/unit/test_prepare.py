@@ -5,24 +5,39 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import json
+import zlib
 from collections.abc import Set
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import shapely
 import shapely.geometry
 
+from data_prep import build as building
 from data_prep.catalog import write_items
-from data_prep.config import BuildConfig, GridConfig, PrepareConfig, SensorConfig, SitesConfig
+from data_prep.config import (
+    BuildConfig,
+    GridConfig,
+    OutputConfig,
+    PrepareConfig,
+    SensorConfig,
+    ShardsConfig,
+    SitesConfig,
+    SplitConfig,
+)
+from data_prep.grow import append
 from data_prep.prepare import search
 from data_prep.prepare.choose import choose
 from data_prep.prepare.items import table_of_items
 from data_prep.prepare.layout import lay_sites
 from data_prep.prepare.run import SliceJob, claim, finish, prepare_slice, read_dumps, unfinished
-from data_prep.prepare.slices import SliceItems, read_places, site_of
+from data_prep.prepare.slices import SliceItems, read_places, read_prepared, site_of
 from data_prep.prepare.spares import read_with_spares
 from data_prep.schema import Series, SiteArrays
 from data_prep.sources.records import SiteRecord, SourceFault
+from data_prep.verify import verify
+from tests.sites import make_site
 
 SITE = shapely.box(10.0, 47.0, 10.01, 47.01)
 WIDE = (9.0, 46.0, 11.0, 48.0)
@@ -241,3 +256,59 @@ def test_a_date_without_a_valid_pixel_is_replaced(config):
     dates = read_with_spares(record, spares, read).series["s2"].datetimes
     assert dates == [spares["s2"][1][0].datetime if a is record.assets[2] else a.datetime for a in record.assets]
     assert len(read_with_spares(record, {}, read).series["s2"].datetimes) == 3
+
+
+def test_a_set_grows_by_the_prepared_plan_of_a_wider_area(config, tmp_path, monkeypatch):
+    """Old shards and splits stay; what both plans hold is not built twice; a second run, or a killed one, ends in the same bytes."""
+
+    def read(record, grid, **_):
+        return make_site(
+            record.key, zlib.crc32(record.key.encode()), ("s2",), dates=2, side_px=4, cell=record.cell, labels=False
+        )
+
+    monkeypatch.setattr(building, "read_site", read)
+    config = dataclasses.replace(
+        config, shards=ShardsConfig(max_samples=4), workers=1, output=OutputConfig(f"{tmp_path}/set"),
+        split=SplitConfig({"train": 0.6, "val": 0.2, "probe": 0.2}),
+    )  # fmt: skip
+    lay_sites(dataclasses.replace(config, sites=dataclasses.replace(config.sites, url=f"{tmp_path}/near.parquet")))
+    near = dataclasses.replace(
+        config, sites=dataclasses.replace(config.sites, url=f"{tmp_path}/near.parquet"), prepare=dataclasses.replace(config.prepare, url=f"{tmp_path}/near")
+    )  # fmt: skip
+    wide = dataclasses.replace(
+        config, sites=dataclasses.replace(config.sites, url=f"{tmp_path}/wide.parquet", bbox=(10.0, 47.0, 10.12, 47.06)),
+        prepare=dataclasses.replace(config.prepare, url=f"{tmp_path}/wide"),
+    )  # fmt: skip
+    lay_sites(wide)
+    run_all(near)
+    run_all(wide)
+    building.build(near)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "set").glob("*.tar")}
+    real, made = building.build_shard, []
+
+    def dies(job, report, **options):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(job.shard.name)
+        return real(job, report, **options)
+
+    monkeypatch.setattr(building, "build_shard", dies)
+    with pytest.raises(KeyboardInterrupt):
+        append(wide)
+    monkeypatch.setattr(building, "build_shard", real)
+    grown = append(wide)
+    after = {path.name: path.read_bytes() for path in (tmp_path / "set").glob("*.tar")}
+    assert before.items() < after.items()
+    said = grown.plan.report["appended"][0]["sites"]
+    assert said["held"] == sum(entry["sites"] for entry in read_prepared(near.prepare.url)["slices"])
+    assert verify(f"{tmp_path}/set", decode=True) == []
+
+    def places(url):
+        table = pq.read_table(f"{url}/index.parquet", columns=["key", "split"])
+        return dict(zip(table["key"].to_pylist(), table["split"].to_pylist()))
+
+    building.build(dataclasses.replace(wide, output=OutputConfig(f"{tmp_path}/once")))
+    assert places(tmp_path / "set") == places(tmp_path / "once")
+    assert len(set(places(tmp_path / "set").values())) > 1
+    assert append(wide).built == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "set").glob("*.tar")} == after
