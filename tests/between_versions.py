@@ -3,8 +3,8 @@
     python -m tests.between_versions ../before ../shared/data OUT
 
 ends in one Markdown row per data set: equal bit for bit, refused by either (with its reason), or the members and the fields of the samples' JSON
-that differ. The other checkout runs in the same interpreter. Data that only one layout can be meant for is named below; for the rest every
-layout of the other checkout is tried.
+that differ. The other checkout runs in the same interpreter. Layouts stand below; a folder that is not named is read in the layout that the other
+checkout recognises.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import numpy as np
 from data_prep.sample import decode_members
 from tests.data_folder import REPOSITORY
 
-LAYOUTS = ("geotiff", "terramind", "treesatai", "ssl4eo", "majortom", "copernicus")
 KNOWN = {
     "terramind": "terramind", "treesatai": "treesatai", "ssl4eo": "ssl4eo", "majortom": "majortom",
     "bigearthnet": "geotiff", "naip": "geotiff", "labelled/oscd": "geotiff",
@@ -38,6 +37,14 @@ def command(checkout: Path, *words: str) -> tuple[bool, str]:
     )
     text = done.stdout if done.returncode == 0 else done.stderr or done.stdout
     return done.returncode == 0, ([line for line in text.splitlines() if line.strip()] or [""])[-1]
+
+
+def recognised(checkout: Path, source: Path) -> tuple[bool, str]:
+    """The layout that a checkout takes a folder for; or why for none."""
+    code = "import sys; from data_prep.catalog import detect_layout; print(detect_layout(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", code, str(source)], cwd=checkout, capture_output=True, text=True)
+    text = (done.stdout if done.returncode == 0 else done.stderr).strip()
+    return done.returncode == 0, text.splitlines()[-1]
 
 
 def shards(checkout: Path, source: Path, layout: str, folder: Path, modalities: tuple[str, ...]) -> str:
@@ -69,11 +76,12 @@ def samples(folder: Path) -> dict[str, dict[str, bytes]]:
 
 
 def differing(old: Any, new: Any, name: str = "") -> list[str]:
-    """Fields of two JSON trees that differ; numbers of list entries are left out, so that a field is named once."""
+    """Fields of two JSON trees that differ; of a list's entries only how many."""
     if isinstance(old, dict) and isinstance(new, dict):
         return [line for key in sorted({*old, *new}) for line in differing(old.get(key), new.get(key), f"{name}.{key}")]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [line for a, b in zip(old, new) for line in differing(a, b, name)]
+        fields = Counter(line.split(":")[0] for a, b in zip(old, new) for line in differing(a, b, name))
+        return [f"{field}: {count} of {len(old)} entries" for field, count in fields.items()]
     if old == new:
         return []
     if isinstance(old, list) and isinstance(new, list):
@@ -137,19 +145,20 @@ def main(other: str, data: str, out: str) -> None:
     folders += [its for its in sorted((root / "labelled").glob("*")) if its.is_dir()]
     for source in folders:
         name = str(source.relative_to(root))
-        for layout in [KNOWN[name]] if name in KNOWN else LAYOUTS:
-            for modalities in ((), *((its,) for its in ALSO.get(name, ()))):
-                sets = [
-                    place / f"{name.replace('/', '-')}-{layout}{''.join(modalities)}-{when}"
-                    for when in ("before", "after")
-                ]
-                faults = [
-                    shards(checkout, source, layout, folder, modalities)
-                    for checkout, folder in zip((Path(other).resolve(), REPOSITORY), sets)
-                ]
-                said = [f"{when}: {fault}" for when, fault in zip(("before", "after"), faults) if fault]
-                found = " · ".join(said) if said else compare(*sets)
-                print(f"| {name} | {layout} {' '.join(modalities)} | {found} |", flush=True)
+        known, layout = (True, KNOWN[name]) if name in KNOWN else recognised(Path(other).resolve(), source)
+        if not known:
+            print(f"| {name} | | before: {layout} |", flush=True)
+            continue
+        for modalities in ((), *((its,) for its in ALSO.get(name, ()))):
+            stem = f"{name.replace('/', '-')}-{layout}{''.join(modalities)}"
+            sets = [place / f"{stem}-{when}" for when in ("before", "after")]
+            faults = [
+                shards(checkout, source, layout, folder, modalities)
+                for checkout, folder in zip((Path(other).resolve(), REPOSITORY), sets)
+            ]
+            said = [f"{when}: {fault}" for when, fault in zip(("before", "after"), faults) if fault]
+            found = " · ".join(said) if said else compare(*sets)
+            print(f"| {name} | {layout} {' '.join(modalities)} | {found} |", flush=True)
 
 
 if __name__ == "__main__":
