@@ -157,7 +157,11 @@ def detect_layout(url: str) -> str:
         except UsageError:
             continue
         return layout
-    raise UsageError(f"{url}: no layout recognised; name it with --layout {'|'.join(('stac', *LAYOUTS))}")
+    named = "|".join(("stac", *(name for name in LAYOUTS if name != "patches")))
+    raise UsageError(
+        f"{url}: no layout recognised; name it with --layout {named}; images or arrays without georeference become a catalog by "
+        "python -m data_prep catalog SRC OUT.parquet --layout patches"
+    )
 
 
 def make_catalog(source: str, out: str, layout: str, max_faults: int = 0, declared: Declaration | None = None) -> Scan:

@@ -52,7 +52,9 @@ def sites(url: str) -> list[tuple[str, ...]]:
     fs, path = filesystem(url)
     files = [name for name in sorted(fs.find(path)) if name.lower().endswith((".tif", ".tiff"))]
     if not files:
-        raise UsageError(f"{url} holds no GeoTIFF (*.tif, *.tiff)")
+        raise UsageError(
+            f"{url} holds no GeoTIFF (*.tif, *.tiff); images or arrays without georeference: --layout patches"
+        )
     groups: dict[tuple[str, str, str], list[str]] = {}
     for name in files:
         relative = name[len(path.rstrip("/")) :].strip("/")
