@@ -61,6 +61,8 @@ def main(config_path: str) -> int:
                 time.sleep(3600)
             if step == fail_at:
                 fail(test["how"], stop)
+                if test["how"] == "stop":  # before this step is done: it comes no further
+                    return REQUEUE
             if rank == 0:
                 run.append_metrics({"step": step, "loss": 1 / step, "samples_per_s": 3.5})
             if stop or step % test["every"] == 0:
