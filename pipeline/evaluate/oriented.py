@@ -15,14 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads
 
-WEIGHTS = (
-    10.0,
-    10.0,
-    5.0,
-    5.0,
-    5.0,
-    5.0,
-)  # the first four are torchvision's; a tenth in sin 2θ weighs as a tenth of a side
+WEIGHTS = (10.0, 10.0, 5.0, 5.0, 5.0, 5.0)  # four are torchvision's; a tenth in sin 2θ weighs as a tenth of a side
 LARGEST = float(np.log(1000 / 16))  # of a side over the proposal's, as in torchvision: an exponential cannot overflow
 SHORTEST = 1e-2  # pixels
 NMS = 0.1  # turned boxes of one class lie side by side, seldom over each other
@@ -147,8 +140,8 @@ class OrientedHeads(RoIHeads):
         chances = scores.softmax(1)[:, 1:]
         at, k = torch.where(chances > self.score_thresh)
         corners, chances = corners_of(decode(deltas, proposals))[at].detach(), chances[at, k].detach()
-        kept = rotated_nms(corners.numpy(), chances.numpy(), k.numpy(), self.nms_thresh)[: self.detections_per_img]
-        keep = torch.from_numpy(kept)
+        kept = rotated_nms(corners.cpu().numpy(), chances.cpu().numpy(), k.cpu().numpy(), self.nms_thresh)
+        keep = torch.from_numpy(kept[: self.detections_per_img]).to(corners.device)
         corners = corners[keep]
         hulls = torch.cat([corners.amin(1), corners.amax(1)], 1)
         return {"boxes": hulls, "corners": corners, "labels": k[keep] + 1, "scores": chances[keep]}

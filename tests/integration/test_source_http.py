@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,6 +49,18 @@ def write_cog(path, seed, side=SIDE, patch=None):
     ) as dataset:  # fmt: skip
         dataset.write(pixels)
     return pixels[0]
+
+
+def risen_mb(run: Callable[[], Any]) -> tuple[Any, float]:
+    """What `run` returns, and by how much the peak of this process's resident memory rose over where it stood."""
+
+    def status(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak starts anew
+    before, found = status("VmRSS"), run()
+    return found, (status("VmHWM") - before) / 1024
 
 
 def asset(url, name="x"):
@@ -129,9 +144,10 @@ def test_broken_answers_change_no_pixel_and_what_stays_broken_costs_its_date(tmp
             )
             return build(config)
 
-        quiet = make("quiet")
+        quiet, alone_mb = risen_mb(lambda: make("quiet"))
         server.plan = lambda number: str(faults[number])
-        noisy = make("noisy")
+        noisy, disturbed_mb = risen_mb(lambda: make("noisy"))
+        assert disturbed_mb <= alone_mb + 32, "what was read of broken answers is kept"
         broken = {kind: count for kind, count in server.done.items() if kind != "ok"}
         assert sum(broken.values()) >= 2
         assert noisy.manifest["content_sha256"] == quiet.manifest["content_sha256"]

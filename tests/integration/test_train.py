@@ -162,6 +162,7 @@ def test_resume_never_and_changed_data_are_refused(shards: str, tmp_path: Path) 
     manifest = next((run / "checkpoints").glob("step-*/manifest.json"))
     tree = json.loads(manifest.read_text())
     tree["data"]["manifest_sha256"] = "0" * 64
+    del tree["digest"]  # as of a version that wrote none; with it, the manifest is damaged
     manifest.write_text(json.dumps(tree))
     other = Job(shards, run, "train.steps=4")
     assert other.wait() == 2
