@@ -140,8 +140,8 @@ class OrientedHeads(RoIHeads):
         chances = scores.softmax(1)[:, 1:]
         at, k = torch.where(chances > self.score_thresh)
         corners, chances = corners_of(decode(deltas, proposals))[at].detach(), chances[at, k].detach()
-        kept = rotated_nms(corners.cpu().numpy(), chances.cpu().numpy(), k.cpu().numpy(), self.nms_thresh)
-        keep = torch.from_numpy(kept[: self.detections_per_img]).to(corners.device)
+        kept = rotated_nms(corners.numpy(), chances.numpy(), k.numpy(), self.nms_thresh)
+        keep = torch.from_numpy(kept[: self.detections_per_img])
         corners = corners[keep]
         hulls = torch.cat([corners.amin(1), corners.amax(1)], 1)
         return {"boxes": hulls, "corners": corners, "labels": k[keep] + 1, "scores": chances[keep]}

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
-import torch
-
 from cluster.errors import UsageError
 from cluster.progress import progress
 from cluster.rundir import RunDir
+from model.initial import draw_all, on_meta
 from model.pretrained import Pretrained
 from pipeline.config import ProbeConfig, ViewConfig
 from pipeline.probes.exam import sit
@@ -93,10 +92,11 @@ class Prepared:
 
 
 def untrained_twin(model: Pretrained, seed: int = 0) -> Pretrained:
-    """The same architecture and statistics with weights as training starts from."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Pretrained(model.cfg, model.statistics).eval()
+    """The same architecture and statistics with the very weights that a run of `train.seed` = seed starts from."""
+    with on_meta():
+        twin = Pretrained(model.cfg, model.statistics)
+    draw_all(twin, seed)  # by name and place: its network has the name that it has in a student
+    return twin.eval()
 
 
 def prepare(

@@ -36,14 +36,12 @@ def test_killed_and_started_again_equals_uninterrupted(task: str, tmp_path: Path
     model = tiny_model(1)
     save_backbone(str(backbone), model.skysense.state_dict(), model.cfg, model.statistics, {})
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    whole = subprocess.run(
-        command(task, backbone, root, tmp_path / "a"),
-        cwd=REPOSITORY,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+
+    def to_its_end(out: Path) -> str:
+        asked = command(task, backbone, root, out)
+        return subprocess.run(asked, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=True).stdout
+
+    whole = to_its_end(tmp_path / "a")
     killed = subprocess.Popen(
         command(task, backbone, root, tmp_path / "b"),
         cwd=REPOSITORY,
@@ -59,15 +57,8 @@ def test_killed_and_started_again_equals_uninterrupted(task: str, tmp_path: Path
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert not (tmp_path / "b" / "results.jsonl").exists()
-    again = subprocess.run(
-        command(task, backbone, root, tmp_path / "b"),
-        cwd=REPOSITORY,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    first, second = (json.loads(run.stdout.strip().splitlines()[-1]) for run in (whole, again))
+    again = to_its_end(tmp_path / "b")
+    first, second = (json.loads(text.strip().splitlines()[-1]) for text in (whole, again))
     timing = ("seconds", "heads")
     assert {k: v for k, v in first.items() if k not in timing} == {k: v for k, v in second.items() if k not in timing}
     for name in ("trained", "scratch"):

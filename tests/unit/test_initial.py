@@ -15,9 +15,11 @@ from model import initial
 from model.initial import BLOCK, Law, draw, draw_all, law_of, on_meta
 from model.moe.layer import MoELayer
 from model.pretrain import Student
+from model.pretrained import Pretrained
 from pipeline.parallel.expert_parallel import localise
 from pipeline.parallel.layout import Layout
 from pipeline.parallel.zero import logical
+from pipeline.probes.offline import untrained_twin
 from tests.golden import ALL, CASES, CLASSES, EMBEDDINGS, FOLDER
 from tests.synthetic_batch import STATISTICS
 
@@ -122,6 +124,17 @@ def test_every_rank_s_network_is_its_part_of_the_whole_one(ep: int) -> None:
         else:
             assert all(torch.equal(one, parameter) for one in found[name]), name
     assert any(".experts." in name for name in found)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_untrained_row_of_probes_is_the_run_s_own_first_network(name: str) -> None:
+    with on_meta():
+        started = student(name)
+    draw_all(started, seed=5)
+    twin = untrained_twin(Pretrained(CASES[name][0], STATISTICS), 5).skysense.state_dict()
+    ours = started.skysense.state_dict()
+    assert list(twin) == list(ours)
+    assert all(torch.equal(ours[key], value) for key, value in twin.items())
 
 
 def test_names_seeds_and_types() -> None:
