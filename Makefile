@@ -64,9 +64,9 @@ demo: setup ## scenes -> shards -> 2-process ZeRO-2 + expert-parallel pretrainin
 	$(PY) -m data_prep build data_prep/runs/demo.yaml source.catalog=[$(DEMO)/scenes/catalog.parquet] output.url=$(DEMO)/shards
 	$(PY) -m data_prep verify $(DEMO)/shards
 	$(PY) -m data_prep show $(DEMO)/shards --out $(DEMO)/sheet.png
-	$(PY) -m pipeline train pipeline/runs/demo.yaml --processes 2 data.url=$(DEMO)/shards run.dir=$(DEMO)/moe train.steps=$(STEPS) tracking.uri=sqlite:///$(abspath $(DEMO))/mlflow.db
+	$(PY) -m pipeline train pipeline/runs/demo.yaml --processes 2 data.url=$(DEMO)/shards run.dir=$(DEMO)/moe train.steps=$(STEPS) train.seed=$(SEED) tracking.uri=sqlite:///$(abspath $(DEMO))/mlflow.db
 	$(PY) -m pipeline probe $(DEMO)/moe
-	$(PY) -m pipeline train pipeline/runs/demo_dense.yaml --processes 2 data.url=$(DEMO)/shards run.dir=$(DEMO)/dense train.steps=$(STEPS) tracking.uri=sqlite:///$(abspath $(DEMO))/mlflow.db
+	$(PY) -m pipeline train pipeline/runs/demo_dense.yaml --processes 2 data.url=$(DEMO)/shards run.dir=$(DEMO)/dense train.steps=$(STEPS) train.seed=$(SEED) tracking.uri=sqlite:///$(abspath $(DEMO))/mlflow.db
 	$(PY) -m pipeline compare $(DEMO)/moe $(DEMO)/dense --out $(DEMO)/compare.html
 	$(PY) -m pipeline tour $(DEMO)/moe $(DEMO)/dense --sheet $(DEMO)/sheet.png --out $(DEMO)/tour.html
 	@echo

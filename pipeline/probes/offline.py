@@ -91,8 +91,11 @@ class Prepared:
     device: str
 
 
-def untrained_twin(model: Pretrained, seed: int = 0) -> Pretrained:
-    """The same architecture and statistics with the very weights that a run of `train.seed` = seed starts from."""
+def untrained_twin(model: Pretrained, seed: int | None = None) -> Pretrained:
+    """The same architecture and statistics with the very weights that a run of `train.seed` = seed starts from; None: the run that
+    the model is of (0 where it does not say)."""
+    if seed is None:
+        seed = int(model.facts.get("run_config", {}).get("train", {}).get("seed", 0))
     with on_meta():
         twin = Pretrained(model.cfg, model.statistics)
     draw_all(twin, seed)  # by name and place: its network has the name that it has in a student

@@ -131,7 +131,8 @@ def test_the_untrained_row_of_probes_is_the_run_s_own_first_network(name: str) -
     with on_meta():
         started = student(name)
     draw_all(started, seed=5)
-    twin = untrained_twin(Pretrained(CASES[name][0], STATISTICS), 5).skysense.state_dict()
+    facts = {"run_config": {"train": {"seed": 5}}}
+    twin = untrained_twin(Pretrained(CASES[name][0], STATISTICS, facts)).skysense.state_dict()
     ours = started.skysense.state_dict()
     assert list(twin) == list(ours)
     assert all(torch.equal(ours[key], value) for key, value in twin.items())
