@@ -58,7 +58,7 @@ system-deps: ## apt packages of the real servers that integration tests start: S
 	echo "system-deps: complete"
 
 .PHONY: demo
-demo: setup ## scenes -> shards -> 2-process ZeRO-2 + expert-parallel pretraining -> MLflow -> comparison (about 10 minutes, 2 cores)
+demo: setup ## scenes -> shards -> 2-process ZeRO-2 + expert-parallel pretraining -> MLflow -> comparison (6 to 8 minutes, 2 cores)
 	rm -rf $(DEMO)
 	$(PY) -m data_prep simulate $(DEMO)/scenes --sites $(SITES) --side-m 120 --seed $(SEED)
 	$(PY) -m data_prep build data_prep/runs/demo.yaml source.catalog=[$(DEMO)/scenes/catalog.parquet] output.url=$(DEMO)/shards
